@@ -1,0 +1,64 @@
+# Everything a person runs. Each target sets up what is missing into .venv first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(VENV)/uv/bin/uv
+STAMP := $(VENV)/.installed
+# A smaller build of torch (CPU only) from an index that you name: make demo TORCH_INDEX=<url>
+TORCH_INDEX ?=
+DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(ARGS)
+
+.PHONY: help install demo up test test-fast check format lock bench clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+install: $(STAMP) ## set up .venv from requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml sdk/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Everloop needs Python 3.11 or later; $$($(PYTHON) --version) found. Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@test -x $(UV) || { $(PYTHON) -m venv $(VENV)/uv && $(VENV)/uv/bin/pip install --quiet --disable-pip-version-check 'uv==0.13.9'; }
+	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+	@echo "Installing the locked dependencies (the first time takes a minute or more) …"
+	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@if [ -n "$(TORCH_INDEX)" ]; then $(UV) pip install --quiet --python $(BIN)/python --reinstall-package torch --no-deps \
+	  --default-index "$(TORCH_INDEX)" "$$(grep -oE '^torch==[0-9.]+' requirements.lock)"; fi
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e sdk -e .
+	@touch $@
+
+demo: $(STAMP)   ## close the loop on real messages and show the improvement
+	@$(BIN)/everloop demo $(DEMO_ARGS)
+
+up: $(STAMP)     ## run the platform on embedded defaults, for your own agent
+	@$(BIN)/everloop up $(ARGS)
+
+test: $(STAMP)   ## every check and every test
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## the tests that start no outside component
+	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow" $(ARGS)
+
+check: $(STAMP)  ## format, lint, types, layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the sources in the project's format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: $(STAMP)   ## resolve requirements.lock anew
+	@$(UV) pip compile --quiet --universal --generate-hashes --no-annotate --no-header --no-emit-package everloop \
+	  --group dev pyproject.toml -o requirements.lock
+
+bench: $(STAMP)  ## run one benchmark: make bench NAME=gateway [ARGS=--quick]
+	@test -n "$(NAME)" || { echo "Which one? make bench NAME=<$$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v '^_' | paste -sd'|')>"; exit 2; }
+	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+clean:           ## delete what was installed and built (not .everloop, your data)
+	rm -rf $(VENV) build *.egg-info sdk/*.egg-info sdk/build

@@ -1,0 +1,59 @@
+"""Where everything lies below one home folder, and the secret of the installation."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from everloop.ids import Ids
+from everloop.wire import BlobStore
+
+
+class Home:
+    """The folders of one installation. Safe to delete as a whole while nothing runs.
+
+    ========================  ==========================================================
+    ``log.db``                the embedded log
+    ``keys.db``               hashed API keys
+    ``blobs/``                large bodies by content hash
+    ``state/<handler>.db``    state and offsets of each stream handler
+    ``store/<table>/…``       Parquet: episodes, trajectories, scores, feedback, …
+    ``batches/<id>.parquet``  pinned training batches
+    ``rewards/<t>/<p>/<v>/``  reward-model snapshots
+    ``runs/<run>/``           checkpoints of training runs
+    ``adapters/<hash>/``      adapter files fetched from the registry, checked
+    ``gold/<t>/<p>.jsonl``    gold items
+    ``mlflow.db``, ``mlartifacts/``   the registry
+    ``run/<service>.json``    pid, url and start time of each running service
+    ``logs/<service>.log``    what each service printed
+    ========================  ==========================================================
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    def folder(self, *parts: str) -> Path:
+        """A folder below the home, made if it is missing."""
+        path = self.root.joinpath(*parts)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def blobs(self) -> BlobStore:
+        return BlobStore(self.root / "blobs")
+
+    def secret(self) -> bytes:
+        """32 random bytes, made once; readable by the owner alone. Losing it makes old response ids unknown."""
+        path = self.folder() / "secret"
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            return path.read_bytes()
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(32))
+        return path.read_bytes()
+
+    @property
+    def ids(self) -> Ids:
+        return Ids(self.secret())

@@ -1,0 +1,84 @@
+"""Identifiers. Episode and response ids carry a keyed tag, so that any gateway can tell a real one from a made-up
+one, and one tenant's from another's, without asking a database.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import secrets
+
+EPISODE = "ep_"
+RESPONSE = "chatcmpl-"
+
+
+def _text(raw: bytes) -> str:
+    return base64.b32encode(raw).decode().rstrip("=").lower()
+
+
+def _raw(text: str) -> bytes:
+    return base64.b32decode(text.upper() + "=" * (-len(text) % 8))
+
+
+def unique(prefix: str) -> str:
+    """A random id: 128 bits, lower-case."""
+    return prefix + _text(os.urandom(16))
+
+
+class Ids:
+    """Makes and checks the ids of one installation. ``secret`` is kept in its home folder."""
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) < 16:
+            raise ValueError("the installation's secret must have at least 16 bytes")
+        self._secret = secret
+
+    def _keyed(self, size: int, *parts: str | bytes) -> bytes:
+        message = b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)
+        return hmac.new(self._secret, message, hashlib.sha256).digest()[:size]
+
+    def pseudonym(self, tenant: str, kind: str, name: str) -> str:
+        """The keyed hash of a person's name within a tenant. ``kind``: "subject" or "rater"; the two never match."""
+        return _text(self._keyed(16, "person", tenant, kind, name))
+
+    def _episode(self, tenant: str, body: bytes) -> str:
+        return EPISODE + _text(body + self._keyed(4, "episode", tenant, body))
+
+    def new_episode(self, tenant: str) -> str:
+        return self._episode(tenant, secrets.token_bytes(16))
+
+    def episode_named(self, tenant: str, name: str) -> str:
+        """The episode that an agent calls ``name``: one of our ids as it is, any other name by keyed hash.
+
+        Raises ValueError where ``name`` looks like one of our ids and is not, or is another tenant's.
+        """
+        if not name.startswith(EPISODE):
+            return self._episode(tenant, self._keyed(16, "name", tenant, name))
+        try:
+            raw = _raw(name[len(EPISODE) :])
+        except ValueError:
+            raw = b""
+        if len(raw) != 20 or not hmac.compare_digest(raw[16:], self._keyed(4, "episode", tenant, raw[:16])):
+            raise ValueError(f"no such episode: {name}")
+        return name
+
+    def response(self, tenant: str, episode: str, call: bytes) -> str:
+        """The response id of a call (8 bytes) in an episode."""
+        body = _raw(episode[len(EPISODE) :])[:16] + call
+        return RESPONSE + _text(body + self._keyed(8, "response", tenant, body))
+
+    def call_of(self, response: str) -> str:
+        """The call id that belongs to a response id, whoever made it."""
+        return "call_" + _text(_raw(response.rpartition("-")[2])[16:24])
+
+    def parse_response(self, tenant: str, response: str) -> tuple[str, str]:
+        """(episode id, call id) of a response id. Raises ValueError where this tenant never got such a response."""
+        try:
+            raw = _raw(response.rpartition("-")[2])
+        except ValueError:
+            raw = b""
+        if len(raw) != 32 or not hmac.compare_digest(raw[24:], self._keyed(8, "response", tenant, raw[:24])):
+            raise ValueError(f"no such response: {response}")
+        return self._episode(tenant, raw[:16]), self.call_of(response)

@@ -1,0 +1,109 @@
+"""Training runs, reward-model versions and commands: what the learner, the reward service and people announce."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from everloop.contract import Contract
+
+
+class RunState(StrEnum):
+    RUNNING = "running"
+    PUBLISHED = "published"
+    FINISHED = "finished"  # without publishing
+    FAILED = "failed"
+
+
+class Run(Contract):
+    """One version of a training run. Written by the learner; ``step`` grows with every version."""
+
+    schema_version: int = 1
+    id: str
+    tenant: str
+    policy: str
+    state: RunState
+    step: int = 0
+    batch: str = Field(description="content hash of the pinned batch")
+    seed: int = 0
+    parent: str = Field(description="adapter hash that training started from, or 'base'")
+    adapter: str | None = None
+    trigger: str = Field(default="", description="one sentence: what started it")
+    reason: str = Field(default="", description="one sentence: how it ended")
+    metrics: dict[str, float] = {}
+    publish: bool = True
+    time: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.tenant}/{self.policy}"
+
+
+class RewardVersion(Contract):
+    """An immutable snapshot of a reward model. ``version`` hashes code, config, encoder, weights and offsets read."""
+
+    schema_version: int = 1
+    version: str
+    tenant: str
+    policy: str
+    path: str = Field(description="folder of the snapshot, relative to the installation's home")
+    updates: int = Field(description="pieces of feedback learned from so far")
+    auc: float | None = Field(default=None, description="predict-then-learn, over the recent window; None: too few")
+    calibration_error: float | None = Field(default=None, description="expected calibration error, 0 to 1")
+    offsets: dict[str, int] = Field(default={}, description="'topic/partition' to the next offset not yet read")
+    time: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.tenant}/{self.policy}"
+
+
+class CommandKind(StrEnum):
+    PAUSE = "pause"  # no new runs, no new canaries; serving goes on
+    RESUME = "resume"
+    RETRAIN = "retrain"  # arguments: batch, seed, publish
+    PROMOTE = "promote"  # arguments: release
+    ROLLBACK = "rollback"
+    VETO = "veto"  # arguments: release, reason
+    REGISTER = "register"  # arguments: path of an adapter made elsewhere, reason
+    RESCORE = "rescore"  # arguments: version
+
+
+class Command(Contract):
+    """What a person asks of a policy's loop. A request: the service that it concerns decides, and says so."""
+
+    schema_version: int = 1
+    id: str
+    kind: CommandKind
+    tenant: str
+    policy: str
+    arguments: dict[str, Any] = {}
+    by: str = ""
+    time: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.tenant}/{self.policy}"
+
+
+class DeadLetter(Contract):
+    """A record that a handler could never take, with everything needed to mend and replay it."""
+
+    schema_version: int = 1
+    id: str
+    handler: str
+    topic: str
+    partition: int
+    offset: int
+    record_key: str
+    headers: dict[str, str] = {}
+    value: bytes
+    cause: str
+    stack: str = ""
+    time: float
+
+    @property
+    def key(self) -> str:
+        return self.handler

@@ -1,0 +1,58 @@
+"""Stream handlers: plain functions from state and record to state, outputs and dead letters.
+
+A handler imports no stream framework and reads no clock. ``services/stream.py`` binds it to a log: it reads a
+batch, calls the handler for each record, appends the outputs, and commits state and offsets in one transaction.
+A batch that is handled twice changes nothing: outputs have the same ids, state the same content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from everloop.log.base import NewRecord, Record
+
+
+class State(Protocol):
+    """The durable state of one handler: bytes by key, kept with the offsets that produced it."""
+
+    def get(self, key: str) -> bytes | None: ...
+
+    def put(self, key: str, value: bytes) -> None: ...
+
+    def delete(self, key: str) -> None: ...
+
+    def scan(self, prefix: str) -> Iterator[tuple[str, bytes]]: ...
+
+
+class Handler(Protocol):
+    """One step of the flow.
+
+    ``handle`` takes the records of one poll in order and returns what to append. It raises ContractError (or
+    any ``Permanent``) naming the record that can never be taken, and anything else where trying again may help.
+    """
+
+    name: str
+    topics: tuple[str, ...]
+
+    def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
+        """Fold one record into the state; return outputs that belong to this record alone.
+
+        Raises:
+            ContractError: this record can never be taken; it becomes a dead letter and the partition goes on.
+            Exception: anything else is tried again with backoff; nothing of this record is kept until it passes.
+        """
+
+    def flush(self, state: State, now: float) -> list[NewRecord]:
+        """Called at the end of each batch, before state and offsets are committed: outputs of the batch as a whole.
+
+        Effects outside the log (Parquet files, snapshots) happen here, idempotently.
+        """
+
+
+class Handled(NamedTuple):
+    """What became of a batch: counts for metrics."""
+
+    records: int
+    outputs: int
+    dead_letters: int
