@@ -1,0 +1,120 @@
+"""Run the platform here: every service as a process of its own, until Ctrl-C.
+
+At the first start of a home an API key is made and shown once. Logs lie in <home>/logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from threading import Event
+from typing import Any
+
+from everloop.config import Config, load
+from everloop.home import Home
+
+from services.gateway.keys import Keys
+from services.supervisor import Supervisor, only_one, services
+
+TRY = """
+  base URL   {base}
+  API key    {shown}
+
+Try it:
+  curl -s {base}/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+    -d '{{"model": "{policy}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+  curl -s {base}/feedback -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+    -d '{{"response_id": "<id of the answer>", "kind": "thumb", "value": 1}}'
+  everloop status{options}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object once everything is ready")
+
+
+def run(options: argparse.Namespace) -> int:
+    config = load()
+    home = Home(config.home)
+    with only_one(home.root):
+        wanted = services(config)
+        keys = _first_keys(config, home)
+        urls = {service.name: service.url for service in wanted}
+        say = _say_nothing if options.json else _say
+        supervisor = Supervisor(wanted, home.root, drain=config.services.drain, say=say)
+        say(f"Starting {', '.join(urls)}; home {home.root}")
+
+        def announce(seconds: float) -> None:
+            if options.json:
+                print(json.dumps(ready_line(config, home, urls, keys, seconds)), flush=True)
+            else:
+                print(_welcome(config, urls, keys, seconds), flush=True)
+
+        supervisor.run(_stopped_by_signal(say), announce)
+        say("Everything is down.")
+    return 0
+
+
+def _first_keys(config: Config, home: Home) -> dict[str, str]:
+    """A key for each tenant where this home has no key store yet; afterwards nothing (keys are kept hashed)."""
+    path = home.root / "keys.db"
+    if path.exists():
+        return {}
+    keys = Keys(path)
+    return {tenant: keys.create(tenant) for tenant in config.tenants}
+
+
+def ready_line(
+    config: Config, home: Home, urls: dict[str, str], keys: dict[str, str], seconds: float
+) -> dict[str, Any]:
+    """What ``up --json`` prints once: where everything answers, and the keys if they were made just now."""
+    return {
+        "ready": True,
+        "seconds": round(seconds, 2),
+        "pid": os.getpid(),
+        "home": str(home.root),
+        "url": f"{urls['gateway']}/v1",
+        "services": urls,
+        "key": keys.get(next(iter(config.tenants))),
+        "keys": keys,
+    }
+
+
+def _welcome(config: Config, urls: dict[str, str], keys: dict[str, str], seconds: float) -> str:
+    tenant, policy = config.policies()[0]
+    key = keys.get(tenant)
+    shown = f"{key}   (shown only now; 'everloop keys create' makes another)" if key else "as made before"
+    others = "".join(f"\n  API key of {name}: {made}" for name, made in keys.items() if name != tenant)
+    options = "".join(
+        f" --{name} {os.environ[variable]}"
+        for name, variable in (("config", "EVERLOOP_CONFIG"), ("home", "EVERLOOP_HOME"))
+        if os.environ.get(variable)
+    )
+    text = TRY.format(
+        base=f"{urls['gateway']}/v1", shown=shown, key=key or "$EVERLOOP_API_KEY", policy=policy, options=options
+    )
+    return f"Everloop is ready after {seconds:.0f} s.{others}\n{text}"
+
+
+def _stopped_by_signal(say: Any) -> Event:
+    stop = Event()
+
+    def asked(number: int, frame: object) -> None:
+        if not stop.is_set():
+            say(f"{signal.Signals(number).name}: finishing what is under way …")
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked)
+    return stop
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    """With ``--json`` the one line on the standard output is the ready line; logs tell the rest."""

@@ -1,0 +1,310 @@
+"""``everloop up``: one process that starts the services, restarts what dies, and takes them all down with it.
+
+::
+
+    supervisor (one thread, this file)
+      ├─ engine, gateway, scorer, assembler, releaser, learner: a process and a process group each
+      │     stdout, stderr ─▶ home/logs/<service>.log        /readyz ◀─ asked until it says 200
+      └─ the kernel tells a child when the supervisor is gone (PR_SET_PDEATHSIG), and hands it what a dead
+         child leaves behind (PR_SET_CHILD_SUBREAPER), so nothing outlives it, not even after kill -9
+
+Nobody waits for anybody for ever: a child that is not ready is asked again, one that died is started again after
+a growing pause, and at a stop whoever is still there shortly before the deadline is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from everloop.config import Config
+from everloop.errors import ConfigError, EverloopError
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a dead service is started again: doubles up to the longest
+STABLE = 60.0  # seconds of life after which earlier deaths are forgotten
+GIVE_UP = 5  # deaths in a row of a service that was never ready: it will not come up by trying again
+USAGE_ERROR = 2  # exit status of a service that refuses its configuration: trying again is pointless
+POLL = 0.1  # seconds between looks at the children
+LOG_LIMIT = 16_777_216  # bytes after which a service's log is set aside at its next start
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+# Longest to get ready first: they share few cores, and whoever is left over waits for the engine anyway.
+ORDER = ("engine", "scorer", "gateway", "learner", "releaser", "assembler")
+PORT_KEYS = {
+    "gateway": ("gateway", "port"),
+    "engine": ("serving", "port"),
+    "assembler": ("services", "assembler_port"),
+    "scorer": ("services", "reward_port"),
+    "learner": ("services", "learner_port"),
+    "releaser": ("services", "releaser_port"),
+}
+
+
+class ServiceFailed(EverloopError):
+    """A service that does not come up; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What to start and where it will answer."""
+
+    name: str
+    command: tuple[str, ...]
+    url: str
+    environment: Mapping[str, str]
+
+
+@dataclass
+class Child:
+    """One service's process. ``deaths`` counts those in a row; times are of a monotonic clock, in seconds."""
+
+    service: Service
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    start_at: float = 0.0
+    deaths: int = 0
+    ready: bool = False
+    ever_ready: bool = False
+
+
+def services(config: Config) -> list[Service]:
+    """The services that this configuration needs, in starting order, each with a port of its own.
+
+    Port 0 becomes a free port here, once, so that a service that is restarted comes back where others look for it.
+
+    Raises:
+        ConfigError: a port is taken by another program; names the key to change.
+    """
+    names = [name for name in ORDER if name != "engine" or config.serving.url == "embedded"]
+    ports = {name: _claim(config, name) for name in names}
+    environment = {"EVERLOOP_HOME": str(config.home.absolute())}
+    for name, port in ports.items():
+        section, key = PORT_KEYS[name]
+        environment[f"EVERLOOP_{section}__{key}".upper()] = str(port)
+    return [
+        Service(name, (sys.executable, "-m", f"services.{name}"), _url(_host(config, name), ports[name]), environment)
+        for name in names
+    ]
+
+
+def _host(config: Config, name: str) -> str:
+    return str(getattr(config, PORT_KEYS[name][0]).host)
+
+
+def _url(host: str, port: int) -> str:
+    reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _claim(config: Config, name: str) -> int:
+    section, key = PORT_KEYS[name]
+    host, port = _host(config, name), int(getattr(getattr(config, section), key))
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"the {name} cannot listen on {host}:{port} ({error.strerror}). Stop what uses that port, or choose "
+                f"another: [{section}] {key} = … in everloop.toml, or EVERLOOP_{section.upper()}__{key.upper()}=… "
+                "(0: any free one)"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Hold the home's lock. Raises ConfigError where another ``everloop up`` has it; a dead one's is free at once."""
+    path = home / "run" / "up.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(
+                f"Everloop already runs on {home} (process {file.read().strip() or 'unknown'}). 'everloop status' "
+                "shows it; stop it there with Ctrl-C, or give this one another folder with --home"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+class Supervisor:
+    """Runs services until told to stop. ``say`` gets one short line for every change of state."""
+
+    def __init__(self, wanted: Sequence[Service], home: Path, *, drain: float, say: Callable[[str], None]) -> None:
+        self.children = [Child(service) for service in wanted]
+        self.home = home
+        self.drain = drain
+        self.say = say
+        (home / "logs").mkdir(parents=True, exist_ok=True)
+
+    def run(self, stop: Event, on_ready: Callable[[float], None]) -> None:
+        """Start all, call ``on_ready(seconds)`` once when every service is ready, and keep them up until ``stop``.
+
+        Raises:
+            ServiceFailed: one never got ready and never will; everything is down again.
+        """
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        begun, announced = time.monotonic(), False
+        try:
+            while not stop.is_set():
+                for child in self.children:
+                    self._look_after(child, time.monotonic())
+                self._bury_orphans()
+                if not announced and all(child.ready for child in self.children):
+                    announced = True
+                    on_ready(time.monotonic() - begun)
+                stop.wait(POLL)
+        finally:
+            self._take_down()
+
+    def _look_after(self, child: Child, now: float) -> None:
+        if child.process is None:
+            if now >= child.start_at:
+                self._start(child, now)
+        elif child.process.poll() is not None:
+            self._died(child, now)
+        elif not child.ready and self._answers(child):
+            child.ready = child.ever_ready = True
+            self.say(f"{child.service.name} is ready ({now - child.started:.1f} s)")
+        elif child.deaths and now - child.started > STABLE:
+            child.deaths = 0
+
+    def _start(self, child: Child, now: float) -> None:
+        with self._log(child.service.name) as log:
+            child.process = subprocess.Popen(
+                child.service.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **child.service.environment},
+                process_group=0,  # Ctrl-C at the terminal reaches the supervisor alone, which drains
+                preexec_fn=_die_with_parent,  # safe: this process has one thread
+            )
+        child.started, child.ready = now, False
+
+    def _log(self, name: str) -> contextlib.AbstractContextManager[object]:
+        path = self.log_path(name)
+        if path.exists() and path.stat().st_size > LOG_LIMIT:
+            path.replace(path.with_suffix(".log.1"))
+        return path.open("ab")
+
+    def log_path(self, name: str) -> Path:
+        return self.home / "logs" / f"{name}.log"
+
+    def _died(self, child: Child, now: float) -> None:
+        assert child.process is not None
+        status, name = child.process.returncode, child.service.name
+        _kill_group(child.process.pid)
+        child.process, child.ready, child.deaths = None, False, child.deaths + 1
+        if not child.ever_ready and (status == USAGE_ERROR or child.deaths >= GIVE_UP):
+            raise ServiceFailed(
+                f"the {name} does not start (exit status {status}). The end of {self.log_path(name)}:\n"
+                + self._log_end(name)
+            )
+        pause = min(FIRST_PAUSE * 2 ** (child.deaths - 1), LONGEST_PAUSE)
+        child.start_at = now + pause
+        self.say(f"{name} died ({_how(status)}), starts again in {pause:g} s; see {self.log_path(name)}")
+
+    def _log_end(self, name: str, lines: int = 8) -> str:
+        text = self.log_path(name).read_bytes()[-4096:].decode(errors="replace")
+        return "\n".join("    " + line for line in text.splitlines()[-lines:])
+
+    @staticmethod
+    def _answers(child: Child) -> bool:
+        try:
+            with urllib.request.urlopen(f"{child.service.url}/readyz", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError, ValueError):
+            return False
+
+    def _bury_orphans(self) -> None:
+        """Reap what dead children left behind and the kernel handed to this process."""
+        known = {child.process.pid for child in self.children if child.process}
+        for pid in _children_of_this_process():
+            if pid not in known:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    def _take_down(self) -> None:
+        """The engine last, since the gateway finishes answers with it; whoever stays until the deadline is killed."""
+        deadline = time.monotonic() + max(self.drain - 1.0, 0.5)
+        first = [child for child in self.children if child.service.name != "engine"]
+        self._ask_to_stop(first)
+        self._await(first, time.monotonic() + 0.6 * max(self.drain - 1.0, 0.5))
+        self._ask_to_stop(self.children)
+        self._await(self.children, deadline)
+        for child in self.children:
+            if child.process is not None:
+                if child.process.poll() is None:
+                    self.say(f"{child.service.name} did not stop in time and is killed")
+                _kill_group(child.process.pid)
+                child.process.wait()
+        self._kill_the_rest()
+
+    @staticmethod
+    def _ask_to_stop(children: Sequence[Child]) -> None:
+        for child in children:
+            if child.process is not None and child.process.poll() is None:
+                child.process.terminate()
+
+    @staticmethod
+    def _await(children: Sequence[Child], deadline: float) -> None:
+        while time.monotonic() < deadline and any(c.process and c.process.poll() is None for c in children):
+            time.sleep(0.02)
+
+    @staticmethod
+    def _kill_the_rest(limit: float = 1.0) -> None:
+        end = time.monotonic() + limit
+        while (left := _children_of_this_process()) and time.monotonic() < end:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+
+
+def _how(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _children_of_this_process() -> list[int]:
+    """Direct children, adopted ones among them. Empty where the system does not tell (not Linux)."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc is not None:
+        _libc.prctl(option, value, 0, 0, 0)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child between fork and exec. SIGTERM, so that the child drains as at any other stop."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
