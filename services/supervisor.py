@@ -33,9 +33,9 @@ from threading import Event
 from everloop.config import Config
 from everloop.errors import ConfigError, EverloopError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a dead service is started again: doubles up to the longest
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead service is started again: doubles up to the longest
 STABLE = 60.0  # seconds of life after which earlier deaths are forgotten
-GIVE_UP = 5  # deaths in a row of a service that was never ready: it will not come up by trying again
+GIVE_UP = 4  # deaths in a row of a service that was never ready: it will not come up by trying again
 USAGE_ERROR = 2  # exit status of a service that refuses its configuration: trying again is pointless
 POLL = 0.1  # seconds between looks at the children
 LOG_LIMIT = 16_777_216  # bytes after which a service's log is set aside at its next start

@@ -57,10 +57,15 @@ def _section(field: FieldInfo) -> type[Section] | None:
 
 def _keys(section: type[Section]) -> list[str]:
     return [
-        f"# {name} = {_toml(field.default)}" + (f"  # {field.description}" if field.description else "")
+        _line(name, field)
         for name, field in section.model_fields.items()
         if _section(field) is None and not isinstance(field.default, dict)
     ]
+
+
+def _line(name: str, field: FieldInfo) -> str:
+    told = f"  # {field.description}" if field.description else ""
+    return f"# {name} is not set{told}" if field.default is None else f"# {name} = {_toml(field.default)}{told}"
 
 
 def _toml(value: Any) -> str:
@@ -70,4 +75,4 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return '"none"' if value is None else f'"{value}"'
+    return f'"{value}"'

@@ -1,0 +1,194 @@
+"""The supervisor, with small real services: restarts, readiness, the drain, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from everloop.config import Config
+from everloop.errors import ConfigError
+from everloop.home import Home
+
+from services.supervisor import ORDER, PORT_KEYS, only_one, services
+
+SERVICE = """
+import http.server, os, subprocess, sys, signal
+port, mode = int(sys.argv[1]), sys.argv[2]
+if mode == "broken": print("the weights are missing"); sys.exit(1)
+if mode == "refuses": print("serving.url: nonsense"); sys.exit(2)
+if mode == "stubborn": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if mode == "parent": print("child", subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+    def log_message(self, *a): pass
+print("pid", os.getpid(), flush=True)
+http.server.ThreadingHTTPServer.allow_reuse_address = True
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+SUPERVISOR = """
+import json, signal, sys, threading
+from pathlib import Path
+from services.supervisor import Service, Supervisor, ServiceFailed
+home, drain, wanted = Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3])
+stop = threading.Event()
+for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: stop.set())
+made = [Service(n, (sys.executable, "-c", sys.argv[4], str(port), mode), f"http://127.0.0.1:{port}", {})
+        for n, port, mode in wanted]
+try:
+    Supervisor(made, home, drain=drain, say=lambda line: print(line, flush=True)).run(
+        stop, lambda s: print("ALL READY", flush=True))
+except ServiceFailed as error:
+    print(error); sys.exit(2)
+print("DOWN", flush=True)
+"""
+
+
+class Up:
+    """A supervisor in a process of its own, with what it has said so far."""
+
+    def __init__(self, root: Path, *modes: str, drain: float = 4) -> None:
+        self.root = root
+        wanted = [(f"s{i}", free_port(), mode) for i, mode in enumerate(modes)]
+        self.output = root / "console"
+        root.mkdir(parents=True, exist_ok=True)
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SUPERVISOR, str(root), str(drain), json.dumps(wanted), SERVICE], stdout=file
+            )
+
+    def says(self, text: str) -> bool:
+        return text in self.output.read_text()
+
+    def pids(self, service: str, word: str = "pid") -> list[int]:
+        path = self.root / "logs" / f"{service}.log"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [int(line.split()[1]) for line in lines if line.startswith(word + " ")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    made: list[Up] = []
+
+    def starter(*modes: str, **options: Any) -> Up:
+        made.append(Up(tmp_path / f"up{len(made)}", *modes, **options))
+        return made[-1]
+
+    yield starter
+    for up in made:
+        if up.process.poll() is None:
+            up.process.kill()
+            up.process.wait()
+
+
+@pytest.mark.processes
+def test_restarts_what_dies_and_reaps_everything_at_a_stop(start: Callable[..., Up], until: Callable[..., Any]) -> None:
+    up = start("good", "parent")
+    until(lambda: up.says("ALL READY"))
+    first = up.pids("s0")[0]
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(up.pids("s0")) == 2)
+    assert up.says("s0 died (killed by SIGKILL)")
+    until(lambda: up.output.read_text().count("s0 is ready") == 2)
+    everybody = [*up.pids("s0"), *up.pids("s1"), *up.pids("s1", "child")]
+    begun = time.monotonic()
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(timeout=10) == 0
+    assert time.monotonic() - begun < 4
+    assert up.says("DOWN")
+    assert len(everybody) == 4
+    assert not [pid for pid in everybody if alive(pid)]
+
+
+@pytest.mark.processes
+def test_a_service_that_ignores_the_stop_is_killed_in_time(start: Callable[..., Up], until: Callable[..., Any]) -> None:
+    up = start("stubborn", drain=2)
+    until(lambda: up.says("ALL READY"))
+    begun = time.monotonic()
+    up.process.terminate()
+    assert up.process.wait(timeout=10) == 0
+    assert time.monotonic() - begun < 2.5
+    assert up.says("did not stop in time")
+    assert not alive(up.pids("s0")[0])
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_services_do_not_outlive_a_killed_supervisor(start: Callable[..., Up], until: Callable[..., Any]) -> None:
+    up = start("good", "good")
+    until(lambda: up.says("ALL READY"))
+    pids = [*up.pids("s0"), *up.pids("s1")]
+    up.process.kill()
+    up.process.wait()
+    until(lambda: not [pid for pid in pids if alive(pid)])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("mode", "told"), [("broken", "the weights are missing"), ("refuses", "serving.url: nonsense")]
+)
+def test_a_service_that_never_comes_up_ends_it_with_its_last_words(
+    start: Callable[..., Up], until: Callable[..., Any], mode: str, told: str
+) -> None:
+    up = start("good", mode)
+    assert up.process.wait(timeout=30) == 2
+    assert up.says(told)
+    assert not [pid for pid in up.pids("s0") if alive(pid)]
+
+
+def test_a_home_runs_once(home: Home) -> None:
+    with (
+        only_one(home.root),
+        pytest.raises(ConfigError, match=f"already runs on .*process {os.getpid()}"),
+        only_one(home.root),
+    ):
+        pass
+    with only_one(home.root):
+        pass  # free again
+
+
+def test_a_taken_port_is_refused_by_the_key_to_change(home: Home) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = Config.model_validate({"home": home.root, "gateway": {"port": port}})
+        with pytest.raises(ConfigError, match=r"\[gateway\] port = "):
+            services(config)
+
+
+def test_every_service_gets_a_port_of_its_own(home: Home) -> None:
+    free = {"port": 0}
+    ports = {f"{name}_port": 0 for name in ("assembler", "reward", "learner", "releaser")}
+    config = Config.model_validate({"home": home.root, "gateway": free, "serving": free, "services": ports})
+    made = services(config)
+    assert [service.name for service in made] == list(ORDER)
+    assert len({service.url for service in made}) == len(ORDER)
+    section, key = PORT_KEYS["scorer"]
+    scorer = next(service for service in made if service.name == "scorer")
+    assert scorer.environment[f"EVERLOOP_{section}__{key}".upper()] == scorer.url.rpartition(":")[2]
+    elsewhere = {"url": "http://10.0.0.1:8000"}
+    remote = Config.model_validate({"home": home.root, "gateway": free, "serving": elsewhere, "services": ports})
+    assert "engine" not in [service.name for service in services(remote)]
