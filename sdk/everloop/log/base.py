@@ -84,8 +84,12 @@ class Log(Protocol):
     def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]:
         """As ``append``, without blocking: group-committed with others; the future resolves once durable."""
 
-    def consumer(self, group: str, topics: Sequence[str], *, start: str = "earliest") -> Consumer:
-        """Join a group. ``start`` ("earliest" or "latest") holds where the group has no committed offset."""
+    def consumer(self, group: str, topics: Sequence[str], *, start: str = "earliest", member: str = "") -> Consumer:
+        """Join a group. ``start`` ("earliest" or "latest") holds where the group has no committed offset.
+
+        ``member`` is a name of its own in the group: whoever joins with it takes the place of the one before at
+        once, so that a restarted process does not wait for the session of its predecessor to end.
+        """
 
     def read(self, topic: str, partition: int, offset: int = 0, max_records: int = 500) -> list[Record]:
         """Records from an offset on, outside any group: tails, replays, tests."""
