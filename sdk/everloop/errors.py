@@ -55,6 +55,10 @@ class AdapterRefused(EverloopError):
     """An adapter's files are not what they must be (names, shapes, finite values, hash)."""
 
 
+class RegistryError(EverloopError):
+    """The registry (MLflow) does not answer, or refused. Transient unless the message says otherwise: try again."""
+
+
 class TransitionRefused(EverloopError):
     """A release was asked to move to a state that its present one does not lead to."""
 

@@ -1,0 +1,260 @@
+"""The registry of runs and adapters: MLflow, behind the few calls that the platform makes. Nothing else imports it.
+
+A SQLite file below the home and a server's URL are the same client, so there is no port. Every write is
+idempotent: a run is found again by its tag ``everloop.run``, a model version by the adapter's hash, so that a
+publisher that was killed may simply start over. An adapter is fetched as files and checked; nothing is unpickled.
+
+MLflow takes seconds to import and to open, so both happen at first use, not at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from everloop.errors import AdapterRefused, RegistryError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_TAG = "everloop.run"
+ADAPTER_TAG = "everloop.adapter"
+ADAPTER_FILES = "adapter"
+"""Name of the artifact folder of a run that holds the adapter."""
+
+QUIET = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+"""A registry that is down must be noticed in seconds; MLflow's own defaults take minutes."""
+
+
+class Point(NamedTuple):
+    """One value of a curve, at an optimizer step."""
+
+    name: str
+    step: int
+    value: float
+
+
+def model_name(tenant: str, policy: str) -> str:
+    """The registered model of a policy, such as ``default.assistant``."""
+    return f"{tenant}.{policy}"
+
+
+class Registry:
+    """Runs and adapters of one installation. Thread-safe; one MLflow client, opened at first use.
+
+    Args:
+        uri: a tracking URI: ``sqlite:////absolute/mlflow.db`` or ``http://server:5000``.
+        artifacts: folder for the files where ``uri`` is a SQLite file; a server keeps them itself.
+
+    All methods raise RegistryError where the registry does not answer or refuses.
+    """
+
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        self.uri = uri
+        self._artifacts = artifacts
+        self._lock = threading.RLock()
+        self._opened: MlflowClient | None = None
+
+    def open(self) -> None:
+        """Import and open MLflow now: a service does so in the background, where nobody waits for it."""
+        with self._client():
+            pass
+
+    @contextmanager
+    def _client(self) -> Iterator[MlflowClient]:
+        with self._lock:
+            try:
+                if self._opened is None:
+                    self._opened = _connect(self.uri)
+                yield self._opened
+            except (RegistryError, AdapterRefused):
+                raise
+            except Exception as error:
+                cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise RegistryError(f"the registry at {self.uri} does not answer as it should: {cause}") from error
+
+    def log_run(
+        self,
+        tenant: str,
+        policy: str,
+        run: str,
+        *,
+        params: Mapping[str, Any],
+        curves: Sequence[Point],
+        tags: Mapping[str, str],
+        files: Mapping[str, Path],
+        failed: bool = False,
+    ) -> str:
+        """Write a whole training run and return the registry's id of it; the same one if it was written before.
+
+        ``files``: artifact folder name to the local folder whose files go there.
+        """
+        with self._client() as client:
+            known = self._run_of(client, tenant, policy, run)
+            if known is not None and known.info.status in ("FINISHED", "FAILED"):
+                return str(known.info.run_id)
+            made = known or client.create_run(
+                self._experiment(client, tenant, policy), run_name=run, tags={RUN_TAG: run, **tags}
+            )
+            run_id = str(made.info.run_id)
+            _log(client, run_id, params, curves)
+            for name, folder in files.items():
+                client.log_artifacts(run_id, str(folder), name)
+            client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+            return run_id
+
+    def _experiment(self, client: MlflowClient, tenant: str, policy: str) -> str:
+        name = f"{tenant}/{policy}"
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        local = self.uri.startswith("sqlite:")
+        where = (self._artifacts / tenant / policy).absolute().as_uri() if local else None
+        return str(client.create_experiment(name, artifact_location=where))
+
+    def _run_of(self, client: MlflowClient, tenant: str, policy: str, run: str) -> Any:
+        experiment = self._experiment(client, tenant, policy)
+        quoted = run.replace("'", "")
+        found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{quoted}'", max_results=1)
+        return found[0] if found else None
+
+    def register(self, tenant: str, policy: str, *, registry_run: str, adapter: str, tags: Mapping[str, str]) -> str:
+        """Register the adapter files of a logged run; returns ``models:/<tenant>.<policy>/<n>``.
+
+        An adapter hash that is registered already keeps its version.
+        """
+        name = model_name(tenant, policy)
+        with self._client() as client:
+            if not client.search_registered_models(f"name = '{name}'", max_results=1):
+                client.create_registered_model(name)
+            known = client.search_model_versions(f"name = '{name}' and tags.`{ADAPTER_TAG}` = '{adapter}'")
+            version = (
+                known[0]
+                if known
+                else client.create_model_version(
+                    name,
+                    source=f"runs:/{registry_run}/{ADAPTER_FILES}",
+                    run_id=registry_run,
+                    tags={ADAPTER_TAG: adapter, **tags},
+                )
+            )
+            return f"models:/{name}/{version.version}"
+
+    def set_alias(self, uri: str, alias: str) -> None:
+        """Point an alias (``live``, ``canary``) at a version: a mirror for people, never the authority."""
+        name, version = _version_of(uri)
+        with self._client() as client:
+            client.set_registered_model_alias(name, alias, version)
+
+    def drop_alias(self, tenant: str, policy: str, alias: str) -> None:
+        with self._client() as client:
+            client.delete_registered_model_alias(model_name(tenant, policy), alias)
+
+    def download(self, uri: str, into: Path) -> Path:
+        """The files of an adapter, in ``into``. ``uri``: models:/name/3 or models:/name@alias.
+
+        Raises:
+            AdapterRefused: there is anything but ``adapter_config.json`` and ``*.safetensors`` in it.
+        """
+        with self._client() as client, tempfile.TemporaryDirectory(prefix="everloop-download-") as scratch:
+            import mlflow.artifacts
+
+            source = _source(client, uri)
+            folder = Path(
+                mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=self.uri)
+            )
+            names = allowed_files(folder)
+            into.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.copyfile(folder / name, into / name)
+            return into
+
+    def fetch(self, uri: str, adapter: str, adapters: Path, content_hash: Callable[[Path], str]) -> Path:
+        """``adapters/<hash>``, downloaded and checked if it is not there; never visible before it is whole.
+
+        Raises:
+            AdapterRefused: the files do not have the content that ``adapter`` names.
+        """
+        target = adapters / adapter
+        if target.exists():
+            return target
+        adapters.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=adapters) as scratch:
+            partial = self.download(uri, Path(scratch) / adapter)
+            found = content_hash(partial)
+            if found != adapter:
+                raise AdapterRefused(f"{uri} should hold adapter {adapter}, and holds {found}: not loaded")
+            try:
+                partial.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+        return target
+
+
+def allowed_files(folder: Path) -> list[str]:
+    """Names of an adapter's files. Raises AdapterRefused where a folder holds anything else, or a link."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        path = folder / name
+        fits = name == "adapter_config.json" or name.endswith(".safetensors")
+        if not fits or path.is_symlink() or not path.is_file():
+            raise AdapterRefused(f"{name} has no place in an adapter: only adapter_config.json and *.safetensors do")
+    if "adapter_config.json" not in names or len(names) < 2:
+        raise AdapterRefused(
+            f"an adapter is adapter_config.json and *.safetensors; found: {', '.join(names) or 'none'}"
+        )
+    return names
+
+
+def _version_of(uri: str) -> tuple[str, str]:
+    name, separator, version = uri.removeprefix("models:/").rpartition("/")
+    if not uri.startswith("models:/") or not separator or not version.isdigit():
+        raise RegistryError(f"{uri!r} is not the uri of a version: use models:/<name>/<number>")
+    return name, version
+
+
+def _source(client: MlflowClient, uri: str) -> str:
+    """Where the files of a model version lie."""
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    if at:
+        version = str(client.get_model_version_by_alias(name, alias).version)
+    else:
+        name, version = _version_of(uri)
+    return str(client.get_model_version_download_uri(name, version))
+
+
+def _connect(uri: str) -> MlflowClient:
+    for name, setting in QUIET.items():
+        os.environ.setdefault(name, setting)
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def _log(client: MlflowClient, run_id: str, params: Mapping[str, Any], curves: Sequence[Point]) -> None:
+    from mlflow.entities import Metric, Param
+
+    fixed = [Param(name, str(value)[:6000]) for name, value in params.items()]
+    for start in range(0, len(fixed), 100):
+        client.log_batch(run_id, params=fixed[start : start + 100])
+    points = [Metric(name, float(value), step, step) for name, step, value in curves]
+    for start in range(0, len(points), 1000):
+        client.log_batch(run_id, metrics=points[start : start + 1000])
