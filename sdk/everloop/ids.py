@@ -69,7 +69,8 @@ class Ids:
         body = _raw(episode[len(EPISODE) :])[:16] + call
         return RESPONSE + _text(body + self._keyed(8, "response", tenant, body))
 
-    def call_of(self, response: str) -> str:
+    @staticmethod
+    def call_of(response: str) -> str:
         """The call id that belongs to a response id, whoever made it."""
         return "call_" + _text(_raw(response.rpartition("-")[2])[16:24])
 
