@@ -1,0 +1,200 @@
+"""The gate: which candidates pass, which fail and why, and that luck is not taken for skill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+from everloop.config import GateConfig
+from hypothesis import strategies as st
+from numpy.typing import ArrayLike
+
+from pipelines.gate import (
+    BEHAVIOURS,
+    POOL,
+    Answers,
+    Evidence,
+    Given,
+    closed_set,
+    decide,
+    gain_bounds,
+    judge_answers,
+    pools,
+)
+
+CONFIG = GateConfig()
+TOPICS, EACH = 77, 20
+
+
+def answers(right: ArrayLike, *, length: float = 5.0, kl: float = 0.3, **flags: ArrayLike) -> Answers:
+    array = np.asarray(right, dtype=float)
+    made = {name: np.broadcast_to(np.asarray(flags.get(name, 0.0), dtype=float), array.shape) for name in BEHAVIOURS}
+    return Answers(array, np.full(array.shape, length), np.full(array.shape, kl), made)
+
+
+def desk(seed: int = 0, share: float = 0.4) -> tuple[tuple[str, ...], np.ndarray[Any, Any]]:
+    """77 topics of 20 items; some topics are mastered and some not at all, as after a first training."""
+    random = np.random.default_rng(seed)
+    skills = tuple(f"topic {i}" for i in range(TOPICS) for _ in range(EACH))
+    mastery = np.repeat(random.beta(0.8, 0.8 * (1 - share) / share, TOPICS), EACH)
+    return skills, (random.random(TOPICS * EACH) < mastery).astype(float)
+
+
+def verdict(before: ArrayLike, after: ArrayLike, skills: tuple[str, ...] | None = None, **options: Any) -> Any:
+    named = ("",) * np.size(before) if skills is None else skills
+    return decide(Evidence(named, answers(before), answers(after, **options)), CONFIG)
+
+
+def test_a_better_candidate_passes_and_says_why_in_one_sentence() -> None:
+    skills, before = desk()
+    after = np.where(np.random.default_rng(1).random(before.size) < 0.15, 1.0, before)
+    decision = verdict(before, after, skills)
+    assert decision.verdict == "pass"
+    assert decision.reason.startswith("Passed: gold +")
+    assert decision.reason.count(".") - sum(c.isdigit() for c in decision.reason) <= 1
+    gold = decision.numbers()["gold"]
+    assert gold["low"] <= gold["gain"] <= gold["high"]
+    assert gold["items"] == TOPICS * EACH
+
+
+def test_a_worse_candidate_fails_on_gold() -> None:
+    skills, before = desk()
+    after = np.where(np.random.default_rng(1).random(before.size) < 0.05, 0.0, before)
+    decision = verdict(before, after, skills)
+    assert decision.verdict == "fail"
+    assert "lower bound" in decision.reason
+
+
+def test_superiority_can_be_asked_for() -> None:
+    before = np.array([0.0, 1.0] * 300)
+    same = Evidence(("",) * 600, answers(before), answers(before))
+    assert decide(same, CONFIG).verdict == "pass"
+    assert decide(same, GateConfig(min_gain=0.005)).verdict == "fail"
+
+
+def test_old_skills_must_stay_even_where_the_whole_gains() -> None:
+    skills, before = desk()
+    known = np.repeat(before.reshape(TOPICS, EACH).mean(axis=1) >= 0.4, EACH)
+    random = np.random.default_rng(2).random(before.size)
+    after = np.where(known, np.where(random < 0.08, 0.0, before), np.where(random < 0.3, 1.0, before))
+    decision = verdict(before, after, skills)
+    assert decision.numbers()["gold"]["passed"]
+    assert decision.verdict == "fail"
+    assert "old skills" in decision.reason
+
+
+def test_luck_on_the_gold_set_is_not_taken_for_an_old_skill() -> None:
+    """Two equally good models that err apart: on the items where the first was lucky, the second is not."""
+    losses = []
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        rate = np.repeat(random.uniform(0.2, 0.8, TOPICS), EACH)
+        first, second = (random.random((2, rate.size)) < rate).astype(float)
+        skills = tuple(f"topic {i}" for i in range(TOPICS) for _ in range(EACH))
+        evidence = Evidence(skills, answers(first), answers(second))
+        losses += [float((second - first)[members].mean()) for members in pools(evidence)]
+    assert abs(np.mean(losses)) < 0.01
+
+
+def test_pools_hold_400_items_where_there_are_as_many() -> None:
+    skills, before = desk(share=0.6)
+    evidence = Evidence(skills, answers(before), answers(before))
+    made = pools(evidence)
+    assert len(made) >= 2
+    assert min(members.size for members in made) >= POOL
+    assert len(np.unique(np.concatenate(made))) == sum(members.size for members in made)
+
+
+def test_a_topic_that_breaks_is_named() -> None:
+    skills, before = desk()
+    topic = int(before.reshape(TOPICS, EACH).mean(axis=1).argmax())
+    after = np.where(np.random.default_rng(3).random(before.size) < 0.2, 1.0, before)
+    after[topic * EACH : (topic + 1) * EACH] = 0.0
+    decision = verdict(before, after, skills)
+    assert decision.verdict == "fail"
+    assert f"slice 'topic {topic}' loses" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"kl": 2.5}, "nats a token"),
+        ({"kl": float("inf")}, "nats a token"),
+        ({"length": 12.0}, "tokens"),
+        ({"length": 2.0}, "tokens"),
+        ({"empty": [1.0] * 20 + [0.0] * 580}, "empty answers rose"),
+        ({"refusal": [1.0] * 60 + [0.0] * 540}, "refusal answers rose"),
+        ({"off_format": [1.0] * 60 + [0.0] * 540}, "off-format answers rose"),
+        ({"cut_off": [1.0] * 60 + [0.0] * 540}, "cut-off answers rose"),
+    ],
+)
+def test_behaviour_is_held(options: dict[str, Any], told: str) -> None:
+    before = np.array([0.0, 1.0] * 300)
+    decision = verdict(before, np.ones(600), **options)
+    assert decision.verdict == "fail"
+    assert told in decision.reason
+
+
+def test_one_empty_answer_in_many_is_no_change_of_behaviour() -> None:
+    before = np.array([0.0, 1.0] * 300)
+    assert verdict(before, np.ones(600), empty=[1.0] + [0.0] * 599).verdict == "pass"
+
+
+@pytest.mark.parametrize("items", [0, 1, 2, 49])
+def test_too_few_items_wait_for_a_person(items: int) -> None:
+    decision = verdict(np.zeros(items), np.ones(items))
+    assert decision.verdict == "wait"
+    assert "50 are needed" in decision.reason
+
+
+def test_refused_files_are_not_asked_anything() -> None:
+    decision = decide(Evidence(("",), answers([0.0]), answers([1.0]), files="weights are not finite"), CONFIG)
+    assert decision.verdict == "fail"
+    assert "weights are not finite" in decision.reason
+
+
+def test_the_same_evidence_gives_the_same_decision() -> None:
+    skills, before = desk()
+    after = np.where(np.random.default_rng(1).random(before.size) < 0.15, 1.0, before)
+    assert verdict(before, after, skills) == verdict(before, after, skills)
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=2, max_size=200))
+def test_the_quick_bootstrap_is_the_bootstrap(values: list[float]) -> None:
+    array = np.array(values)
+    _, low, high = gain_bounds(array, 0.95)
+    drawn = np.random.default_rng(1).choice(array, (4000, array.size)).mean(axis=1)
+    width = max(drawn.std(), 1e-6)
+    assert low == pytest.approx(np.quantile(drawn, 0.05), abs=0.3 * width + 1 / array.size)
+    assert high == pytest.approx(np.quantile(drawn, 0.95), abs=0.3 * width + 1 / array.size)
+
+
+def test_answers_are_judged_beside_the_right_ones() -> None:
+    rights = ["card", "card", "loan", "loan"]
+    judged = judge_answers(
+        rights,
+        [
+            Given(" card\n", 2, True, 0.1),
+            Given("", 1, True, 0.2),
+            Given("I'm sorry, I can't help with that.", 9, True, None),
+            Given("loan loan loan", 16, False, 0.4),
+        ],
+    )
+    assert judged.right.tolist() == [1, 0, 0, 0]
+    assert judged.flags["empty"].tolist() == [0, 1, 0, 0]
+    assert judged.flags["refusal"].tolist() == [0, 0, 1, 0]
+    assert judged.flags["cut_off"].tolist() == [0, 0, 0, 1]
+    assert judged.flags["off_format"].tolist() == [0, 1, 1, 1]
+    assert np.isnan(judged.kl[2])
+
+
+def test_free_answers_have_no_set_to_choose_from_but_may_have_a_form() -> None:
+    assert closed_set(["a", "b", "c"]) == frozenset()
+    judged = judge_answers(
+        ['{"to": "a"}', '{"to": "b"}', "words"], [Given('{"to": "x"}', 3, True)] * 2 + [Given("y", 1, True)]
+    )
+    assert judged.flags["off_format"].tolist() == [0, 0, 0]
+    assert judge_answers(['{"to": "a"}'], [Given("plain", 1, True)]).flags["off_format"].tolist() == [1]
