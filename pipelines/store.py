@@ -1,0 +1,161 @@
+"""The trajectory store: SQL over the Parquet files that the archive writes, read-only.
+
+::
+
+    store = Store(home.root / "store")
+    store.rows("SELECT policy_version, avg(thumb) AS thumb FROM turns GROUP BY ALL")
+
+Views: ``events, episodes, turns, trajectories, scores, feedback, preferences, releases, runs, adapters, rewards,
+routes, commands, dead_letters``, each the newest version of its things; ``history.<table>`` has all versions.
+An empty store has all of them, empty. A query can read nothing outside the store's folder and write nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+from everloop import wire
+from everloop.episode import Episode
+from everloop.errors import EverloopError
+from everloop.wire import BlobStore
+
+from pipelines import compaction, views
+from pipelines.tables import TABLES
+
+T = TypeVar("T")
+RETRIES = 5  # of a query whose files were compacted away between their listing and their opening
+MEMORY = "4GB"
+
+
+class QueryRefused(EverloopError):
+    """A query that is not SQL, asks for what is not there, or would do more than read."""
+
+
+class Store:
+    """Reads the store below ``folder``; may be shared by threads. ``tenant``: see that tenant's rows alone."""
+
+    def __init__(self, folder: Path, *, tenant: str | None = None, blobs: BlobStore | None = None) -> None:
+        self.folder = folder.absolute()
+        self.tenant = tenant
+        self._blobs = blobs or BlobStore(self.folder.parent / "blobs")
+        self._lock = threading.Lock()
+        self._present: dict[str, bool] = {}
+        self._connection = self._connect()
+
+    def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
+        """The result of one SELECT as an Arrow table; ``?`` in it are filled from ``parameters``.
+
+        Raises:
+            QueryRefused: it is no single SELECT, is malformed, or reaches outside the store.
+        """
+        _check(query)
+        return self._ask(lambda cursor: cursor.sql(query, params=list(parameters)).to_arrow_table())
+
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """As ``sql``, one dict a row; whole numbers as int, also where DuckDB widens them to decimals (sums)."""
+        return [
+            {name: _narrow(value) for name, value in row.items()} for row in self.sql(query, parameters).to_pylist()
+        ]
+
+    def episodes(self, where: str = "true", parameters: Sequence[Any] = ()) -> Iterator[Episode]:
+        """The newest version of each episode that meets a condition on ``episodes``'s columns, oldest first.
+
+        Read whole, as contracts: what a re-scoring goes through.
+        """
+        found = self.sql(
+            f"SELECT envelope FROM newest.episodes WHERE {where} ORDER BY started, tenant, episode, policy",
+            parameters,
+        )
+        for envelope in found.column("envelope"):
+            yield wire.decode(Episode, envelope.as_py(), self._blobs)
+
+    def compact(self, *, grace: float = compaction.GRACE, min_files: int = compaction.MIN_FILES) -> int:
+        """Fold small files and old versions; returns how many files were folded. See :mod:`pipelines.compaction`."""
+        return compaction.compact(self.folder, grace=grace, min_files=min_files)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _connect(self) -> duckdb.DuckDBPyConnection:
+        connection = duckdb.connect()
+        views.prepare(connection)
+        for name in TABLES:
+            views.define(connection, name, None)
+        self._present = dict.fromkeys(TABLES, False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for setting, value in (
+            ("autoinstall_known_extensions", False),
+            ("autoload_known_extensions", False),
+            ("allow_community_extensions", False),
+            ("python_enable_replacements", False),
+            ("memory_limit", MEMORY),
+            ("temp_directory", ""),
+            ("allowed_directories", [f"{self.folder}/"]),
+            ("enable_external_access", False),
+            ("lock_configuration", True),
+        ):
+            connection.execute(f"SET {setting} = {_literal(value)}")
+        return connection
+
+    def _ask(self, run: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        for attempt in range(RETRIES):
+            self._see_new_tables()
+            try:
+                with self._connection.cursor() as cursor:
+                    return run(cursor)
+            except duckdb.IOException as error:
+                # Folded away between listing and opening, or the whole store was deleted: look again.
+                self._present = {}
+                if attempt == RETRIES - 1:
+                    raise QueryRefused(f"the store's files cannot be read: {error}") from None
+            except duckdb.Error as error:
+                raise QueryRefused(f"the query is refused: {_first_lines(error)}") from None
+        raise AssertionError("unreachable")
+
+    def _see_new_tables(self) -> None:
+        """Point the views of tables at their files, once there are any."""
+        with self._lock:
+            for name in TABLES:
+                found = self._present.get(name)
+                if found:
+                    continue
+                pattern = f"{name}/tenant={self.tenant or '*'}/*/*.parquet"
+                present = next(self.folder.glob(pattern), None) is not None
+                if present != found:
+                    with self._connection.cursor() as cursor:
+                        views.define(cursor, name, f"{self.folder}/{pattern}" if present else None)
+                    self._present[name] = present
+
+
+def _check(query: str) -> None:
+    try:
+        statements = duckdb.extract_statements(query)
+    except duckdb.Error as error:
+        raise QueryRefused(f"that is not SQL: {_first_lines(error)}") from None
+    if len(statements) != 1:
+        raise QueryRefused(f"give one statement, not {len(statements)}")
+    kind = statements[0].type
+    if kind != duckdb.StatementType.SELECT:
+        raise QueryRefused(f"the store is read-only: a {kind.name} statement is refused; ask with SELECT")
+
+
+def _narrow(value: Any) -> Any:
+    return int(value) if isinstance(value, Decimal) and value == value.to_integral_value() else value
+
+
+def _first_lines(error: Exception) -> str:
+    return "\n".join(line for line in str(error).splitlines()[:6] if line.strip())
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return "'" + str(value).replace("'", "''") + "'"

@@ -1,0 +1,273 @@
+"""The tables of the store: which topic fills them, their typed columns, and which of several versions counts.
+
+Every row carries its place in the log (``log_partition``, ``log_offset``). A table holds every version that was
+written; ``identity`` names what a row is a version of and ``order`` puts the one that counts first. Nested
+things stay nested (an episode's turns, a trajectory's sequences), so that one row is one version, whole.
+Token ids are ``list<int32>``, log-probabilities ``list<float>``, times seconds since 1970, and what has no fixed
+form is JSON text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from everloop import topics
+from everloop.contract import Contract
+from everloop.run import DeadLetter
+from everloop.topics import Topic
+
+from pipelines.rows import (
+    EPISODE_COLUMNS,
+    EVENT_COLUMNS,
+    OWNER,
+    TRAJECTORY_COLUMNS,
+    Row,
+    episode_row,
+    event_row,
+    fields,
+    flag,
+    json_text,
+    number,
+    text,
+    trajectory_row,
+    whole,
+)
+
+NO_TENANT = "_"  # a name that no tenant can have: rows that belong to the installation
+LATEST_DAY = 253_402_214_400.0  # the last day that a date can name: 9999-12-31
+PLACE = {"log_partition": pa.int32(), "log_offset": whole}
+
+
+class Table(NamedTuple):
+    """One table. ``row`` makes its columns from a contract and its envelope, all but ``log_partition, log_offset``."""
+
+    name: str
+    topic: Topic
+    schema: pa.Schema
+    row: Callable[[Any, bytes], Row]
+    identity: tuple[str, ...]
+    order: str = "log_offset DESC"
+    keeps: tuple[str, ...] = ()
+    """Further columns that tell versions apart which compaction must keep (a release's history)."""
+
+    @property
+    def contract(self) -> type[Contract]:
+        return self.topic.contract
+
+
+def schema_of(*columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    merged = {name: kind for group in (*columns, PLACE) for name, kind in group.items()}
+    return pa.schema(list(merged.items()))
+
+
+def day_of(seconds: float) -> str:
+    """The UTC day of a time, as ``2026-11-23``; what lies outside the calendar falls on its first or last day."""
+    return time.strftime("%Y-%m-%d", time.gmtime(min(max(seconds, 0.0), LATEST_DAY)))
+
+
+# Everything else is flat: a column a field, what has no fixed form as JSON.
+
+
+def _flat(columns: Mapping[str, pa.DataType], structured: frozenset[str]) -> Callable[[Contract, bytes], Row]:
+    def row(thing: Contract, envelope: bytes) -> Row:
+        found = fields(thing, columns)
+        return {
+            name: json_text(value) if name in structured and value is not None else value
+            for name, value in found.items()
+        }
+
+    return row
+
+
+def _table(
+    name: str,
+    topic: Topic,
+    columns: Mapping[str, pa.DataType],
+    *,
+    identity: tuple[str, ...],
+    structured: tuple[str, ...] = (),
+    order: str = "log_offset DESC",
+    keeps: tuple[str, ...] = (),
+) -> Table:
+    made = {**OWNER, **columns}
+    return Table(name, topic, schema_of(made), _flat(made, frozenset(structured)), identity, order, keeps)
+
+
+def _dead_letter_row(letter: DeadLetter, envelope: bytes) -> Row:
+    return {"tenant": NO_TENANT, **fields(letter, DEAD_LETTER_COLUMNS)}
+
+
+DEAD_LETTER_COLUMNS = {
+    "id": text,
+    "handler": text,
+    "topic": text,
+    "partition": pa.int32(),
+    "offset": whole,
+    "record_key": text,
+    "cause": text,
+    "time": number,
+    "value": pa.binary(),
+}
+NEWEST = "version DESC, log_offset DESC"
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table(
+            "events",
+            topics.EVENTS,
+            schema_of(EVENT_COLUMNS),
+            event_row,
+            ("tenant", "episode", "id"),
+            order="log_offset",  # a retry is a duplicate: the first one counts
+        ),
+        Table(
+            "episodes",
+            topics.EPISODES,
+            schema_of(EPISODE_COLUMNS),
+            episode_row,
+            ("tenant", "policy", "episode"),
+            order=NEWEST,
+        ),
+        Table(
+            "trajectories",
+            topics.TRAJECTORIES,
+            schema_of(TRAJECTORY_COLUMNS),
+            trajectory_row,
+            ("tenant", "policy", "episode"),
+            order=NEWEST,
+        ),
+        _table(
+            "scores",
+            topics.SCORES,
+            {
+                "episode": text,
+                "version": whole,
+                "call": text,
+                "reward_version": text,
+                "value": number,
+                "spread": number,
+                "reward": number,
+                "mask": flag,
+                "source": text,
+                "label": number,
+                "predicted": number,
+                "time": number,
+            },
+            identity=("tenant", "policy", "episode", "call"),
+            keeps=("reward_version",),
+        ),
+        _table(
+            "releases",
+            topics.RELEASES,
+            {
+                "id": text,
+                "adapter": text,
+                "uri": text,
+                "incumbent": text,
+                "state": text,
+                "step": whole,
+                "reason": text,
+                "evidence": text,
+                "plan": text,
+                "time": number,
+            },
+            structured=("evidence", "plan"),
+            identity=("tenant", "policy", "id"),
+            order="step DESC, log_offset DESC",
+            keeps=("step",),
+        ),
+        _table(
+            "runs",
+            topics.RUNS,
+            {
+                "id": text,
+                "state": text,
+                "step": whole,
+                "batch": text,
+                "seed": whole,
+                "parent": text,
+                "adapter": text,
+                "trigger": text,
+                "reason": text,
+                "metrics": text,
+                "publish": flag,
+                "time": number,
+            },
+            structured=("metrics",),
+            identity=("tenant", "policy", "id"),
+            keeps=("step", "state"),
+        ),
+        _table(
+            "adapters",
+            topics.ADAPTERS,
+            {
+                "hash": text,
+                "base": text,
+                "parent": text,
+                "run": text,
+                "batch": text,
+                "uri": text,
+                "registry_run": text,
+                "rank": whole,
+                "targets": pa.list_(text),
+                "seed": whole,
+                "metrics": text,
+                "time": number,
+            },
+            structured=("metrics",),
+            identity=("tenant", "policy", "hash"),
+        ),
+        _table(
+            "rewards",
+            topics.REWARDS,
+            {
+                "version": text,
+                "path": text,
+                "updates": whole,
+                "auc": number,
+                "calibration_error": number,
+                "offsets": text,
+                "time": number,
+            },
+            structured=("offsets",),
+            identity=("tenant", "policy", "version"),
+        ),
+        _table(
+            "routes",
+            topics.ROUTES,
+            {
+                "epoch": whole,
+                "live": text,
+                "release": text,
+                "canary": text,
+                "share": number,
+                "uris": text,
+                "time": number,
+            },
+            structured=("uris",),
+            identity=("tenant", "policy"),
+            order="epoch DESC, log_offset DESC",
+            keeps=("epoch",),
+        ),
+        _table(
+            "commands",
+            topics.COMMANDS,
+            {"id": text, "kind": text, "arguments": text, "by": text, "time": number},
+            structured=("arguments",),
+            identity=("tenant", "id"),
+            order="log_offset",
+        ),
+        Table(
+            "dead_letters",
+            topics.DEAD_LETTERS,
+            schema_of({"tenant": text}, DEAD_LETTER_COLUMNS),
+            _dead_letter_row,
+            ("id",),
+        ),
+    )
+}
+BY_TOPIC = {table.topic.name: table for table in TABLES.values()}
