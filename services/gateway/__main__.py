@@ -1,0 +1,89 @@
+"""``python -m services.gateway``: the gateway as a service.
+
+The engine's health is asked for once a second by a task of the event loop; ``/readyz`` only reads what it found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from everloop.config import Config, load
+from everloop.errors import ConfigError, EverloopError
+from everloop.log import open_log
+from prometheus_client import REGISTRY
+
+from services.gateway.app import Gateway
+from services.gateway.upstream import HttpServing
+from services.service import Service
+
+EVERY = 1.0  # seconds between looks at the engine
+
+
+class EngineWatch:
+    """Whether the engine answers, as far as was seen last."""
+
+    def __init__(self, serving: HttpServing) -> None:
+        self._serving = serving
+        self.trouble: str | None = f"the engine at {serving.url} was not asked yet"
+
+    async def during(self, app: web.Application) -> AsyncIterator[None]:
+        """A task for as long as the application runs (aiohttp's ``cleanup_ctx``)."""
+        task = asyncio.create_task(self._watch())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await self._serving.close()
+
+    async def _watch(self) -> None:
+        while True:
+            good = await self._serving.healthy()
+            self.trouble = None if good else f"no engine answers at {self._serving.url}"
+            await asyncio.sleep(EVERY)
+
+
+def engine_url(config: Config) -> str:
+    serving = config.serving
+    if serving.url != "embedded":
+        return serving.url
+    host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
+    return f"http://[{host}]:{serving.port}" if ":" in host else f"http://{host}:{serving.port}"
+
+
+def build(config: Config) -> tuple[Service, Gateway]:
+    """The service, wired and not yet running. Raises EverloopError where the log or the hook cannot be opened."""
+    service = Service("gateway", config, config.gateway.port, host=config.gateway.host)
+    serving = HttpServing(engine_url(config), timeout=config.gateway.timeout)
+    gateway = Gateway(config, service.home, open_log(config), serving, REGISTRY)
+    gateway.prepare()
+    gateway.add_to(service.app)
+    watch = EngineWatch(serving)
+    service.app.cleanup_ctx.append(watch.during)
+    service.loop("routes", lambda: gateway.routes.follow(service.stop))
+    service.ready("engine", lambda: watch.trouble)
+    service.ready("routes", lambda: gateway.routes.trouble)
+    service.describe("gateway", gateway.status)
+    return service, gateway
+
+
+def main() -> int:
+    try:
+        service, gateway = build(load())
+    except ConfigError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 2
+    except EverloopError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 1
+    try:
+        return service.run()
+    finally:
+        gateway.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The gateway's Prometheus metrics. Base units; no tenant, user or episode is ever a label."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+ADDED = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 1)
+
+
+class Metrics:
+    """Every metric of one gateway, in a registry of its own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, words: str, *labels: str) -> Counter:
+            return Counter(f"everloop_gateway_{name}", words, labels, registry=registry)
+
+        self.requests = counter("requests_total", "Requests answered.", "route", "code")
+        self.fallbacks = counter("fallbacks_total", "Calls answered by another version than assigned.", "arm")
+        self.retries_joined = counter("retries_joined_total", "Retried requests given the answer of the first.")
+        self.events = counter("events_total", "Events given to the log.")
+        self.capture_bytes = counter("capture_bytes_total", "Bytes of events given to the log.")
+        self.dropped = counter("dropped_total", "Events of unanswered calls that the log refused.")
+        self.feedback = counter("feedback_total", "Feedback accepted.", "kind")
+        self.tokens = counter("tokens_total", "Tokens of captured calls.", "kind")
+        self.disconnects = counter("disconnects_total", "Clients that left before their answer.")
+        self.in_flight = Gauge("everloop_gateway_in_flight_requests", "Calls under way.", registry=registry)
+        self.route_epoch = Gauge("everloop_gateway_route_epoch", "Newest epoch of any route.", registry=registry)
+        self.duration = Histogram(
+            "everloop_gateway_request_duration_seconds",
+            "From the request's head to the answer's last byte.",
+            ("route",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.added = Histogram(
+            "everloop_gateway_added_latency_seconds",
+            "Time of a whole answer that was not the engine's.",
+            buckets=ADDED,
+            registry=registry,
+        )
+        self._prompt = self.tokens.labels("prompt")
+        self._completion = self.tokens.labels("completion")
+
+    def captured(self, events: int, size: int) -> None:
+        self.events.inc(events)
+        self.capture_bytes.inc(size)
+
+    def counted(self, prompt: int, completion: int) -> None:
+        self._prompt.inc(prompt)
+        self._completion.inc(completion)

@@ -1,0 +1,204 @@
+"""The beginning of a call: which episode it is in, who it is about, which policy version answers it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+
+from aiohttp import web
+from everloop.config import Config, PolicyConfig
+from everloop.event import BASE
+from everloop.ids import Ids
+from everloop.release import point
+
+from services.gateway.answer import capture_fields
+from services.gateway.ask import Ask, explore
+from services.gateway.conversations import Conversation, Conversations
+from services.gateway.door import header
+from services.gateway.keys import Key
+from services.gateway.refusals import Refused
+from services.gateway.routes import Assignment, Routes
+
+LATEST = 2**53
+
+
+@dataclass(slots=True)
+class Turn:
+    """One request on its way: who, where in which episode, and who answers it.
+
+    ``call`` is the id of its first answer; ``served`` the version that answered, which differs from the assigned
+    one where that was not loaded. ``started`` is in seconds since 1970, ``began`` the same on the monotonic clock.
+    ``conversation`` is None where nothing is recorded: then episode and call are empty.
+    """
+
+    tenant: str
+    policy: str
+    base: str
+    assignment: Assignment
+    served: str
+    pinned: bool
+    response: str
+    episode: str = ""
+    call: str = ""
+    subject: str | None = None
+    seq: int | None = None
+    request: str = ""
+    conversation: Conversation | None = None
+    started: float = 0.0
+    began: float = 0.0
+    size: int = 0
+    stored: bool = False
+
+    @property
+    def recorded(self) -> bool:
+        return self.conversation is not None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if not self.recorded:
+            return {"X-Everloop-Policy-Version": self.served}
+        return {
+            "X-Everloop-Episode": self.episode,
+            "X-Everloop-Call": self.call,
+            "X-Everloop-Policy-Version": self.served,
+            "X-Everloop-Arm": self.assignment.arm,
+        }
+
+
+class Turns:
+    """Begins calls. Used by the event loop alone."""
+
+    def __init__(self, config: Config, ids: Ids, routes: Routes, conversations: Conversations) -> None:
+        self._config = config
+        self._ids = ids
+        self._routes = routes
+        self._conversations = conversations
+
+    def begin(self, request: web.Request, key: Key, ask: Ask, mark: str, size: int) -> Turn:
+        """A call that will be recorded. ``mark`` names the request for its retries; ``size`` is its body's bytes."""
+        config = self._config.policy(key.tenant, ask.policy)
+        began, started = time.monotonic(), time.time()
+        named = header(request, "X-Everloop-Subject") or ask.user
+        subject = self._ids.pseudonym(key.tenant, "subject", named) if named else None
+        conversation = Conversation(key.tenant, ask.policy, subject, ask.messages)
+        episode = self._episode(request, key, conversation, config, began)
+        assignment = self._assignment(key, ask, episode, subject, config, began)
+        response = self._ids.response(key.tenant, episode, secrets.token_bytes(8))
+        call = self._ids.call_of(response)
+        if config.explore and ask.pin is None and point("explore", call) < config.explore:
+            explore(ask)
+        capture_fields(ask.route, ask.body)
+        return Turn(
+            tenant=key.tenant,
+            policy=ask.policy,
+            base=config.base,
+            assignment=assignment,
+            served=assignment.version,
+            pinned=ask.pin is not None,
+            response=response,
+            episode=episode,
+            call=call,
+            subject=subject,
+            seq=_seq(request),
+            request=mark,
+            conversation=conversation,
+            started=started,
+            began=began,
+            size=size,
+        )
+
+    def begin_unrecorded(self, key: Key, ask: Ask) -> Turn:
+        """A call that leaves nothing behind: it takes no part in a canary, and nobody can rate its response id."""
+        version = self._pinned(key, ask) if ask.pin else self._routes.live(key.tenant, ask.policy)
+        return Turn(
+            tenant=key.tenant,
+            policy=ask.policy,
+            base=self._config.policy(key.tenant, ask.policy).base,
+            assignment=Assignment(version),
+            served=version,
+            pinned=ask.pin is not None,
+            response="chatcmpl-unrecorded-" + secrets.token_hex(12),
+            began=time.monotonic(),
+        )
+
+    def versions(self, turn: Turn) -> list[str]:
+        """Who may answer, in order: the assigned version; where an engine lacks it, the live one, then the base."""
+        if turn.pinned:
+            return [turn.assignment.version]
+        return list(dict.fromkeys((turn.assignment.version, self._routes.live(turn.tenant, turn.policy), BASE)))
+
+    def answered(self, turn: Turn, message: dict[str, object]) -> None:
+        """Remember where this conversation stands: a request that goes on from here is the same episode."""
+        if turn.conversation is not None:
+            idle = self._config.policy(turn.tenant, turn.policy).idle
+            digest = turn.conversation.after(message)
+            self._conversations.answered(digest, turn.episode, idle, time.monotonic())
+
+    def _episode(
+        self, request: web.Request, key: Key, conversation: Conversation, config: PolicyConfig, now: float
+    ) -> str:
+        name = header(request, "X-Everloop-Episode")
+        if name is None:
+            held = self._conversations.continues(conversation, config.idle, now)
+            return held or self._ids.new_episode(key.tenant)
+        return named_episode(self._ids, key.tenant, name)
+
+    def _assignment(
+        self, key: Key, ask: Ask, episode: str, subject: str | None, config: PolicyConfig, now: float
+    ) -> Assignment:
+        """An episode stays on its version for as long as that may answer; a new one falls by hash of its unit."""
+        if ask.pin is not None:
+            return Assignment(self._pinned(key, ask))
+        known = self._conversations.known(episode, config.idle, now)
+        if (
+            known is not None
+            and known.policy == ask.policy
+            and self._routes.resident(key.tenant, ask.policy, known.assignment.version)
+        ):
+            assignment = known.assignment
+        else:
+            assignment = self._routes.assign(key.tenant, ask.policy, subject or episode)
+        self._conversations.assigned(episode, ask.policy, assignment, now)
+        return assignment
+
+    def _pinned(self, key: Key, ask: Ask) -> str:
+        """The one version that 'policy@…' names: the base, or an adapter of this policy, by a unique beginning."""
+        if not key.may("pin"):
+            raise Refused(
+                403,
+                f"a key of scope '{key.scope}' may not choose a version; use model {ask.policy!r}, or a key of scope "
+                "'research'",
+                "insufficient_scope",
+                "model",
+            )
+        pin = ask.pin or BASE
+        if pin == BASE:
+            return BASE
+        found = [v for v in self._routes.versions(key.tenant, ask.policy) if v.startswith(pin)]
+        if len(found) != 1:
+            why = "no adapter of this policy begins so" if not found else f"{len(found)} adapters begin so; write more"
+            raise Refused(404, f"there is no model {ask.model!r}: {why}", "model_not_found", "model")
+        return found[0]
+
+
+def named_episode(ids: Ids, tenant: str, name: str) -> str:
+    """The id of the episode that a tenant calls ``name``. Raises Refused (404) for what is nobody's or another's."""
+    try:
+        return ids.episode_named(tenant, name)
+    except (ValueError, UnicodeEncodeError):
+        raise Refused(
+            404,
+            "there is no such episode of yours: send a name of your own, or an id that you were given",
+            "episode_not_found",
+            "episode",
+        ) from None
+
+
+def _seq(request: web.Request) -> int | None:
+    given = request.headers.get("X-Everloop-Seq")
+    if not given:
+        return None
+    if not given.isascii() or not given.isdecimal() or int(given[:20]) > LATEST:
+        raise Refused(400, "header X-Everloop-Seq must be a whole number from 0 up", "bad_header")
+    return int(given)

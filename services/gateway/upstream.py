@@ -1,0 +1,223 @@
+"""The serving port over HTTP: an engine that speaks vLLM's dialect of the OpenAI API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+from everloop.errors import AdapterRefused, Overloaded, ServingError, UnknownAdapter
+from everloop.serving.base import Route
+
+IDLE = 4.0  # seconds a connection is kept: less than the five after which uvicorn closes it
+CONNECT = 5.0
+JSON = {"Content-Type": "application/json"}
+
+
+class HttpServing:
+    """An engine at ``url``. Implements ``everloop.serving.base.Serving``; made and used inside one event loop."""
+
+    def __init__(self, url: str, *, timeout: float = 300.0) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=CONNECT)
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
+                timeout=self._timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            )
+        return self._session
+
+    async def complete(self, route: Route, body: dict[str, Any]) -> dict[str, Any]:
+        async with _asked(self, "POST", f"/v1/{route}", body) as response:
+            raw = await response.read()
+            if response.status != 200:
+                raise _refusal(response, raw)
+        try:
+            answer = orjson.loads(raw)
+            answer["choices"][0]
+        except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
+            raise ServingError("the engine's answer is not a completion", code="upstream_garbled") from None
+        return answer  # type: ignore[no-any-return]
+
+    async def stream(self, route: Route, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        async with _asked(self, "POST", f"/v1/{route}", asked) as response:
+            if response.status != 200:
+                raise _refusal(response, await response.read())
+            async for chunk in _chunks(response):
+                yield chunk
+
+    async def load(self, name: str, folder: Path) -> None:
+        body = {"lora_name": name, "lora_path": str(folder)}
+        status, said = await self._order("/v1/load_lora_adapter", body)
+        if status >= 500:
+            raise ServingError(f"the engine could not load adapter {name}: {said}")
+        if status >= 400 and "already" not in said:
+            raise AdapterRefused(f"the engine refused adapter {name}: {said}")
+
+    async def unload(self, name: str) -> None:
+        status, said = await self._order("/v1/unload_lora_adapter", {"lora_name": name})
+        if status not in (200, 400, 404):
+            raise ServingError(f"the engine could not unload adapter {name}: {said}")
+
+    async def adapters(self) -> frozenset[str]:
+        async with _asked(self, "GET", "/v1/models", None) as response:
+            raw = await response.read()
+            if response.status != 200:
+                raise _refusal(response, raw)
+        return frozenset(model["id"] for model in orjson.loads(raw)["data"] if model.get("parent"))
+
+    async def healthy(self) -> bool:
+        try:
+            async with asyncio.timeout(CONNECT), _asked(self, "GET", "/health", None) as response:
+                return response.status == 200
+        except (ServingError, TimeoutError):
+            return False
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _order(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        async with _asked(self, "POST", path, body) as response:
+            return response.status, _message(await response.read())
+
+
+class _asked:
+    """One request to the engine, as a context: errors of the wire become ServingError, wherever they come up.
+
+    A kept connection may be closed by the engine just as it is used: tried once more, for nothing was sampled.
+    Headers of the agent's request never go on; the request id is our own.
+    """
+
+    __slots__ = ("_body", "_method", "_path", "_response", "_serving")
+
+    def __init__(self, serving: HttpServing, method: str, path: str, body: dict[str, Any] | None) -> None:
+        self._serving = serving
+        self._method = method
+        self._path = path
+        try:
+            self._body = None if body is None else orjson.dumps(body)
+        except orjson.JSONEncodeError as error:
+            raise ServingError(f"the request cannot be sent: {error}", status=400, code="invalid_value") from None
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        try:
+            try:
+                self._response = await self._send()
+            except aiohttp.ServerDisconnectedError:
+                self._response = await self._send()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise self._failed(error) from error
+        return self._response
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._response.release()
+            return
+        self._response.close()  # an answer that is not read to its end: the engine stops generating
+        if isinstance(error, aiohttp.ClientError | TimeoutError):
+            raise self._failed(error) from error
+
+    async def _send(self) -> aiohttp.ClientResponse:
+        headers = {**JSON, "X-Request-Id": os.urandom(16).hex()}
+        return await self._serving._opened().request(
+            self._method, self._serving.url + self._path, data=self._body, headers=headers
+        )
+
+    def _failed(self, error: BaseException) -> ServingError:
+        where = self._serving.url
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return ServingError(f"no engine answers at {where}: {error}", status=503, code="engine_unavailable")
+        if isinstance(error, TimeoutError):
+            return ServingError(f"the engine at {where} took too long", status=504, code="engine_timeout")
+        return ServingError(f"the engine broke off its answer: {error or type(error).__name__}", code="upstream_broken")
+
+
+async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """Server-sent events up to ``[DONE]``. Raises ServingError where the stream ends without it."""
+    rest = b""
+    async for block in response.content.iter_any():
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            yield _chunk(data)
+    raise ServingError("the engine's stream ended before its answer did", code="upstream_truncated")
+
+
+def _chunk(data: bytes) -> dict[str, Any]:
+    try:
+        chunk = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise ServingError("the engine's stream is garbled", code="upstream_garbled") from None
+    if not isinstance(chunk, dict):
+        raise ServingError("the engine's stream is garbled", code="upstream_garbled")
+    if chunk.get("error"):
+        raise ServingError(_message(data), code="upstream_error")
+    return chunk
+
+
+def _refusal(response: aiohttp.ClientResponse, raw: bytes) -> ServingError:
+    """The engine's refusal as the port's errors. Its own faults stay 5xx, the request's stay 4xx."""
+    said, code = _message(raw), _code(raw)
+    status = response.status
+    if status == 429:
+        return Overloaded(
+            said or "the engine's queue is full", retry_after=_seconds(response.headers.get("Retry-After"))
+        )
+    if status == 404:
+        return UnknownAdapter(said)
+    if status == 503:
+        return ServingError(said or "the engine is not ready", status=503, code=code or "engine_unavailable")
+    if status >= 500 or status in (401, 403):
+        return ServingError(f"the engine failed ({status}): {said}", status=502, code=code or "upstream_error")
+    if "context length" in said or "context window" in said:
+        code = "context_length_exceeded"
+    return ServingError(said, status=status, code=code or "invalid_request")
+
+
+def _message(raw: bytes) -> str:
+    error = _error(raw)
+    return str(error.get("message") or raw[:300].decode("utf-8", "replace"))[:1000]
+
+
+def _code(raw: bytes) -> str | None:
+    """The engine's code where it is a word: vLLM puts the status there."""
+    code = _error(raw).get("code")
+    return code if isinstance(code, str) else None
+
+
+def _error(raw: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return {}
+    if not isinstance(body, dict):
+        return {}
+    inner = body.get("error")
+    return inner if isinstance(inner, dict) else body
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        return max(1.0, float(text or 1))
+    except ValueError:
+        return 1.0
