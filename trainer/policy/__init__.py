@@ -1,0 +1,1 @@
+"""Policies: base models and their tokenizers, and the LoRA adapters on them."""

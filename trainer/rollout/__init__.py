@@ -1,0 +1,1 @@
+"""Rollouts: sampling from a policy, for training in bulk and for requests as they come."""
