@@ -13,7 +13,7 @@ An empty store has all of them, empty. A query can read nothing outside the stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from pipelines import compaction, views
 from pipelines.tables import TABLES
 
 T = TypeVar("T")
+Parameters = Sequence[Any] | Mapping[str, Any]
 RETRIES = 5  # of a query whose files were compacted away between their listing and their opening
 MEMORY = "4GB"
 
@@ -48,22 +49,22 @@ class Store:
         self._present: dict[str, bool] = {}
         self._connection = self._connect()
 
-    def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
-        """The result of one SELECT as an Arrow table; ``?`` in it are filled from ``parameters``.
+    def sql(self, query: str, parameters: Parameters = ()) -> pa.Table:
+        """The result of one SELECT as an Arrow table; ``?`` (or ``$name``) in it are filled from ``parameters``.
 
         Raises:
             QueryRefused: it is no single SELECT, is malformed, or reaches outside the store.
         """
         _check(query)
-        return self._ask(lambda cursor: cursor.sql(query, params=list(parameters)).to_arrow_table())
+        return self._ask(lambda cursor: cursor.sql(query, params=parameters).to_arrow_table())
 
-    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    def rows(self, query: str, parameters: Parameters = ()) -> list[dict[str, Any]]:
         """As ``sql``, one dict a row; whole numbers as int, also where DuckDB widens them to decimals (sums)."""
         return [
             {name: _narrow(value) for name, value in row.items()} for row in self.sql(query, parameters).to_pylist()
         ]
 
-    def episodes(self, where: str = "true", parameters: Sequence[Any] = ()) -> Iterator[Episode]:
+    def episodes(self, where: str = "true", parameters: Parameters = ()) -> Iterator[Episode]:
         """The newest version of each episode that meets a condition on ``episodes``'s columns, oldest first.
 
         Read whole, as contracts: what a re-scoring goes through.
