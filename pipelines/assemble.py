@@ -10,9 +10,10 @@ Order comes from numbers (``seq``) where the producer gave them, else from the l
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import ormsgpack
@@ -31,6 +32,8 @@ from everloop.trajectory import Trajectory
 from pipelines.gold import GoldSet
 from pipelines.holdout import split_of, touches, user_texts
 from pipelines.trajectories import doubt, sequences
+
+logger = logging.getLogger(__name__)
 
 Splitter = Callable[[str, str, str, Sequence[Call]], Split]
 """(tenant, policy, unit, calls in order) to the use of an episode; the unit is the subject, else the episode."""
@@ -208,16 +211,18 @@ class Assembler:
 
     def flush(self, state: State, now: float) -> list[NewRecord]:
         made = [one for key in self._changed for one in assemble(self._placed(state, key), self._split)]
-        self._changed, self._fresh = {}, {}
-        return [record for one in made for record in self._records(one)]
+        records = [record for one in made for record in self._records(one)]
+        self._changed, self._fresh = {}, {}  # only now: a flush that failed is tried again
+        return records
 
-    def _placed(self, state: State, key: str) -> list[Placed]:
-        return [self._entry(entry, value) for entry, value in state.scan(f"{key}\n")]
-
-    def _entry(self, entry: str, value: bytes) -> Placed:
-        offset, envelope = ormsgpack.unpackb(value)
-        event = self._fresh.get(entry)
-        return Placed(offset, event if event is not None else wire.decode(Event, envelope, self._blobs))
+    def _placed(self, state: State, key: str) -> Iterator[Placed]:
+        for entry, value in state.scan(f"{key}\n"):
+            offset, envelope = ormsgpack.unpackb(value)
+            try:
+                yield Placed(offset, self._fresh.get(entry) or wire.decode(Event, envelope, self._blobs))
+            except ContractError as error:
+                # It was an event when it was taken: its body has been removed since. The rest still stands.
+                logger.warning("event %s is left out of its episode: %s", entry.replace("\n", "/"), error)
 
     def _records(self, made: Assembled) -> tuple[NewRecord, NewRecord]:
         episode, trajectory = made
