@@ -36,6 +36,11 @@ class Policy:
     stop_ids: frozenset[int]
     end_id: int
 
+    @property
+    def pad_id(self) -> int:
+        """Fills rows of a batch to one width; always masked."""
+        return int(self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else self.end_id
+
     @cached_property
     def identity(self) -> str:
         return f"{Path(self.name).name}@{fingerprint(self.folder)[:16]}"
