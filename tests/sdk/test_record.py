@@ -161,12 +161,13 @@ def test_a_retried_call_keeps_its_number_and_key(gateway: Any, client: openai.Op
     assert gateway.payloads("end")[0]["events"] == 1
 
 
-def test_a_call_that_failed_leaves_the_count_open(gateway: Any, client: openai.OpenAI) -> None:
+def test_nobody_waits_for_a_call_that_failed(gateway: Any, client: openai.OpenAI) -> None:
     gateway.reply = lambda got: gateway.refusal(400) if "completions" in got.path else None
-    with pytest.raises(openai.BadRequestError), everloop.record():
+    with pytest.raises(openai.BadRequestError), everloop.record() as episode:
+        episode.tool("look_up")
         client.chat.completions.create(**ASK)
     assert everloop.flush()
-    assert gateway.payloads("end")[0]["events"] is None
+    assert gateway.payloads("end")[0]["events"] == 1
 
 
 def test_a_part_of_an_episode_is_neither_numbered_nor_ended(gateway: Any, client: openai.OpenAI) -> None:

@@ -144,8 +144,8 @@ class OpenEpisode:
         if self._ended or not self.whole:
             return
         self._ended = True
-        # A call that was never answered may or may not have reached the gateway: then the count is not known.
-        self._happened(number=False, kind="end", events=None if self._unanswered else self._given)
+        # A call that was never answered may not have reached the gateway: nobody must wait for it.
+        self._happened(number=False, kind="end", events=self._given - len(self._unanswered))
 
     def feedback_token(self, ttl: float = 3600) -> str | None:
         """A token that can do nothing but give feedback about this episode, for a browser; valid ``ttl`` seconds.
