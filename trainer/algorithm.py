@@ -1,0 +1,208 @@
+"""One training run from top to bottom: read :func:`train`, change what you like, name your file in a recipe.
+
+Decoupled PPO on logged calls and fresh rollouts, with a value head, the KL to the base, and a replay term on
+answers that people corrected or rated well. Nothing here knows what holds the model (:mod:`trainer.engine`), where
+checkpoints lie or who asked for the run: ``training`` brings those.
+
+Every random choice is a function of (seed, round), so a run that was killed and resumed ends with the same weights
+as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer import advantages, gather, losses
+from trainer.engine import Engine, Objective, Outputs
+from trainer.gather import Sources
+from trainer.losses import Loss, PolicyTerms
+from trainer.material import Answer, Material, estimated
+from trainer.recipe import Recipe
+
+
+class Training(Protocol):
+    """What a run is given. :class:`trainer.learner.Training` keeps checkpoints; a test may bring its own."""
+
+    engine: Engine
+    recipe: Recipe
+    sources: Sources
+    seed: int
+
+    def resume(self) -> tuple[int, int]:
+        """(round, step in it) to go on with, the engine's weights already those; (0, 0) at the start."""
+
+    def material(self, number: int, make: Callable[[], Material]) -> Material:
+        """The material of a round: made once and kept, read back after a kill."""
+
+    def took(self, number: int, step: int, last: bool, metrics: dict[str, float]) -> None:
+        """A step was taken: keep its metrics, write a checkpoint where one is due (always after the last)."""
+
+
+def train(training: Training) -> None:
+    """Rounds of: draw and judge fresh answers, weigh everything, and take the steps of a few epochs."""
+    recipe, engine = training.recipe, training.engine
+    start_round, start_step = training.resume()
+    for number in range(start_round, recipe.optimizer.rounds):
+        material = training.material(number, lambda number=number: gathered(training, number))
+        scale = Scale.of(material, recipe)
+        batches = minibatches(material, recipe, training.seed, number)
+        for step in range(start_step, len(batches)):
+            groups = [material.groups[i] for i in batches[step]]
+            samples = [material.samples[i] for i in batches[step]]
+            done = (number + step / len(batches)) / recipe.optimizer.rounds
+            metrics = engine.step(samples, objective(groups, scale, recipe), rate(done, recipe))
+            training.took(number, step, step == len(batches) - 1, metrics)
+        start_step = 0
+
+
+def gathered(training: Training, number: int) -> Material:
+    """Everything that a round learns from, with log-probabilities, values and advantages as they are at its start."""
+    recipe, engine, sources = training.recipe, training.engine, training.sources
+    rollouts = gather.fresh(sources, recipe, engine, seed=_seed(training.seed, number, "rollouts"))
+    answers = [*rollouts, *gather.believed(rollouts, recipe), *gather.remembered(sources, recipe)]
+    if recipe.ppo.coefficient > 0 and recipe.ppo.logged:
+        answers += gather.logged(sources, recipe)
+    if recipe.reward.shuffled:
+        answers = shuffled(answers, _seed(training.seed, number, "shuffle"))
+    material = Material.of(answers)
+    said = engine.estimates(material.samples)
+    return weighed(estimated(material, said.logprobs, said.base, said.values), recipe)
+
+
+def shuffled(answers: Sequence[Answer], seed: int) -> list[Answer]:
+    """A control: the rewards of all answers in PPO change places."""
+    able = [i for i, answer in enumerate(answers) if answer.weight > 0]
+    moved = dict(zip(able, np.random.default_rng(seed).permutation(able).tolist(), strict=True))
+    return [replace(a, reward=answers[moved.get(i, i)].reward) for i, a in enumerate(answers)]
+
+
+def weighed(material: Material, recipe: Recipe) -> Material:
+    """One advantage a turn: GAE over an episode for what was logged, the group's mean as baseline for what is fresh."""
+    answers = material.answers
+    found = np.zeros(len(answers))
+    targets = np.zeros(len(answers))
+    for members in _by(answers, "logged", lambda a: a.episode):
+        members.sort(key=lambda i: answers[i].turn)
+        rewards, values = _column(answers, members, "reward"), _column(answers, members, "value")
+        turns = advantages.gae(rewards, values, discount=recipe.value.discount, trace=recipe.value.trace)
+        found[members], targets[members] = turns.advantages, turns.returns
+    for members in _by(answers, "fresh", lambda a: a.sample.prompt):
+        rewards = _column(answers, members, "reward")
+        found[members] = advantages.group_centred(rewards, _column(answers, members, "count"))
+        targets[members] = rewards
+    for source, centre in (("logged", True), ("fresh", False)):
+        members = [i for i, a in enumerate(answers) if a.source == source and a.weight > 0]
+        weights = _column(answers, members, "weight")
+        found[members] = advantages.normalised(found[members], weights, centre=centre)
+    told = zip(answers, found.tolist(), targets.tolist(), strict=True)
+    return material.changed([replace(a, advantage=advantage, target=target) for a, advantage, target in told])
+
+
+def _by(answers: Sequence[Answer], source: str, key: Callable[[Answer], object]) -> list[list[int]]:
+    """Indices of the answers of one source that have a say in PPO, in groups of one key."""
+    grouped: dict[object, list[int]] = defaultdict(list)
+    for i, answer in enumerate(answers):
+        if answer.source == source and answer.weight > 0:
+            grouped[key(answer)].append(i)
+    return list(grouped.values())
+
+
+def _column(answers: Sequence[Answer], members: Sequence[int], name: str) -> NDArray[np.float64]:
+    return np.asarray([getattr(answers[i], name) for i in members], dtype=np.float64)
+
+
+def minibatches(material: Material, recipe: Recipe, seed: int, number: int) -> list[list[int]]:
+    """Indices of groups, a list a step, all epochs of a round: in random order, rows of like length together."""
+    chance = np.random.default_rng(_seed(seed, number, "order"))
+    size = recipe.optimizer.minibatch
+    lengths = [len(g[0].sample.prompt) + sum(len(a.sample.completion) for a in g) for g in material.groups]
+    steps: list[list[int]] = []
+    for _ in range(recipe.optimizer.epochs):
+        order = chance.permutation(len(material.groups)).tolist()
+        batches = []
+        for start in range(0, len(order), 8 * size):
+            alike = sorted(order[start : start + 8 * size], key=lambda i: lengths[i])
+            batches += [alike[at : at + size] for at in range(0, len(alike), size)]
+        steps += [batches[i] for i in chance.permutation(len(batches)).tolist()]
+    return steps
+
+
+def rate(done: float, recipe: Recipe) -> float:
+    """Share of the learning rate when ``done`` (0 to 1) of the run is behind: a linear warm-up, then a cosine."""
+    warmup, final = recipe.optimizer.warmup, recipe.optimizer.final
+    if done < warmup:
+        return max(done / warmup, 0.1)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+class Scale:
+    """What the weights of an average minibatch add up to, so that every minibatch of a round is scaled alike.
+
+    Constant over a round: a minibatch that happens to hold little then pulls little.
+    """
+
+    def __init__(self, policy: float, replay: float, values: float, tokens: float) -> None:
+        self.policy, self.replay, self.values, self.tokens = policy, replay, values, tokens
+
+    @classmethod
+    def of(cls, material: Material, recipe: Recipe) -> Scale:
+        answers = material.answers
+        batches = max(1.0, len(material.groups) / recipe.optimizer.minibatch)
+        policy = sum(a.weight for a in answers) / batches
+        replay = sum(a.replay for a in answers) / batches
+        tokens = float(np.mean([len(a.sample.completion) for a in answers])) if answers else 1.0
+        return cls(max(policy, 1e-6), max(replay, 1e-6), max(policy, 1e-6), tokens)
+
+
+def objective(groups: Sequence[Sequence[Answer]], scale: Scale, recipe: Recipe) -> Objective:
+    """The loss of a minibatch: PPO + value + KL to the base + replay, each a weighted sum."""
+    answers = [answer for group in groups for answer in group]
+
+    def loss(outputs: Outputs, part: slice) -> Loss:
+        these = answers[part]
+        width = outputs.logprobs.shape[1]
+        weight = _numbers(a.weight / (scale.policy * scale.tokens) for a in these)
+        told = _numbers(a.replay / (scale.replay * scale.tokens) for a in these)
+        each = outputs.present.to(weight.dtype)
+        terms = PolicyTerms(
+            new=outputs.logprobs,
+            proximal=_padded([a.proximal for a in these], width),
+            behaviour=_padded([a.behaviour if a.behaviour.size else a.proximal for a in these], width),
+            advantage=_numbers(a.advantage for a in these)[:, None].expand(-1, width),
+            weight=weight[:, None] * each,
+        )
+        clip = {"clip_low": recipe.ppo.clip_low, "clip_high": recipe.ppo.clip_high, "truncate": recipe.ppo.truncate}
+        base = _padded([a.base for a in these], width)
+        say = _numbers(a.weight / scale.values for a in these)
+        return losses.total(
+            (recipe.ppo.coefficient, losses.ppo(terms, **clip)),
+            (recipe.kl.coefficient, losses.kl_to_base(outputs.logprobs, base, terms.weight)),
+            (recipe.value.coefficient, losses.value(outputs.values, _numbers(a.target for a in these), say)),
+            (recipe.replay.coefficient, losses.replay(outputs.logprobs, told[:, None] * each)),
+        )
+
+    return loss
+
+
+def _numbers(values: object) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32)  # type: ignore[call-overload]
+
+
+def _padded(rows: Sequence[NDArray[np.float32]], width: int) -> Tensor:
+    out = np.zeros((len(rows), width), np.float32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+def _seed(seed: int, number: int, purpose: str) -> int:
+    return int(np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(1)[0])

@@ -1,0 +1,202 @@
+"""From a pinned batch to answers that a policy can learn from: what was logged, what people said, what is fresh.
+
+Three sources, and what each may feed:
+
+- *logged* calls of the batch: PPO, where the sampling distribution is known and the policy lag is within its cap;
+- *corrected* and *rated* answers, from people: the replay term;
+- *fresh* rollouts of the policy as it is now, judged by the reward model: PPO, and the best of them replay.
+
+Nothing is re-tokenised where the engine recorded tokens; a prompt that the policy's template cannot write is left
+out and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from everloop.errors import ServingError
+from pipelines.batch import Batch, BatchItem
+from reward.features import Example, prompt_text
+from reward.model import Estimate
+
+from trainer.engine import Engine
+from trainer.material import Answer
+from trainer.packing import Sample
+from trainer.policy.base import Policy
+from trainer.recipe import Recipe
+from trainer.sampling import Sampling
+
+GOOD = 0.75
+"""Label from which an answer counts as rated well: a thumb up, or a high rating."""
+
+
+class Judge(Protocol):
+    """A pinned snapshot of the reward model."""
+
+    def estimate(self, examples: Sequence[Example]) -> Sequence[Estimate]:
+        """One estimate an answer."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run draws on. ``recent``: policy versions within the lag cap; None: all are."""
+
+    batch: Batch
+    policy: Policy
+    judge: Judge | None
+    recent: frozenset[str] | None = None
+
+
+def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
+    """Calls of the batch that PPO may take. The turns of an episode share a weight of 1."""
+    able = [item for item in sources.batch.items if _in_ppo(item, sources, recipe)]
+    turns = Counter(item.episode for item in able)
+    return [
+        Answer(
+            Sample(*_split(item), temperature=item.temperature),
+            "logged",
+            item.episode,
+            turn=item.turn,
+            text=item.answer,
+            reward=2 * item.label - 1 if recipe.reward.source == "feedback" and item.label is not None else item.reward,
+            weight=1 / turns[item.episode],
+            behaviour=np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]],  # type: ignore[index]
+        )
+        for item in able
+    ]
+
+
+def _in_ppo(item: BatchItem, sources: Sources, recipe: Recipe) -> bool:
+    known = item.tokens is not None and item.span is not None and item.span[1] > item.span[0]
+    judged = item.label is not None if recipe.reward.source == "feedback" else item.mask
+    recent = sources.recent is None or item.policy_version in sources.recent
+    return known and judged and recent and item.trainable and item.temperature > 0
+
+
+def _split(item: BatchItem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Prompt and completion as the engine recorded them."""
+    assert item.tokens is not None
+    assert item.span is not None
+    tokens = item.tokens.tolist()
+    return tuple(tokens[: item.span[0]]), tuple(tokens[item.span[0] : item.span[1]])
+
+
+def prompt_of(item: BatchItem, policy: Policy) -> tuple[int, ...] | None:
+    """The prompt's token ids: as recorded, else as the template writes them; None where it cannot."""
+    if item.tokens is not None and item.span is not None:
+        return _split(item)[0]
+    try:
+        return tuple(policy.encode_chat(item.prompt_messages, item.tools or None))
+    except ServingError:
+        return None
+
+
+def remembered(sources: Sources, recipe: Recipe) -> list[Answer]:
+    """Answers for the replay term: corrections, and answers rated well, weighted by what the judge believes of them.
+
+    A thumb may be a slip; the judge has heard of similar answers, so its belief tells a slip from a word meant.
+    """
+    if recipe.replay.coefficient == 0:
+        return []
+    corrected = [item for item in sources.batch.items if item.correction and recipe.replay.corrected > 0]
+    rated = [i for i in sources.batch.items if i.label is not None and i.label >= GOOD and recipe.replay.rated > 0]
+    beliefs = _beliefs(sources.judge, [Example(prompt_text(i.prompt_messages), i.answer) for i in rated])
+    made = [_told(item, str(item.correction), "corrected", recipe.replay.corrected, 1.0, sources) for item in corrected]
+    made += [
+        _told(item, item.answer, "rated", recipe.replay.rated * belief, belief, sources)
+        for item, belief in zip(rated, beliefs, strict=True)
+    ]
+    return [answer for answer in made if answer is not None]
+
+
+def _told(item: BatchItem, text: str, source: str, weight: float, belief: float, sources: Sources) -> Answer | None:
+    prompt = prompt_of(item, sources.policy)
+    completion = tuple(sources.policy.encode_answer(text)) if text else ()
+    if prompt is None or not completion or len(prompt) + len(completion) > sources.policy.context:
+        return None
+    return Answer(
+        Sample(prompt, completion),
+        source,  # type: ignore[arg-type]
+        item.episode,
+        turn=item.turn,
+        text=text,
+        replay=weight,
+        belief=belief,
+    )
+
+
+def _beliefs(judge: Judge | None, examples: Sequence[Example]) -> list[float]:
+    """The judge's calibrated probability that each answer is good; 1 where it has no right to an opinion."""
+    if judge is None or not examples:
+        return [1.0] * len(examples)
+    return [estimate.value if estimate.mask else 1.0 for estimate in judge.estimate(examples)]
+
+
+def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[Answer]:
+    """Rollouts on the newest distinct prompts, last turns only, judged; identical answers once, with their count."""
+    if recipe.rollouts.prompts == 0:
+        return []
+    asked = _recent_prompts(sources, recipe.rollouts.prompts)
+    room = max((len(prompt) for prompt in asked), default=0)
+    length = min(recipe.rollouts.max_tokens, sources.policy.context - room)
+    drawn = engine.rollouts(list(asked), Sampling(recipe.rollouts.samples, length), seed)
+    made = [
+        Answer(
+            Sample(prompt, rollout.completion),
+            "fresh",
+            item.episode,
+            turn=item.turn,
+            text=sources.policy.decode(rollout.completion),
+            weight=rollout.count / recipe.rollouts.samples,
+            count=rollout.count,
+            synthetic=True,
+            behaviour=rollout.logprobs,
+        )
+        for (prompt, item), rollouts in zip(asked.items(), drawn, strict=True)
+        for rollout in rollouts
+    ]
+    return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
+
+
+def _recent_prompts(sources: Sources, most: int) -> dict[tuple[int, ...], BatchItem]:
+    """The newest ``most`` distinct prompts of last turns, by tokens, each with the call that it comes from."""
+    found: dict[tuple[int, ...], BatchItem] = {}
+    for item in reversed(sources.batch.items):
+        if len(found) == most:
+            break
+        prompt = prompt_of(item, sources.policy) if item.turn == item.turns - 1 else None
+        if prompt is not None and len(prompt) < sources.policy.context:
+            found.setdefault(prompt, item)
+    return found
+
+
+def _judged(answers: Sequence[Answer], items: dict[str, BatchItem], judge: Judge | None) -> list[Answer]:
+    """Rollouts with the judge's reward; those that it has no right to judge have no say."""
+    if judge is None or not answers:
+        return []
+    texts = {episode: prompt_text(item.prompt_messages) for episode, item in items.items()}
+    estimates = judge.estimate([Example(texts[answer.episode], answer.text) for answer in answers])
+    return [
+        replace(answer, reward=said.reward, belief=said.value) if said.mask else replace(answer, weight=0.0)
+        for answer, said in zip(answers, estimates, strict=True)
+    ]
+
+
+def believed(answers: Sequence[Answer], recipe: Recipe) -> list[Answer]:
+    """For the replay term: the rollout of each prompt that is believed in most, where the belief is strong enough."""
+    if recipe.replay.believed == 0 or recipe.replay.coefficient == 0:
+        return []
+    best: dict[tuple[int, ...], Answer] = {}
+    for answer in answers:
+        held = best.get(answer.sample.prompt)
+        if answer.weight > 0 and (held is None or answer.belief > held.belief):
+            best[answer.sample.prompt] = answer
+    return [
+        replace(a, source="believed", weight=0.0, replay=recipe.replay.believed * a.belief)
+        for a in best.values()
+        if a.belief > recipe.replay.belief
+    ]
