@@ -99,10 +99,11 @@ class DeadLetter(Contract):
     offset: int
     record_key: str
     headers: dict[str, str] = {}
-    value: bytes
+    value: bytes | None = Field(description="the original bytes; None: it was a tombstone")
     cause: str
     stack: str = ""
     time: float
+    replayed: float | None = Field(default=None, description="when it was last replayed, unix seconds; None: never")
 
     @property
     def key(self) -> str:

@@ -22,14 +22,15 @@ class State(Protocol):
 
     def delete(self, key: str) -> None: ...
 
-    def scan(self, prefix: str) -> Iterator[tuple[str, bytes]]: ...
+    def scan(self, prefix: str) -> Iterator[tuple[str, bytes]]:
+        """Keys that start with ``prefix`` and their values, in order of the key, as they are when it is called."""
 
 
 class Handler(Protocol):
-    """One step of the flow.
+    """One step of the flow. ``name`` is also its group and the name of its state file; use it once.
 
-    ``handle`` takes the records of one poll in order and returns what to append. It raises ContractError (or
-    any ``Permanent``) naming the record that can never be taken, and anything else where trying again may help.
+    Everything that it must not forget belongs in the state. What it keeps beside it in memory must bear that a
+    record or a whole batch is handled again: after a failed try, and after a batch that could not be committed.
     """
 
     name: str
@@ -41,12 +42,14 @@ class Handler(Protocol):
         Raises:
             ContractError: this record can never be taken; it becomes a dead letter and the partition goes on.
             Exception: anything else is tried again with backoff; nothing of this record is kept until it passes.
+                Where it does not pass, the process ends before anything of its batch is committed.
         """
 
     def flush(self, state: State, now: float) -> list[NewRecord]:
         """Called at the end of each batch, before state and offsets are committed: outputs of the batch as a whole.
 
-        Effects outside the log (Parquet files, snapshots) happen here, idempotently.
+        Also called about once a second while no record comes. Effects outside the log (Parquet files, snapshots)
+        happen here, idempotently.
         """
 
 
