@@ -19,10 +19,10 @@ from typing import Protocol
 
 import numpy as np
 from everloop.errors import ServingError
+
 from pipelines.batch import Batch, BatchItem
 from reward.features import Example, prompt_text
 from reward.model import Estimate
-
 from trainer.engine import Engine
 from trainer.material import Answer
 from trainer.packing import Sample

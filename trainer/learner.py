@@ -1,0 +1,230 @@
+"""The learner: takes a request, trains, and leaves an adapter in the run's folder. Keeps what is slow to load warm.
+
+A run's folder holds everything that it needs to go on after a kill, and nothing outside it changes while it runs::
+
+    request.json            what was asked, with the whole recipe
+    round-0.parquet …       the material of each round: rollouts are stored here before they are used
+    checkpoints/00000010/   engine state and position
+    adapter/<hash>/         the adapter, once it is whole
+    value_head.safetensors  for the run that continues from it
+    result.json             written last: the run is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from everloop.errors import ConfigError
+from everloop.registry import Point
+
+from pipelines.batch import Batch
+from reward.encoder import Encoder
+from reward.model import RewardModel
+from trainer import recipe as recipes
+from trainer.checkpoint import Checkpoints, Position
+from trainer.engine import Engine
+from trainer.engine_torch import EngineSettings, TorchEngine
+from trainer.gather import Sources
+from trainer.material import Material
+from trainer.policy import base
+from trainer.policy.base import Policy
+from trainer.recipe import Recipe
+
+REQUEST, RESULT, PROGRESS = "request.json", "result.json", "progress.json"
+VALUE_HEAD = "value_head.safetensors"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run as it is asked for; JSON in the run's folder. Paths are absolute.
+
+    ``recent``: policy versions within the lag cap. ``threads`` of torch are part of the request, for the order of
+    sums depends on them. ``reward``: folder of the snapshot that judges; None: there is none yet.
+    """
+
+    run: str
+    folder: str
+    base: str
+    cache: str
+    batch: str
+    recipe: dict[str, Any]
+    seed: int
+    parent: str | None = None
+    value_head: str | None = None
+    reward: str | None = None
+    encoder: str = "minilm"
+    recent: tuple[str, ...] | None = None
+    threads: int = 1
+
+    def save(self) -> None:
+        path = Path(self.folder) / REQUEST
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Request:
+        fields = json.loads((folder / REQUEST).read_text())
+        return cls(**{**fields, "recent": None if fields["recent"] is None else tuple(fields["recent"])})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended. ``metrics`` are means over the last epoch's steps, and totals; ``curves`` one point a step."""
+
+    adapter: str
+    metrics: dict[str, float]
+    curves: list[Point] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path) -> Trained | None:
+        """None where the run is not done."""
+        path = folder / RESULT
+        if not path.exists():
+            return None
+        fields = json.loads(path.read_text())
+        return cls(fields["adapter"], fields["metrics"], [Point(*point) for point in fields["curves"]])
+
+
+class Training:
+    """One run under way, as :func:`trainer.algorithm.train` is given it: checkpoints, material and curves on disk."""
+
+    def __init__(self, engine: Engine, recipe: Recipe, sources: Sources, seed: int, folder: Path) -> None:
+        self.engine, self.recipe, self.sources, self.seed = engine, recipe, sources, seed
+        self.folder = folder
+        self.curves: list[Point] = []
+        self.position = Position()
+        self._checkpoints = Checkpoints(folder / "checkpoints")
+
+    def resume(self) -> tuple[int, int]:
+        self.position, self.curves = self._checkpoints.restore(self.engine)
+        return self.position.number, self.position.step
+
+    def material(self, number: int, make: Callable[[], Material]) -> Material:
+        path = self.folder / f"round-{number}.parquet"
+        if not path.exists():
+            self.report({"phase": "rollouts", "round": number})
+            make().save(path)
+        return Material.load(path)
+
+    def took(self, number: int, step: int, last: bool, metrics: dict[str, float]) -> None:
+        taken = self.position.taken + 1
+        self.position = Position(number + 1, 0, taken) if last else Position(number, step + 1, taken)
+        self.curves += [Point(name, taken, float(value)) for name, value in sorted(metrics.items())]
+        if last or taken % self.recipe.checkpoint_every == 0:
+            self._checkpoints.save(self.engine, self.position, self.curves)
+        self.report({"phase": "steps", "round": number, "step": taken, **metrics})
+
+    def report(self, progress: dict[str, Any]) -> None:
+        """What status pages show; not synced, for nothing depends on it."""
+        _write_json(self.folder / PROGRESS, {**progress, "time": time.time()}, durable=False)
+
+
+class Learner:
+    """Runs requests one after another. Base models and encoders stay loaded between runs."""
+
+    def __init__(self) -> None:
+        self._policies: dict[tuple[str, str], Policy] = {}
+        self._encoders: dict[str, Encoder] = {}
+
+    def warm(self, name: str, cache: str, encoder: str) -> None:
+        """Load what the first run will need."""
+        self._policy(name, cache)
+        self._encoder(encoder).encode(["warm"])
+
+    def train(self, request: Request) -> Trained:
+        """The whole run, from its last checkpoint if it has one. A run that is done gives its result again."""
+        folder = Path(request.folder)
+        done = Trained.load(folder)
+        if done is not None:
+            return done
+        torch.set_num_threads(request.threads)
+        started = time.monotonic()
+        recipe = recipes.parse(request.recipe, request.run)
+        training = Training(self._engine(request, recipe), recipe, self._sources(request), request.seed, folder)
+        recipes.algorithm(recipe)(training)
+        return self._finish(training, time.monotonic() - started)
+
+    def _finish(self, training: Training, seconds: float) -> Trained:
+        training.engine.save_value_head(training.folder / VALUE_HEAD)
+        adapter = training.engine.save_adapter(training.folder / "adapter")
+        result = Trained(adapter, {**summary(training), "seconds": seconds}, training.curves)
+        _write_json(training.folder / RESULT, asdict(result))
+        return result
+
+    def _engine(self, request: Request, recipe: Recipe) -> TorchEngine:
+        settings = EngineSettings(
+            rank=recipe.adapter.rank,
+            alpha=recipe.adapter.alpha,
+            targets=recipe.adapter.targets,
+            learning_rate=recipe.optimizer.learning_rate,
+            head_rate=recipe.optimizer.head_rate,
+            weight_decay=recipe.optimizer.weight_decay,
+            clip_norm=recipe.optimizer.clip_norm,
+        )
+        return TorchEngine(
+            self._policy(request.base, request.cache),
+            settings,
+            parent=None if request.parent is None else Path(request.parent),
+            value_head=None if request.value_head is None else Path(request.value_head),
+            seed=request.seed,
+        )
+
+    def _sources(self, request: Request) -> Sources:
+        recipe = recipes.parse(request.recipe, request.run)
+        judge = None
+        if recipe.reward.source == "model" and request.reward is not None:
+            judge = RewardModel.load(Path(request.reward), self._encoder(request.encoder))
+        if judge is None and recipe.rollouts.prompts > 0:
+            raise ConfigError(
+                f"recipe {recipe.name} draws rollouts, and there is no reward model to judge them: wait for feedback, "
+                "or use a recipe with rollouts.prompts = 0"
+            )
+        recent = None if request.recent is None else frozenset(request.recent)
+        return Sources(Batch.load(Path(request.batch)), self._policy(request.base, request.cache), judge, recent)
+
+    def _policy(self, name: str, cache: str) -> Policy:
+        if (name, cache) not in self._policies:
+            self._policies[name, cache] = base.load(name, Path(cache))
+        return self._policies[name, cache]
+
+    def _encoder(self, name: str) -> Encoder:
+        if name not in self._encoders:
+            self._encoders[name] = Encoder(name)
+        return self._encoders[name]
+
+
+def summary(training: Training) -> dict[str, float]:
+    """What people want to know of a run: steps, the last epoch's means, and what it learned from."""
+    steps = training.position.taken
+    tail = max(1, steps // max(1, training.recipe.optimizer.epochs * training.recipe.optimizer.rounds))
+    sums: dict[str, list[float]] = {}
+    for name, step, value in training.curves:
+        if step > steps - tail:
+            sums.setdefault(name, []).append(value)
+    told = {name: sum(values) / len(values) for name, values in sums.items()}
+    answers = Material.load(max(training.folder.glob("round-*.parquet"))).answers
+    fresh = [a for a in answers if a.source == "fresh" and a.weight > 0]
+    counts = {f"answers_{source}": float(sum(a.source == source for a in answers)) for source in SOURCES}
+    samples = sum(a.count for a in fresh)
+    reward = sum(a.count * a.reward for a in fresh) / samples if samples else 0.0
+    return {**told, **counts, "steps": float(steps), "rollouts": float(samples), "rollout_reward": reward}
+
+
+SOURCES = ("logged", "fresh", "corrected", "rated", "believed")
+
+
+def _write_json(path: Path, fields: dict[str, Any], *, durable: bool = True) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w") as file:
+        json.dump(fields, file)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.rename(path)
