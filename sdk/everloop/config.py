@@ -6,7 +6,6 @@ TOML where they parse as such, else as text. Unknown and contradictory keys are 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -14,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from everloop.errors import ConfigError
+from everloop.refusal import explain
 from everloop.release import CanaryPlan
 
 ENVIRONMENT = "EVERLOOP_"
@@ -41,12 +41,32 @@ def seconds(duration: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
+def _check_url(url: str, schemes: tuple[str, ...], instead: str) -> str:
+    if not any(url.startswith(scheme) and len(url) > len(scheme) for scheme in schemes):
+        raise ValueError(f"{url!r} is not a URL that this release knows: use {instead}")
+    return url
+
+
 class LogConfig(Section):
     url: str = Field(default="sqlite:///log.db", description="relative paths are below the home folder")
     partitions: int = Field(default=4, ge=1, le=1024)
     retention_hours: float = Field(default=720, gt=0)
     max_record_bytes: int = Field(default=1_048_576, ge=1024)
     inline_bytes: int = Field(default=262_144, ge=1024, description="larger bodies go to the blob store")
+
+    @field_validator("url")
+    @classmethod
+    def _known_backend(cls, url: str) -> str:
+        return _check_url(url, ("sqlite:///",), "sqlite:///<file>, relative to the home")
+
+    @model_validator(mode="after")
+    def _bodies_fit(self) -> LogConfig:
+        if self.inline_bytes >= self.max_record_bytes:
+            raise ValueError(
+                f"inline_bytes ({self.inline_bytes}) must be below max_record_bytes ({self.max_record_bytes}): a body "
+                "just under it would make a record that the log refuses; lower inline_bytes"
+            )
+        return self
 
 
 class GatewayConfig(Section):
@@ -57,6 +77,21 @@ class GatewayConfig(Section):
     redact: str | None = Field(default=None, description="'module:function', takes and returns event fields")
     allow_origins: tuple[str, ...] = Field(default=(), description="browser origins that may give feedback")
 
+    @field_validator("redact")
+    @classmethod
+    def _names_a_function(cls, redact: str | None) -> str | None:
+        if redact is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", redact):
+            raise ValueError(f"{redact!r} names no function: use 'module:function', such as 'my_agent.privacy:redact'")
+        return redact
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin!r} is not an origin: use scheme and host alone, as 'https://example.com'")
+        return origins
+
 
 class ServingConfig(Section):
     url: str = Field(default="embedded", description="'embedded', or the base URL of an engine that runs")
@@ -66,6 +101,21 @@ class ServingConfig(Section):
     queue: int = Field(default=256, ge=1, description="waiting requests above it are answered 429")
     resident_adapters: int = Field(default=6, ge=2)
     threads: int = Field(default=0, ge=0, description="of torch; 0: as many as there are cores")
+
+    @field_validator("url")
+    @classmethod
+    def _reachable(cls, url: str) -> str:
+        if url == "embedded":
+            return url
+        return _check_url(url, ("http://", "https://"), "'embedded', or http://<host>:<port> of an engine that runs")
+
+    @property
+    def base_url(self) -> str:
+        """Where the engine answers, seen from this machine."""
+        if self.url != "embedded":
+            return self.url
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 class ServicesConfig(Section):
@@ -81,6 +131,11 @@ class ServicesConfig(Section):
 
 class MlflowConfig(Section):
     uri: str = Field(default="sqlite:///mlflow.db", description="a SQLite file below the home, or a server's URL")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_store(cls, uri: str) -> str:
+        return _check_url(uri, ("sqlite:///", "http://", "https://"), "sqlite:///<file>, or http://<host>:<port>")
 
 
 class RayConfig(Section):
@@ -121,12 +176,23 @@ class TrainConfig(Section):
             seconds(self.every)
         return self
 
+    @model_validator(mode="after")
+    def _window_holds_a_run(self) -> TrainConfig:
+        if self.window < self.min_scored:
+            raise ValueError(
+                f"window ({self.window}) is below min_scored ({self.min_scored}): a run would start on more new "
+                "episodes than its batch is drawn from; raise window"
+            )
+        return self
+
 
 class GateConfig(Section):
     """What a candidate must show offline. Below ``min_gold`` items there is no automatic promotion."""
 
     min_gold: int = Field(default=50, ge=1)
-    min_gain: float = Field(default=-0.01, description="lower bound of the gain on the gold set, as a share")
+    min_gain: float = Field(
+        default=-0.01, gt=-1, lt=1, description="lower bound of the gain on the gold set, as a share"
+    )
     old_skill_loss: float = Field(default=0.02, ge=0, description="largest loss on what was right before, pooled")
     slice_loss: float = Field(default=0.03, ge=0, description="largest significant loss in a slice")
     max_kl: float = Field(default=2.0, gt=0, description="nats a token to the base, over the gold answers")
@@ -140,17 +206,39 @@ class HoldoutConfig(Section):
     gate: float = Field(default=0.0, ge=0, le=0.5)
     report: float = Field(default=0.0, ge=0, le=0.5)
 
+    @model_validator(mode="after")
+    def _leaves_something(self) -> HoldoutConfig:
+        if self.gate + self.report >= 1:
+            raise ValueError("gate and report together take all traffic, so nothing is left to train on; lower one")
+        return self
+
 
 class CanaryConfig(Section):
-    share: float = Field(default=0.25, gt=0, le=0.5)
-    margin: float = Field(default=0.05, gt=0, lt=1)
-    alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    min_units: int = Field(default=50, ge=2)
-    max_duration: str = "7d"
-    max_episodes: int = Field(default=100_000, ge=10)
+    """How a candidate is tried on traffic, and by what it is judged."""
+
+    share: float = Field(default=0.25, gt=0, description="of traffic to the canary; the control gets as much")
+    margin: float = Field(default=0.05, gt=0, lt=1, description="largest loss of success that is not inferior")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="probability of a wrong verdict at any time")
+    min_units: int = Field(default=50, ge=2, description="rated people (or episodes) in each arm to promote")
+    max_duration: str = Field(default="7d", description="past it, undecided: the incumbent stays")
+    max_episodes: int = Field(default=100_000, ge=10, description="of both arms; past it, undecided")
     max_error_share: float = Field(default=0.02, gt=0, le=1, description="hard guard: failed calls of the canary")
     max_empty_share: float = Field(default=0.05, gt=0, le=1, description="hard guard: empty answers of the canary")
     automatic: bool = Field(default=True, description="False: a person promotes")
+
+    @model_validator(mode="after")
+    def _can_end(self) -> CanaryConfig:
+        if self.share > 0.5:
+            raise ValueError(
+                f"share {self.share:g} is above 0.5: the control gets as much as the canary; use at most 0.5"
+            )
+        if self.max_episodes < 2 * self.min_units:
+            raise ValueError(
+                f"max_episodes ({self.max_episodes}) is below twice min_units ({self.min_units}): every canary would "
+                "end undecided; raise max_episodes"
+            )
+        seconds(self.max_duration)
+        return self
 
     def plan(self) -> CanaryPlan:
         return CanaryPlan(
@@ -214,6 +302,57 @@ class Config(Section):
             raise ValueError("there must be at least one tenant")
         return self
 
+    @model_validator(mode="after")
+    def _one_port_each(self) -> Config:
+        taken: dict[tuple[str, int], str] = {}
+        for key, host, port in self._ports():
+            other = taken.setdefault((host, port), key)
+            if port and other != key:
+                raise ValueError(f"{key} and {other} are both {port}: two services cannot share a port; change one")
+        return self
+
+    def _ports(self) -> list[tuple[str, str, int]]:
+        its = self.services
+        ports = [("gateway.port", self.gateway.host, self.gateway.port)]
+        if self.serving.url == "embedded":
+            ports.append(("serving.port", self.serving.host, self.serving.port))
+        names = ("assembler_port", "reward_port", "learner_port", "releaser_port")
+        return ports + [(f"services.{name}", its.host, getattr(its, name)) for name in names]
+
+    @model_validator(mode="after")
+    def _state_apart_from_sources(self) -> Config:
+        for key, folder in (("home", self.home), ("cache", self.cache)):
+            inside = _sources_around(folder)
+            if inside is not None:
+                raise ValueError(
+                    f"{key} {str(folder)!r} lies among the sources in {inside}: state is deleted and rewritten, "
+                    "sources are not; use a folder of its own, such as '.everloop'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Config:
+        resident, policies = self.serving.resident_adapters, len(self.policies())
+        if resident < 2 * policies:
+            raise ValueError(
+                f"serving.resident_adapters ({resident}) is below two for each of {policies} policies, so not every "
+                "one could have a live adapter and a canary; raise it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _room_for_adapters(cls, fields: Any) -> Any:
+        """Where nothing is said: three adapters a policy (live, canary, and the way back), at least six."""
+        tenants, serving = fields.get("tenants"), fields.get("serving", {})
+        if not isinstance(tenants, dict) or not isinstance(serving, dict) or "resident_adapters" in serving:
+            return fields
+        its = [
+            t.get("policies", {"": 0}) if isinstance(t, dict) else getattr(t, "policies", {}) for t in tenants.values()
+        ]
+        count = sum(len(policies) for policies in its if isinstance(policies, dict))
+        return {**fields, "serving": {**serving, "resident_adapters": max(6, 3 * count)}}
+
     def policy(self, tenant: str, policy: str) -> PolicyConfig:
         """Raises ConfigError where this installation has no such policy."""
         try:
@@ -234,6 +373,31 @@ class Config(Section):
         return url
 
 
+def _sources_around(folder: Path) -> Path | None:
+    """The folder of sources that ``folder`` lies in, where Everloop runs from a checkout or an installed package."""
+    package = Path(__file__).resolve().parent
+    root = package.parents[1]
+    names = (
+        "sdk",
+        "services",
+        "pipelines",
+        "reward",
+        "trainer",
+        "tests",
+        "docs",
+        "examples",
+        "benchmarks",
+        "infra",
+        "helm",
+    )
+    checkout = (root / "services").is_dir() and (root / "pyproject.toml").is_file()
+    sources = [package, *(root / name for name in names if checkout)]
+    where = folder.expanduser().absolute()
+    if checkout and where == root:
+        return root
+    return next((source for source in sources if where.is_relative_to(source)), None)
+
+
 def load(path: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
     """The configuration from ``path`` (else ``EVERLOOP_CONFIG``, else ``everloop.toml`` here, else the defaults).
 
@@ -248,7 +412,11 @@ def load(path: Path | None = None, environment: Mapping[str, str] | None = None)
         try:
             fields = tomllib.loads(source.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source} is not TOML: {error}") from None
+            raise ConfigError(
+                f"{source} is not TOML: {error}. Mend it, or write a new one with 'everloop init'"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
     elif named is not None:
         raise ConfigError(f"there is no configuration at {source}; 'everloop init' writes one")
     for name, value in environment.items():
@@ -259,7 +427,7 @@ def load(path: Path | None = None, environment: Mapping[str, str] | None = None)
     try:
         return Config.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source if source.exists() else None)) from None
+        raise ConfigError(explain(error, Config, source if source.exists() else None)) from None
 
 
 def _override(fields: dict[str, Any], name: str, value: str) -> None:
@@ -273,27 +441,3 @@ def _override(fields: dict[str, Any], name: str, value: str) -> None:
         at[key] = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
         at[key] = value
-
-
-def _explain(error: ValidationError, source: Path | None) -> str:
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_beside(problem["loc"]), n=1)
-            known = ", ".join(_keys_beside(problem["loc"]))
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {known}"
-            lines.append(f"{where}: unknown key; {hint}")
-        else:
-            lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
-    return f"configuration {source or 'from the environment'} is refused:\n  " + "\n  ".join(lines)
-
-
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
-    for part in location[:-1]:
-        field = getattr(section, "model_fields", {}).get(part)
-        annotation = field.annotation if field is not None else section
-        nested = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
-        section = next((a for a in nested if issubclass(a, Section)), annotation)
-    return sorted(getattr(section, "model_fields", {}))
