@@ -62,12 +62,13 @@ class EmbeddedLog:
         self._consumers: list[EmbeddedConsumer] = []
         self._lock = threading.Lock()
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        self._cleaned = 0.0
+        self._cleaned = -math.inf
+        self._closed = False
         self.database.create()
         self.writer = Writer(self.database, self._chore, session / 4)
 
     def append(self, records: Sequence[NewRecord]) -> list[Position]:
-        return self.append_soon(records).result()
+        return self.writer.wait(self.append_soon(records))
 
     def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]:
         size = sum(self._check(record) for record in records)
@@ -132,7 +133,7 @@ class EmbeddedLog:
         """The ids of a topic's partitions, by number; the topic is made if it is new."""
         known = self._topics.get(topic)
         if known is None:
-            known = self._find(topic) or self.writer.submit(lambda t: self._create(t, topic)).result()
+            known = self._find(topic) or self.writer.do(lambda t: self._create(t, topic))
             self._topics[topic] = known
         return known
 
@@ -193,6 +194,7 @@ class EmbeddedLog:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             consumers = list(self._consumers)
         for consumer in consumers:
             consumer.close()
@@ -219,11 +221,13 @@ class EmbeddedLog:
         groups.beat(transaction.connection, polling, now)
         if math.isfinite(self._retention) and now - self._cleaned > CLEAN_EVERY:
             more = retention.clean(transaction.connection, transaction.now - self._retention)
-            self._cleaned = 0.0 if more else now
+            self._cleaned = -math.inf if more else now
 
     @contextmanager
     def _reader(self) -> Iterator[sqlite3.Connection]:
         """A reading connection for the length of one call."""
+        if self._closed:
+            raise LogError(f"the log {self.database.path} is closed")
         try:
             connection = self._readers.get_nowait()
         except queue.Empty:

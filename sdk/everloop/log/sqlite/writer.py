@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sqlite3
 import threading
 import time
@@ -31,6 +32,8 @@ T = TypeVar("T")
 MAX_JOBS = 2048
 MAX_BYTES = 8 * 1_048_576
 MAX_WAITING_BYTES = 128 * 1_048_576
+STALLED_SECONDS = 15.0  # of one transaction, after which new work is refused instead of queued
+WAIT_SECONDS = 30.0
 
 
 class Transaction:
@@ -93,6 +96,7 @@ class Writer:
         self._jobs: deque[Job] = deque()
         self._waiting_bytes = 0
         self._closed = False
+        self._began = math.inf
         self._arrived = threading.Condition()
         self.news = threading.Condition()
         self._lock = WriteLock(database.path)
@@ -106,15 +110,31 @@ class Writer:
         with self._arrived:
             if self._closed:
                 raise LogError(f"the log {self._database.path} is closed")
-            if self._waiting_bytes + size > MAX_WAITING_BYTES:
+            stalled = time.monotonic() - self._began
+            if stalled > STALLED_SECONDS or self._waiting_bytes + size > MAX_WAITING_BYTES:
                 raise LogError(
-                    f"the log {self._database.path} is {self._waiting_bytes >> 20} MB behind: its disk or another"
-                    " writer holds it up; try again later"
+                    f"the log {self._database.path} is held up for {max(0, stalled):.0f} s, by its disk or by another"
+                    f" process, with {self._waiting_bytes >> 20} MB waiting: nothing was written; try again later"
                 )
             self._jobs.append(job)
             self._waiting_bytes += size
             self._arrived.notify()
         return job.future
+
+    def do(self, run: Callable[[Transaction], T]) -> T:
+        """As :meth:`submit`, and wait for what ``run`` returned."""
+        return self.wait(self.submit(run))
+
+    def wait(self, future: Future[T]) -> T:
+        """The result of a job. Raises LogError where it does not come; the message says whether it may come later."""
+        try:
+            return future.result(WAIT_SECONDS)
+        except TimeoutError:
+            state = "nothing was written" if future.cancel() else "it may be written yet; ids make a retry harmless"
+            raise LogError(
+                f"the log {self._database.path} gave no answer for {WAIT_SECONDS:g} s, held up by its disk or by"
+                f" another process: {state}"
+            ) from None
 
     def close(self, timeout: float = 30) -> None:
         """Finish what waits, then stop."""
@@ -131,7 +151,9 @@ class Writer:
                 jobs.append(Job(self._chore, Future(), 0))
                 due = time.monotonic() + self._chore_seconds
             if jobs:
+                self._began = time.monotonic()
                 self._write(jobs)
+                self._began = math.inf
             elif self._closed:
                 break
         with self._lock.held():  # the last connection's checkpoint is a write too
