@@ -152,6 +152,8 @@ def read_file(path: Path, *, split: GoldSplit | None = None, system: str | None 
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ContractError(f"{path}: gold is imported from .csv or .jsonl, not from {path.suffix or 'no suffix'!r}")
+    if not path.is_file():
+        raise ContractError(f"there is no file {path}")
     items: list[GoldItem] = []
     problems: list[str] = []
     for number, row in reader(path):

@@ -106,8 +106,8 @@ class Store:
 
     def _ask(self, run: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
         for attempt in range(RETRIES):
-            self._see_new_tables()
             try:
+                self._see_new_tables()
                 with self._connection.cursor() as cursor:
                     return run(cursor)
             except duckdb.IOException as error:
