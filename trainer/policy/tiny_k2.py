@@ -49,7 +49,13 @@ WORDS = r"[ _]?\p{L}+|[ _]?\p{N}|[ _]?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+|_+"
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes, and the schedule of the supervised prior: few steps, for a small prior is what the loop starts from."""
+    """Sizes, and the schedule of the supervised prior.
+
+    It is few passes over the examples, within ``steps``: a small prior is what the loop starts from. ``sharpness``
+    multiplies the logits at the end. So short a training leaves the policy far less sure than it is right (on
+    banking77: 35% right when greedy, 17% when sampled), and half its samples would be no topic at all; sharpened,
+    samples at temperature 1 are 27% right, and still explore.
+    """
 
     vocabulary: int = 1536
     hidden: int = 160
@@ -58,10 +64,12 @@ class Settings:
     dense_width: int = 384
     expert_width: int = 128
     context: int = 512
-    steps: int = 90
+    passes: float = 9.25
+    steps: tuple[int, int] = (80, 400)
     batch: int = 32
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    sharpness: float = 1.5
 
 
 def cached(cache: Path, examples: Sequence[Example] = (), *, seed: int = 0, settings: Settings = Settings()) -> Path:
@@ -179,10 +187,12 @@ def teach(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings.steps))
+    fewest, most = settings.steps
+    steps = min(most, max(fewest, round(len(examples) * settings.passes / settings.batch)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     model.train()
     losses = []
-    for batch in _batches(examples, settings, random.Random(seed)):
+    for batch in _batches(examples, steps, settings.batch, random.Random(seed)):
         ids, labels = _collate([rows[example] for example in batch], tokenizer)
         logits = model(input_ids=ids, attention_mask=ids.ne(tokenizer.pad_token_id).long(), use_cache=False).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -193,6 +203,8 @@ def teach(
         schedule.step()
         losses.append(loss.item())
     model.eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(settings.sharpness)
     return losses
 
 
@@ -204,12 +216,17 @@ def _rate(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _batches(examples: Sequence[Example], settings: Settings, chance: random.Random) -> list[list[Example]]:
-    """``steps`` batches out of reshuffled passes over the examples."""
+def _batches(examples: Sequence[Example], steps: int, size: int, chance: random.Random) -> list[list[Example]]:
+    """``steps`` batches out of reshuffled passes; of each four, rows of like length go together (less padding)."""
     rows: list[Example] = []
-    while len(rows) < settings.steps * settings.batch:
+    while len(rows) < steps * size:
         rows += chance.sample(list(examples), len(examples))
-    return [rows[i * settings.batch : (i + 1) * settings.batch] for i in range(settings.steps)]
+    batches = []
+    for start in range(0, steps * size, 4 * size):
+        pool = sorted(rows[start : start + 4 * size], key=lambda example: len(example[0]))
+        four = [pool[i : i + size] for i in range(0, len(pool), size)]
+        batches += chance.sample(four, len(four))
+    return batches[:steps]
 
 
 def _row(tokenizer: PreTrainedTokenizerFast, example: Example) -> tuple[list[int], list[int]]:
