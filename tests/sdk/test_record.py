@@ -163,9 +163,10 @@ def test_a_retried_call_keeps_its_number_and_key(gateway: Any, client: openai.Op
 
 def test_nobody_waits_for_a_call_that_failed(gateway: Any, client: openai.OpenAI) -> None:
     gateway.reply = lambda got: gateway.refusal(400) if "completions" in got.path else None
-    with pytest.raises(openai.BadRequestError), everloop.record() as episode:
+    with everloop.record() as episode:
         episode.tool("look_up")
-        client.chat.completions.create(**ASK)
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**ASK)
     assert everloop.flush()
     assert gateway.payloads("end")[0]["events"] == 1
 
