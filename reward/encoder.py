@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from everloop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +84,8 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors, float32 of shape (len(texts), size). What lies beyond 128 tokens of a text is not seen."""
-        keys = [hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest() for text in texts]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate is no text
+        keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
         with self._lock:
             fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
             vectors = dict(zip(fresh, self._through_network(list(fresh.values())), strict=True)) if fresh else {}

@@ -1,0 +1,116 @@
+"""Everything that scores one (tenant, policy): the live model, the snapshot that scores, what is watched.
+
+State, below ``model/<tenant>/<policy>/``: the pieces of :mod:`reward.durable`, and ``desk`` (version that scores,
+what is watched, how often the desk was written). A desk in memory is a cache of it: ``stale`` tells where a batch
+was given up after the desk had learned from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from everloop.config import RewardConfig
+from everloop.errors import ContractError
+from everloop.run import RewardVersion
+from everloop.stream import State
+
+from reward import durable
+from reward.model import Label, Pair, RewardModel, Vectors
+from reward.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+class Desk:
+    """``root``: the installation's home; snapshots lie in ``rewards/<tenant>/<policy>/`` below it."""
+
+    def __init__(self, tenant: str, policy: str, config: RewardConfig, encoder: Vectors, root: Path) -> None:
+        self.tenant, self.policy = tenant, policy
+        self.live = RewardModel(config, encoder)
+        self.watch = Watch(config.window)
+        self.scoring = self.live
+        self.version = ""
+        self.prefix = f"model/{tenant}/{policy}/"
+        self._root = root
+        self._folder = root / "rewards" / tenant / policy
+        self._writes = 0
+
+    def read(self, state: State) -> Desk:
+        """Take up what the state holds; returns itself. Where it belongs to another encoder or size, start anew."""
+        pieces = {key.removeprefix(self.prefix): value for key, value in state.scan(self.prefix)}
+        desk = json.loads(pieces.pop("desk", b"{}"))
+        if not durable.restore(self.live, pieces.items()):
+            if pieces:
+                logger.warning(
+                    "reward model of %s/%s: encoder or size changed, so it starts anew from here; to learn the "
+                    "history again, stop the reward service and delete its state",
+                    *(self.tenant, self.policy),
+                )
+                for name in pieces:
+                    state.delete(self.prefix + name)
+            return self
+        self._writes = desk["writes"]
+        self.watch = Watch(self.live.config.window, **desk["watch"])
+        self._score_with(desk["version"])
+        return self
+
+    def _score_with(self, version: str) -> None:
+        try:
+            self.scoring = RewardModel.load(self._folder / version, self.live.encoder)
+            self.version = version
+        except ContractError as error:
+            logger.warning("%s; the live model is frozen as a new version", error)
+
+    def stale(self, state: State) -> bool:
+        """Whether the state is not the one that this desk has written last."""
+        held = state.get(f"{self.prefix}desk")
+        return (json.loads(held)["writes"] if held else 0) != self._writes
+
+    def write(self, state: State) -> None:
+        self._writes += 1
+        for name, value in durable.changes(self.live):
+            state.put(self.prefix + name, value)
+        desk = {"version": self.version, "writes": self._writes, "watch": self.watch.dump()}
+        state.put(f"{self.prefix}desk", json.dumps(desk).encode())
+
+    def learn(self, lesson: Label | Pair) -> tuple[float, bool]:
+        """Learn at once; what was expected before, and whether it is time for a snapshot."""
+        before = self.live.updates
+        (expected,) = self.live.learn([lesson])
+        return expected, self.live.updates > before and self.live.updates % self.live.config.snapshot_every == 0
+
+    def freeze(self, time: float) -> RewardVersion:
+        """Save the live model as it is; from here on this version scores. Doing it twice gives the same."""
+        self.version = self.live.save(self._folder)
+        self.scoring = RewardModel.load(self._folder / self.version, self.live.encoder)
+        return RewardVersion(
+            version=self.version,
+            tenant=self.tenant,
+            policy=self.policy,
+            path=str((self._folder / self.version).relative_to(self._root)),
+            updates=self.live.updates,
+            auc=self.live.calibration.auc,
+            calibration_error=self.live.calibration.error,
+            offsets=dict(self.live.offsets),
+            time=time,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """JSON values; see ``services/scorer``."""
+        live = self.live
+        return {
+            "version": self.version,
+            "updates": live.updates,
+            "labels": sum(live.seen),
+            "good_labels": live.seen[1],
+            "may_judge": live.may_judge,
+            "refused": live.refused,
+            "auc": live.calibration.auc,
+            "calibration_error": live.calibration.error,
+            "answers_known": len(live.prototypes.rows),
+            "snapshot_updates": self.scoring.updates,
+            **self.watch.status(),
+        }

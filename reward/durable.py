@@ -1,0 +1,116 @@
+"""A live model as small pieces of bytes, so that what one label changed can be written with the label's offset.
+
+Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``answer/<row>`` (one prototype) and ``lesson/<slot>``
+(one remembered lesson). :func:`changes` gives those that changed since the last call; :func:`restore` takes all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from everloop.errors import ContractError
+
+from reward.heads import Lesson
+from reward.model import RewardModel
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def shape_of(model: RewardModel) -> str:
+    """Hash of what must be equal for pieces to fit: encoder, members, and how much is remembered."""
+    config = model.config
+    parts = (model.encoder.version, config.heads, config.reservoir, model.prototypes.capacity, model.heads.shared.shape)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
+    """The pieces that changed since the last call; ``core`` always."""
+    for row in sorted(model.changed_rows):
+        yield f"answer/{row:05d}", model.prototypes.pack(row)
+    for slot in sorted(model.changed_slots):
+        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lessons[slot])
+    model.changed_rows.clear()
+    model.changed_slots.clear()
+    yield "core", _pack_core(model)
+
+
+def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
+    """Make a new ``model`` what it was when the pieces were packed.
+
+    ``pieces`` in ascending order of their names, as a scan of the state gives them. Returns False, with the model
+    as it was, where there are none, or where they belong to another encoder or size.
+
+    Raises ContractError where a piece is cut short.
+    """
+    held = dict(pieces)
+    if "core" not in held:
+        return False
+    try:
+        core = _unpack_core(held.pop("core"))
+        if core["shape"] != shape_of(model):
+            return False
+        for name, value in sorted(held.items()):
+            kind, _, number = name.partition("/")
+            if kind == "answer":
+                model.prototypes.unpack(int(number), value)
+            else:
+                model.reservoir.lessons.append(_unpack_lesson(value, model))
+        _take_core(model, core)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ContractError(f"the reward model's state is damaged: {error!r}; delete it to rebuild it") from None
+    return True
+
+
+def _pack_lesson(lesson: Lesson) -> bytes:
+    numbers = np.array([lesson.label, lesson.weight], np.float32)
+    parts = (numbers, lesson.members, lesson.own, lesson.shared)
+    return b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
+
+
+def _unpack_lesson(packed: bytes, model: RewardModel) -> Lesson:
+    members, own = model.config.heads, model.heads.own.shape
+    numbers = np.frombuffer(packed, "<f4")
+    head, seen, mine, shared = np.split(numbers, np.cumsum([2, members, own[0] * own[1]]))
+    if shared.shape != model.heads.shared.shape[1:]:
+        raise ValueError(f"a lesson of {len(packed)} bytes")
+    return Lesson(mine.reshape(own), shared, float(head[0]), float(head[1]), seen)
+
+
+def _pack_core(model: RewardModel) -> bytes:
+    """JSON with everything small (floats as exact decimal text), a zero byte, and the heads' arrays in order."""
+    calibration = model.calibration
+    small = {
+        "shape": shape_of(model),
+        "updates": model.updates,
+        "seen": model.seen,
+        "offsets": model.offsets,
+        "lessons": model.reservoir.count,
+        "totals": model.prototypes.totals.tolist(),
+        "line": [calibration.slope, calibration.shift],
+        "pairs": list(calibration.pairs),
+    }
+    arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
+    return json.dumps(small, sort_keys=True).encode() + b"\0" + b"".join(arrays)
+
+
+def _unpack_core(packed: bytes) -> dict[str, Any]:
+    small, _, arrays = packed.partition(b"\0")
+    return {**json.loads(small), "arrays": arrays}
+
+
+def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
+    numbers = np.frombuffer(core["arrays"], "<f4")
+    sizes = [array.size for array in model.heads.arrays().values()]
+    if numbers.size != sum(sizes):
+        raise ValueError(f"{numbers.size} weights where {sum(sizes)} belong")
+    for array, part in zip(model.heads.arrays().values(), np.split(numbers, np.cumsum(sizes)[:-1]), strict=True):
+        array[:] = part.reshape(array.shape)
+    model.updates, model.seen, model.offsets = core["updates"], core["seen"], core["offsets"]
+    model.reservoir.count = core["lessons"]
+    model.prototypes.totals[:] = core["totals"]
+    model.calibration.slope, model.calibration.shift = core["line"]
+    model.calibration.pairs.extend(tuple(pair) for pair in core["pairs"])

@@ -1,0 +1,251 @@
+"""The stream handler "score": episodes in, scores and reward versions out; one model for each (tenant, policy).
+
+::
+
+    handle: decode, find what there is to learn; refuse what is no episode ──▶ waiting
+    flush:  encode all texts of the batch at once; then, one episode after the other:
+            predict ──▶ learn what is new ──▶ snapshot every N updates ──▶ score what changed
+
+Two clocks: the live model learns every word at once, the newest snapshot of it scores, so that every score can be
+made again from the version that it names. State, written with the offsets: the models, and for each episode what
+was learned and scored. What is learned depends on the order of episodes alone, not on how they fell into batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ormsgpack
+from everloop import wire
+from everloop.config import Config, RewardConfig
+from everloop.episode import Episode, Split
+from everloop.errors import ConfigError, ContractError
+from everloop.home import Home
+from everloop.log.base import NewRecord, Record
+from everloop.score import Score
+from everloop.stream import State
+from everloop.topics import EPISODES, REWARDS, SCORES
+
+from reward import evidence
+from reward.desk import Desk
+from reward.evidence import Said
+from reward.features import Example, examples
+from reward.model import Estimate, Label, Pair, Vectors
+
+Encoders = Callable[[str], Vectors]
+"""The encoder of a configured name; the same object for the same name."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One episode version, and everything in it that matters here."""
+
+    record: Record
+    episode: Episode
+    examples: list[Example]
+    said: list[Said]
+    lessons: list[tuple[int, Label | Pair]]
+
+
+@dataclass
+class Known:
+    """What is remembered of an episode. ``calls``: by call id, what was expected and what it was scored by."""
+
+    version: int = -1
+    learned: list[str] = field(default_factory=list)
+    calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def call(self, name: str) -> dict[str, Any]:
+        return self.calls.setdefault(name, {})
+
+
+class RewardHandler:
+    """See the module. ``encoders`` gives the encoder of a configured name; it may load its weights late."""
+
+    name = "score"
+    topics = (EPISODES.name,)
+
+    def __init__(self, config: Config, home: Home, encoders: Encoders) -> None:
+        self._config = config
+        self._home = home
+        self._encoders = encoders
+        self._waiting: list[Read] = []
+        self._desks: dict[tuple[str, str], Desk] = {}
+        self._status: dict[str, dict[str, Any]] = {}
+
+    def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
+        if record.value is None:
+            raise ContractError("an episode has no value; episodes are never deleted by tombstone")
+        episode = wire.decode(Episode, record.value, self._home.blobs)
+        if episode.key != record.key:
+            raise ContractError(f"episode {episode.key} lies under the key {record.key}; it cannot join either")
+        its = examples(episode)
+        lessons = evidence.lessons(episode, its) if teaches(episode) else []
+        self._waiting.append(Read(record, episode, its, evidence.said(episode), lessons))
+        return []
+
+    def flush(self, state: State, now: float) -> list[NewRecord]:
+        """Retried whole: what a failed one had learned in memory is dropped, what it had saved is the same again."""
+        if self._status and not self._waiting:
+            return []
+        try:
+            desks = {(read.episode.tenant, read.episode.policy): read.episode for read in self._waiting}
+            for tenant, policy in [*self._config.policies(), *desks]:
+                self._open(state, tenant, policy)
+            self._encode()
+            outputs = [record for read in self._waiting for record in self._take(state, read)]
+            for at in desks:
+                self._desks[at].write(state)
+        except BaseException:
+            self._desks.clear()
+            raise
+        self._waiting = []
+        self._status = {"/".join(at): desk.status() for at, desk in self._desks.items()}
+        return outputs
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """By 'tenant/policy', as of the last batch. From any thread."""
+        return self._status
+
+    def _open(self, state: State, tenant: str, policy: str) -> None:
+        desk = self._desks.get((tenant, policy))
+        if desk is None or desk.stale(state):
+            config = self._reward_config(tenant, policy)
+            desk = Desk(tenant, policy, config, self._encoders(config.encoder), self._home.root)
+            self._desks[tenant, policy] = desk.read(state)
+
+    def _reward_config(self, tenant: str, policy: str) -> RewardConfig:
+        try:
+            return self._config.policy(tenant, policy).reward
+        except ConfigError:  # a policy that was taken out of the configuration: its episodes are scored as by default
+            return RewardConfig()
+
+    def _encode(self) -> None:
+        """Bring the vectors of the whole batch into the encoders' memory, from which every later step reads them."""
+        texts: dict[str, dict[str, None]] = {}
+        for read in self._waiting:
+            encoder = self._reward_config(read.episode.tenant, read.episode.policy).encoder
+            ours = texts.setdefault(encoder, {})
+            for example in read.examples:
+                ours.update({example.prompt: None, example.answer: None})
+            for _, lesson in read.lessons:
+                if isinstance(lesson, Pair):
+                    ours.update({lesson.chosen: None, lesson.rejected: None})
+        for name, ours in texts.items():
+            self._encoders(name).encode(list(ours))
+
+    def _take(self, state: State, read: Read) -> list[NewRecord]:
+        """Learn from one episode version and score what changed in it; nothing where it was taken before."""
+        episode = read.episode
+        desk = self._desks[episode.tenant, episode.policy]
+        desk.live.offsets[f"{read.record.topic}/{read.record.partition}"] = read.record.offset + 1
+        mark = f"episode/{episode.tenant}/{episode.policy}/{episode.id}"
+        held = state.get(mark)
+        known = Known(*ormsgpack.unpackb(held)) if held else Known()
+        if episode.version <= known.version:
+            return []
+        known.version = episode.version
+        outputs = [] if desk.version else [version_record(desk, episode.updated)]
+        outputs += _learn(desk, read, known)
+        outputs += _score(desk, read, known)
+        state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
+        return outputs
+
+
+def teaches(episode: Episode) -> bool:
+    """Whether the model may learn from an episode: not from held-out, synthetic or quarantined ones."""
+    return episode.split is Split.TRAIN and not episode.synthetic and episode.quarantine is None
+
+
+def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
+    """Learn each word that was not learned before; note what was expected of a call before its first label."""
+    outputs = []
+    for number, lesson in read.lessons:
+        if lesson.id in known.learned:
+            continue
+        call = known.call(read.episode.turns[number].call.id)
+        first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
+        if isinstance(lesson, Label):
+            lesson = replace(lesson, watched=first)
+        expected, due = desk.learn(lesson)
+        known.learned.append(lesson.id)
+        if first and isinstance(lesson, Label):
+            call["predicted"] = expected
+            desk.watch.labels.add(lesson.value)
+        if due:
+            outputs.append(version_record(desk, read.episode.updated))
+    return outputs
+
+
+def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
+    """Scores of the calls that are new, or of which something else is said than when they were scored last."""
+    episode = read.episode
+    digests = [
+        hashlib.blake2b(repr((both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
+        for both in zip(read.said, read.examples, strict=True)
+    ]
+    calls = [known.call(turn.call.id) for turn in episode.turns]
+    fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
+    estimates = desk.scoring.estimate([read.examples[i] for i in fresh])
+    outputs = []
+    for i, estimate in zip(fresh, estimates, strict=True):
+        score = score_of(
+            episode,
+            i,
+            estimate,
+            read.said[i],
+            version=desk.version,
+            pessimism=desk.scoring.config.pessimism,
+            predicted=calls[i].get("predicted"),
+        )
+        if "scored" not in calls[i] and teaches(episode) and score.mask:
+            desk.watch.rewards.add(score.reward)
+        calls[i]["scored"] = digests[i]
+        outputs.append(score_record(score))
+    return outputs
+
+
+def score_of(
+    episode: Episode,
+    turn: int,
+    estimate: Estimate,
+    said: Said,
+    *,
+    version: str,
+    pessimism: float,
+    predicted: float | None,
+) -> Score:
+    """The score of one turn: the strongest source decides; a failed call or a quarantined episode is masked."""
+    final, source = evidence.decide(estimate, said, pessimism)
+    call = episode.turns[turn].call
+    return Score(
+        tenant=episode.tenant,
+        policy=episode.policy,
+        episode=episode.id,
+        version=episode.version,
+        call=call.id,
+        reward_version=version,
+        value=final.value,
+        spread=final.spread,
+        reward=final.reward,
+        mask=final.mask and call.error is None and episode.quarantine is None,
+        source=source,
+        label=said.label,
+        predicted=predicted,
+        time=episode.updated,
+    )
+
+
+def score_record(score: Score) -> NewRecord:
+    about = f"{score.policy}/{score.episode}/{score.version}/{score.call}/{score.reward_version}"
+    return NewRecord(SCORES.name, score.key, wire.encode(score), {"schema": "Score", "id": about}, score.time)
+
+
+def version_record(desk: Desk, time: float) -> NewRecord:
+    """Freeze the live model as a version, and announce it."""
+    made = desk.freeze(time)
+    headers = {"schema": "RewardVersion", "id": f"{made.key}/{made.version}"}
+    return NewRecord(REWARDS.name, made.key, wire.encode(made), headers, made.time)

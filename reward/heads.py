@@ -1,0 +1,124 @@
+"""The ensemble: members that weigh features into a logit, trained online with replay.
+
+A member is linear in its features, so a label and a preference are learned by one step: the logistic loss on an
+answer's features, or (Bradley and Terry 1952) on the difference of two answers' features with label 1. Members
+differ by the labels that they see (bootstrap masks) and by their own features; steps are AdaGrad (Duchi et al. 2011).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+REPLAY = 64  # remembered labels in each step, beside the new one
+RECENT = 512  # half of them are drawn from so many newest
+DECAY = 1e-4  # of the weights of shared features, a step
+
+
+class Lesson(NamedTuple):
+    """One label as the members see it: what is kept for replay.
+
+    ``own`` (heads, features): each member's features. ``shared`` (features,): those all members see alike. For a
+    preference both are differences, chosen minus rejected. ``label`` 0 to 1, ``members`` (heads,) 0 or 1.
+    """
+
+    own: Array
+    shared: Array
+    label: float
+    weight: float
+    members: Array
+
+
+def probability(logits: Array) -> Array:
+    """The logistic function, without overflow."""
+    return 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
+
+
+def loss_and_gradients(
+    own_weights: Array, shared_weights: Array, lessons: tuple[Array, Array, Array, Array, Array]
+) -> tuple[float, Array, Array]:
+    """Mean weighted cross-entropy, and its gradients (heads, features) by own and by shared weights.
+
+    ``lessons``: own (heads, n, a), shared (n, b), labels (n,), weights (n,), members (heads, n).
+    """
+    own, shared, labels, weights, members = lessons
+    logits = np.einsum("hna,ha->hn", own, own_weights) + shared_weights @ shared.T
+    worth = weights * members / labels.size
+    loss = float((worth * (np.logaddexp(0, logits) - labels * logits)).sum())
+    error = worth * (probability(logits) - labels)
+    return loss, np.einsum("hn,hna->ha", error, own), error @ shared
+
+
+class Heads:
+    """Weights (heads, own) and (heads, shared), and AdaGrad's sums beside them. ``prior`` (own,): where they start."""
+
+    def __init__(self, heads: int, prior: Array, shared: int, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
+        self.own = np.tile(prior.astype(np.float32), (heads, 1))
+        self.shared = np.zeros((heads, shared), np.float32)
+        self.own_sums = np.ones_like(self.own)
+        self.shared_sums = np.full_like(self.shared, 1e-3)
+
+    def logits(self, own: Array, shared: Array) -> Array:
+        """(heads, n) from own features (heads, n, a) and shared ones (n, b)."""
+        return np.einsum("hna,ha->hn", own, self.own) + self.shared @ shared.T
+
+    def step(self, lessons: list[Lesson]) -> float:
+        """One step on these lessons; the loss before it. A step that would not be finite is not made."""
+        batch = (
+            np.stack([lesson.own for lesson in lessons], axis=1),
+            np.stack([lesson.shared for lesson in lessons]),
+            np.array([lesson.label for lesson in lessons], np.float32),
+            np.array([lesson.weight for lesson in lessons], np.float32),
+            np.stack([lesson.members for lesson in lessons], axis=1),
+        )
+        loss, by_own, by_shared = loss_and_gradients(self.own, self.shared, batch)
+        if not (np.isfinite(by_own).all() and np.isfinite(by_shared).all()):
+            return float("nan")
+        self.own_sums += by_own**2
+        self.own -= OWN_RATE * self.learning_rate * by_own / np.sqrt(self.own_sums)
+        self.shared_sums += by_shared**2
+        self.shared *= 1 - DECAY
+        self.shared -= self.learning_rate * by_shared / np.sqrt(self.shared_sums)
+        return loss
+
+    def arrays(self) -> dict[str, Array]:
+        """The weights and sums, by name: these very arrays."""
+        return {
+            "own": self.own,
+            "shared": self.shared,
+            "own_sums": self.own_sums,
+            "shared_sums": self.shared_sums,
+        }
+
+
+OWN_RATE = 16.0  # the few own features are steered faster than the many shared ones
+
+
+class Reservoir:
+    """The newest ``capacity`` lessons, from which each step replays; slot ``n % capacity`` holds the n-th."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.lessons: list[Lesson] = []
+        self.count = 0
+
+    def add(self, lesson: Lesson) -> int:
+        """Returns the slot that was written."""
+        slot = self.count % self.capacity
+        if slot == len(self.lessons):
+            self.lessons.append(lesson)
+        else:
+            self.lessons[slot] = lesson
+        self.count += 1
+        return slot
+
+    def sample(self) -> list[Lesson]:
+        """REPLAY lessons, half of them from the RECENT newest; the draw depends on the count alone."""
+        random = np.random.default_rng(self.count)
+        anywhere = random.integers(len(self.lessons), size=REPLAY // 2)
+        back = random.integers(min(RECENT, len(self.lessons)), size=REPLAY - REPLAY // 2)
+        slots = [*anywhere, *((self.count - 1 - back) % self.capacity)]
+        return [self.lessons[slot] for slot in slots]

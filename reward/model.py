@@ -1,0 +1,263 @@
+"""The reward model: how probable it is that an answer is good, how sure that is, and how it learns.
+
+::
+
+    prompt, answer ─▶ encoder ─▶ prototypes: own features of each member ─┐
+    structure, length, product of the vectors: features all share ────────┴▶ heads ─▶ line ─▶ probability
+
+Everything that learns is learned at once, in constant time: a label predicts first (for AUC and calibration), then
+moves the prototypes of its answer, makes one step of the heads with replay, and refits the line. Nothing is drawn
+by chance: bootstrap masks hash the label's id, replay is drawn by the count of lessons; the same labels in the
+same order give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from everloop.config import RewardConfig
+
+from reward import features
+from reward.calibration import Calibration
+from reward.features import Example, Structure
+from reward.heads import Heads, Lesson, Reservoir, probability
+from reward.prototypes import Prototypes, key_of
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
+FEWEST_OF_A_KIND = 5
+MAX_SPREAD = 0.35  # above it the members contradict each other
+KEEP = 0.5  # share of the members that see a label: what makes them differ
+FLIPS = 0.05  # share of thumbs that say the opposite of what was meant
+NEVER = -30.0  # logit of an answer that says and does nothing: there is nothing in it to be right
+RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
+PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0], np.float32)  # weights of (1, *prototypes.NAMES) at the start
+
+
+class Vectors(Protocol):
+    """What the model needs of an encoder; see :class:`reward.encoder.Encoder`."""
+
+    name: str
+    size: int
+
+    @property
+    def version(self) -> str: ...
+
+    def encode(self, texts: Sequence[str]) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Label:
+    """What was said about an answer: ``value`` from 0 (bad) to 1 (good).
+
+    ``certain``: measured, not said in passing; then it is not discounted for slips. ``watched``: it enters AUC and
+    calibration error; False where another label of the same answer already did.
+    """
+
+    id: str
+    example: Example
+    value: float
+    weight: float = 1.0
+    certain: bool = False
+    watched: bool = True
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``chosen`` is better than ``rejected``; ``absolute``: and it is right by itself (a correction)."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    weight: float = 1.0
+    absolute: bool = False
+    structure: Structure = field(default_factory=Structure)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the model says of one answer; the fields are those of :class:`everloop.score.Score`.
+
+    ``logits`` (heads,): calibrated, one a member, from which an opinion is combined with people's words.
+    """
+
+    value: float
+    spread: float
+    reward: float
+    mask: bool
+    logits: tuple[float, ...] = field(default=(), repr=False)
+
+
+def shared_features(prompts: Array, answers: Array, examples: Sequence[Example]) -> Array:
+    """(n, SHARED + 3·size): structure, length, and the texts' vectors with their product."""
+    structure = [[*example.structure.vector(), *features.length_vector(example.answer)] for example in examples]
+    product = prompts * answers * math.sqrt(prompts.shape[1])
+    return np.concatenate([np.array(structure, np.float32).reshape(-1, SHARED), product, answers, prompts], axis=1)
+
+
+SHARED = len(features.NAMES) + features.LENGTHS
+LENGTH_COLUMNS = slice(len(features.NAMES), SHARED)
+
+
+class RewardModel:
+    """The live model of one (tenant, policy). Not thread-safe; one writer.
+
+    ``updates`` counts the labels and pairs learned from. ``offsets`` are those of the records read so far, kept
+    by whoever feeds it; they are part of a version.
+    """
+
+    def __init__(self, config: RewardConfig, encoder: Vectors) -> None:
+        self.config = config
+        self.encoder = encoder
+        self.prototypes = Prototypes(config.heads, encoder.size)
+        self.heads = Heads(config.heads, PRIOR, SHARED + 3 * encoder.size, config.learning_rate)
+        self.reservoir = Reservoir(config.reservoir)
+        self.calibration = Calibration(config.window)
+        self.updates = 0
+        self.seen = [0, 0]  # bad and good labels
+        self.refused = 0  # labels that were not learned because something in them was not finite
+        self.offsets: dict[str, int] = {}
+        self.changed_rows: set[int] = set()
+        self.changed_slots: set[int] = set()
+
+    @property
+    def may_judge(self) -> bool:
+        """Whether enough was learned to have an opinion."""
+        return sum(self.seen) >= MIN_LABELS and min(self.seen) >= FEWEST_OF_A_KIND
+
+    def estimate(self, examples: Sequence[Example]) -> list[Estimate]:
+        """What the model says of each answer; distinct texts are encoded once."""
+        if not examples:
+            return []
+        columns = self.calibration.line(self._logits(examples)).T.tolist()
+        silent = (NEVER,) * self.config.heads
+        return [
+            opinion(tuple(column) if example.answer.strip() else silent, self.config.pessimism, self.may_judge)
+            for example, column in zip(examples, columns, strict=True)
+        ]
+
+    def _logits(self, examples: Sequence[Example]) -> Array:
+        own, shared = self._features(examples)
+        shared[:, LENGTH_COLUMNS] = 0
+        return self.heads.logits(own, shared)
+
+    def _features(self, examples: Sequence[Example]) -> tuple[Array, Array]:
+        """Own (heads, n, 1 + prototypes) and shared (n, …) features."""
+        prompts, which = _distinct([example.prompt for example in examples])
+        answers, pairs = _distinct([example.answer for example in examples])
+        vectors = self.encoder.encode([*prompts, *answers])
+        asked, said = vectors[: len(prompts)], vectors[len(prompts) :]
+        own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
+        own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
+        return own, shared_features(asked[which], said[pairs], examples)
+
+    def save(self, root: Path) -> str:
+        """Write an immutable snapshot below ``root``; returns its version. See :mod:`reward.snapshot`."""
+        from reward import snapshot
+
+        return snapshot.save(self, root)
+
+    @staticmethod
+    def load(folder: Path, encoder: Vectors) -> RewardModel:
+        """The model of a snapshot folder, to score with. Raises ContractError where it is not whole."""
+        from reward import snapshot
+
+        return snapshot.load(folder, encoder)
+
+    def learn(self, lessons: Sequence[Label | Pair]) -> list[float]:
+        """Learn from each in turn; returns what was expected of it before: P(good), or P(chosen is better)."""
+        return [self._learn_pair(one) if isinstance(one, Pair) else self._learn_label(one) for one in lessons]
+
+    def _learn_label(self, label: Label) -> float:
+        own, shared = self._features([label.example])
+        neutral = shared.copy()
+        neutral[:, LENGTH_COLUMNS] = 0
+        logits = self.heads.logits(own, neutral)[:, 0]
+        expected = float(probability(self.calibration.line(logits)).mean())
+        if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(shared).all()):
+            return self._refuse()
+        members = _members(label.id, self.config.heads)
+        good = meant(label.value, expected) if not label.certain else label.value
+        self._remember(label.example, members, label.weight * good, label.weight * (1 - good))
+        self._step(Lesson(own[:, 0], shared[0], label.value, label.weight, members))
+        self.seen[label.value > 0.5] += 1
+        if label.watched:
+            self.calibration.add(float(logits.mean()), expected, label.value)
+        return expected
+
+    def _learn_pair(self, pair: Pair) -> float:
+        chosen = Example(pair.prompt, pair.chosen, pair.structure)
+        rejected = Example(pair.prompt, pair.rejected, pair.structure)
+        own, shared = self._features([chosen, rejected])
+        difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
+        expected = float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
+        if not (math.isfinite(expected) and np.isfinite(alike).all()):
+            return self._refuse()
+        members = _members(pair.id, self.config.heads)
+        weight = pair.weight if pair.absolute else RELATIVE * pair.weight
+        self._remember(chosen, members, weight, 0.0)
+        if not pair.absolute:
+            self._remember(rejected, members, 0.0, weight)
+        self._step(Lesson(difference, alike, 1.0, pair.weight, members))
+        return expected
+
+    def _refuse(self) -> float:
+        """Nothing is learned from what is not finite; it is counted, and nothing was expected of it."""
+        self.refused += 1
+        return 0.5
+
+    def _remember(self, example: Example, members: Array, good: float, bad: float) -> None:
+        if example.answer.strip():
+            prompt, answer = self.encoder.encode([example.prompt, example.answer])
+            row = self.prototypes.add(key_of(example.answer), answer, prompt, members, good, bad)
+            self.changed_rows.add(row)
+
+    def _step(self, lesson: Lesson) -> None:
+        replayed = self.reservoir.sample() if self.reservoir.lessons else []
+        self.changed_slots.add(self.reservoir.add(lesson))
+        self.heads.step([lesson, *replayed])
+        self.updates += 1
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:
+    """The texts without repetition, and for each of the given ones its place among them."""
+    at: dict[str, int] = {}
+    rows = [at.setdefault(text, len(at)) for text in texts]
+    return list(at), np.array(rows)
+
+
+def _members(label: str, heads: int) -> Array:
+    """Which members see a label, (heads,) of 0 and 1: decided by the label's id, never none of them."""
+    digest = hashlib.blake2b(label.encode(), digest_size=heads).digest()
+    members = np.array([byte < 256 * KEEP for byte in digest], np.float32)
+    return members if members.any() else np.ones(heads, np.float32)
+
+
+def meant(said: float, expected: float, flips: float = FLIPS) -> float:
+    """P(good | what was said), by Bayes, where a share ``flips`` of labels say the opposite of what was meant.
+
+    ``expected`` is the probability that was given to hearing "good". Example: ``meant(1.0, 0.05) == 0``, for
+    where 5% of all thumbs are flipped and 5% are expected up, an up is a slip.
+    """
+    prior = min(max((expected - flips) / (1 - 2 * flips), 0.0), 1.0)
+    up = prior * (1 - flips) / max(prior * (1 - flips) + (1 - prior) * flips, 1e-9)
+    down = prior * flips / max(prior * flips + (1 - prior) * (1 - flips), 1e-9)
+    return said * up + (1 - said) * down
+
+
+def opinion(logits: tuple[float, ...], pessimism: float, entitled: bool) -> Estimate:
+    """Members' calibrated logits as mean, spread and pessimistic reward; where they are not finite, no opinion."""
+    if not all(math.isfinite(logit) for logit in logits):
+        return Estimate(0.5, 0.0, 0.0, False, logits)
+    members = [1 / (1 + math.exp(-min(max(logit, -30.0), 30.0))) for logit in logits]
+    value = sum(members) / len(members)
+    spread = math.sqrt(sum((member - value) ** 2 for member in members) / len(members))
+    reward = min(max(2 * (value - pessimism * spread) - 1, -1.0), 1.0)
+    return Estimate(value, spread, reward, entitled and spread <= MAX_SPREAD, logits)

@@ -1,0 +1,148 @@
+"""What is remembered of answers that come again: which prompts each was right for, and which not.
+
+An agent that picks among recurring answers (a topic, a tool, a stock reply) is judged far sooner by comparing a
+prompt with the centroid of those for which the answer was rated well (a prototype; Snell et al. 2017,
+arXiv:1703.05175) than by any trained weight. An answer's own vector stands in for two well-rated prompts, so an
+answer that was never rated is judged by how near it lies to the prompt.
+
+Every member of the ensemble keeps its own centroids, over its own bootstrap share of the labels; where they
+disagree, too little was seen. All sums: the state is the same in every order of the labels, up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+OWN_WEIGHT = 2.0  # well-rated prompts that the answer's own vector stands for
+SHARPNESS = 20.0  # of the choice among answers: logits per unit of cosine
+BAD_PRIOR = 3.0  # badly rated prompts after which their centroid has half its weight
+NAMES = ("rival", "similarity", "badly_rated", "rate", "support", "chosen")
+FEATURES = len(NAMES)
+
+
+def key_of(answer: str) -> bytes:
+    """Answers are the same where their words are, whatever the white space around them."""
+    return hashlib.blake2b(" ".join(answer.split()).encode("utf-8", "replace"), digest_size=16).digest()
+
+
+def _units(vectors: Array) -> Array:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-12)
+
+
+class Prototypes:
+    """Centroids of at most ``capacity`` answers, for ``heads`` members, over vectors of ``size`` dimensions.
+
+    Beyond the capacity the answer with the fewest labels makes room, that of the lowest row among equals.
+    """
+
+    def __init__(self, heads: int, size: int, capacity: int = 512) -> None:
+        self.heads, self.size, self.capacity = heads, size, capacity
+        self.rows: dict[bytes, int] = {}
+        self.own = np.zeros((0, size), np.float32)
+        self.good = np.zeros((heads, 0, size), np.float32)  # sums of prompt vectors
+        self.bad = np.zeros((heads, 0, size), np.float32)
+        self.counts = np.zeros((2, heads, 0), np.float32)  # weights of good and bad labels
+        self.totals = np.zeros((2,), np.float32)  # of good and bad labels over all answers
+        self._centres = np.zeros((heads, 0, size), np.float32)
+        self._faults = np.zeros((heads, 0, size), np.float32)
+
+    def _room(self, width: int) -> None:
+        """Grow the arrays to ``width`` rows."""
+        more = width - self.own.shape[0]
+        pad = ((0, 0), (0, more), (0, 0))
+        self.own = np.pad(self.own, pad[1:])
+        self.good, self.bad = np.pad(self.good, pad), np.pad(self.bad, pad)
+        self._centres, self._faults = np.pad(self._centres, pad), np.pad(self._faults, pad)
+        self.counts = np.pad(self.counts, ((0, 0), (0, 0), (0, more)))
+
+    def _row(self, key: bytes, own: Array) -> int:
+        """The row of an answer, made or taken from the least labelled other one if it is new."""
+        if key in self.rows:
+            return self.rows[key]
+        row = len(self.rows)
+        if row == self.capacity:
+            row = int(self.counts.sum((0, 1)).argmin())
+            self.rows = {known: at for known, at in self.rows.items() if at != row}
+        nothing = np.zeros((self.heads, self.size), np.float32)
+        self.put(row, key, own, nothing, nothing, np.zeros((2, self.heads), np.float32))
+        return row
+
+    def put(self, row: int, key: bytes, own: Array, good: Array, bad: Array, counts: Array) -> None:
+        """Set one row: the answer's own vector (size,), sums (heads, size), weights (2, heads). No row is left out."""
+        if row >= self.own.shape[0]:
+            self._room(min(max(16, 2 * row), self.capacity))
+        self.rows[key] = row
+        self.own[row], self.good[:, row], self.bad[:, row] = own, good, bad
+        self.counts[:, :, row] = counts
+        self._refresh(row)
+
+    def _refresh(self, row: int) -> None:
+        self._centres[:, row] = _units(self.good[:, row] + OWN_WEIGHT * self.own[row])
+        bad = self.counts[1, :, row, None]
+        self._faults[:, row] = _units(self.bad[:, row]) * bad / (bad + BAD_PRIOR)
+
+    def add(self, answer: bytes, own: Array, prompt: Array, members: Array, good: float, bad: float) -> int:
+        """Learn that ``prompt`` was judged good and bad with these weights for an answer (its key and own vector).
+
+        ``members`` (heads,) is 1 for the members that see this label, 0 for the others. Returns the changed row.
+        """
+        row = self._row(answer, own)
+        self.good[:, row] += np.float32(good) * members[:, None] * prompt
+        self.bad[:, row] += np.float32(bad) * members[:, None] * prompt
+        self.counts[0, :, row] += np.float32(good) * members
+        self.counts[1, :, row] += np.float32(bad) * members
+        self.totals += np.array([good, bad], np.float32)
+        self._refresh(row)
+        return row
+
+    def features(self, prompts: Array, which: Array, answers: Sequence[bytes], own: Array, pairs: Array) -> Array:
+        """What is known about each (prompt, answer): float32 of shape (heads, pairs, FEATURES).
+
+        Args:
+            prompts: vectors of the distinct prompts, (n, size); ``which`` (pairs,) is the row of each pair's.
+            answers: keys of the distinct answers; own: their vectors, (m, size); pairs: row of each pair's.
+        """
+        width = len(self.rows)
+        rows = np.array([self.rows.get(key, -1) for key in answers], np.int64)[pairs]
+        known = rows >= 0
+        at = np.maximum(rows, 0)
+        fit = SHARPNESS * np.einsum("nd,hkd->hnk", prompts, self._centres[:, :width], optimize=True)
+        near = SHARPNESS * np.einsum("pd,pd->p", prompts[which], own[pairs])
+        rivals = np.logaddexp.reduce(fit, axis=2)[:, which] if width else np.full((self.heads, len(which)), -np.inf)
+        faults = np.einsum("nd,hkd->hnk", prompts, self._faults[:, :width], optimize=True)
+        mine = np.where(known, fit[:, which, at], near) if width else np.broadcast_to(near, rivals.shape)
+        among = np.where(known, rivals, np.logaddexp(rivals, near))
+        good, bad = (self.counts[i][:, at] * known if width else np.zeros(rivals.shape) for i in (0, 1))
+        base = (self.totals[0] + 1) / (self.totals.sum() + 2)
+        rate = (good + 2 * base) / (good + bad + 2)
+        found = [
+            np.maximum(mine - among, -8.0),
+            mine / SHARPNESS - 0.5,
+            np.where(known, faults[:, which, at], 0.0) if width else np.zeros(rivals.shape),
+            np.log(rate / (1 - rate)),
+            0.3 * np.log1p(good),
+            np.exp(mine - among),
+        ]
+        return np.stack(found, axis=-1).astype(np.float32)
+
+    def pack(self, row: int) -> bytes:
+        """One row as bytes, for a durable state that is written row by row."""
+        key = next(key for key, at in self.rows.items() if at == row)
+        parts = (self.own[row], self.good[:, row], self.bad[:, row], self.counts[:, :, row])
+        return key + b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
+
+    def unpack(self, row: int, packed: bytes) -> None:
+        """Take back what :meth:`pack` gave, rows in ascending order. Raises ValueError where it has another size."""
+        heads, size = self.heads, self.size
+        if row != len(self.rows) or len(packed) != 16 + 4 * (size + 2 * heads * size + 2 * heads):
+            raise ValueError(f"row {row} of {len(packed)} bytes does not continue prototypes of {heads} heads x {size}")
+        numbers = np.frombuffer(packed[16:], "<f4")
+        own, good, bad, counts = np.split(numbers, np.cumsum([size, heads * size, heads * size]))
+        good, bad = good.reshape(heads, size), bad.reshape(heads, size)
+        self.put(row, packed[:16], own, good, bad, counts.reshape(2, heads))

@@ -1,0 +1,41 @@
+"""The reward models' numbers as Prometheus metrics, read from the handler's status when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+GAUGES = {
+    "everloop_reward_auc": ("auc", "Predict-then-learn AUC over the recent window of labels"),
+    "everloop_reward_calibration_error": ("calibration_error", "Expected calibration error over the same window"),
+    "everloop_reward_mean": ("reward_mean", "Mean reward of the newest scored calls, -1 to 1"),
+    "everloop_reward_fall": ("reward_fall", "Mean reward of the window before less that of the newest"),
+    "everloop_reward_thumbs_up_share": ("thumbs_up_share", "Mean of the newest labels, 0 to 1"),
+    "everloop_reward_known_answers": ("answers_known", "Recurring answers whose ratings are remembered"),
+}
+COUNTERS = {
+    "everloop_reward_updates": ("updates", "Labels and preferences that a reward model learned from"),
+    "everloop_reward_refused": ("refused", "Labels that were not learned because they were not finite"),
+}
+Status = Callable[[], dict[str, dict[str, Any]]]
+
+
+class RewardMetrics(Collector):
+    """One series for each configured policy; a number that is not known yet is left out."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """The label is the configured policy as ``tenant/policy``: as many as the configuration names."""
+        desks = self._status()
+        for family, names in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for name, (field, words) in names.items():
+                metric = family(name, words, labels=["policy"])
+                for policy, numbers in desks.items():
+                    if numbers.get(field) is not None:
+                        metric.add_metric([policy], numbers[field])
+                yield metric
