@@ -81,31 +81,34 @@ class Replay:
         self.run = f"airline-{time.time_ns():x}"
 
     def block(self, episodes: list[Recorded]) -> list[float]:
-        """The score of each episode, said before any outcome of the block was given: the mean over its calls."""
-        calls = [send(one, self._name(one), self.policy) for one in episodes]
-        every = [call for ids in calls for call in ids]
-        query = f"select call, version, value from history.scores where call in ({_quoted(every)})"
-        rows = self._wait(lambda: self.sql.rows(query), lambda rows: {row["call"] for row in rows} >= set(every))
+        """What was said of each episode's last answer before any outcome of the block was given.
+
+        An episode as a whole is judged by its last answer: that is what an outcome is learned for.
+        """
+        last = [send(one, self._name(one), self.policy)[-1] for one in episodes]
+        query = f"select call, version, value from history.scores where call in ({_quoted(last)})"
+        rows = self._wait(query, len(last))
         first = evaluation.first_scores(rows)
         for one in episodes:
             everloop.give_feedback(episode=self._name(one), policy=self.policy, outcome=one.outcome, name="solved")
         flush()
-        labelled = f"select call from scores where label is not null and call in ({_quoted(every)})"
-        self._wait(lambda: self.sql.rows(labelled), lambda rows: len({row["call"] for row in rows}) == len(set(every)))
-        return [sum(first[call] for call in ids) / len(ids) for ids in calls]
+        self._wait(f"select call from scores where label is not null and call in ({_quoted(last)})", len(last))
+        return [first[call] for call in last]
 
     def _name(self, episode: Recorded) -> str:
         return f"{self.run}-{episode.task}-{episode.trial}"
 
-    def _wait(self, ask: Any, enough: Any) -> list[dict[str, Any]]:
+    def _wait(self, query: str, calls: int) -> list[dict[str, Any]]:
+        """The query's rows, once they are about as many calls. Raises ReplayFailed where that takes too long."""
         end = time.monotonic() + self.patience
         while True:
-            rows: list[dict[str, Any]] = ask()
-            if enough(rows):
+            rows = self.sql.rows(query)
+            found = len({row["call"] for row in rows})
+            if found == calls:
                 return rows
             if time.monotonic() > end:
                 raise ReplayFailed(
-                    f"after {self.patience:g} s the store does not have the scores of this block ({len(rows)} rows). "
+                    f"after {self.patience:g} s the store has {found} of this block's {calls} scores. "
                     "Does 'everloop status' show assembler and scorer at work, on the same --home?"
                 )
             time.sleep(0.5)
