@@ -1,0 +1,1 @@
+"""Decides what is live: examines candidates, runs canaries, promotes, rolls back, and says so in the log."""

@@ -1,0 +1,87 @@
+"""The releaser: ``python -m services.releaser``.
+
+::
+
+    thread "releaser": adapters, commands, events, episodes ─▶ releases, routes      (releaser.py)
+    thread "examiner": registry, file checks, engine, gold questions                 (examiner.py)
+
+Only one works on a home; a second one waits until the first has ended.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from everloop.config import Config, load
+from everloop.errors import ConfigError, EverloopError
+from everloop.log import open_log
+
+from services.gateway.upstream import HttpServing
+from services.releaser.examiner import Examiner
+from services.releaser.releaser import Releaser
+from services.releaser.report import Board
+from services.service import Service
+from services.state import owned
+
+STUCK = 60.0  # seconds without a round after which a restart is called for
+
+
+class Pulse:
+    """Whether the loop still goes round."""
+
+    def __init__(self, releaser: Releaser) -> None:
+        self._releaser = releaser
+        self._seen = (0, time.monotonic())
+
+    def trouble(self) -> str | None:
+        rounds, since = self._seen
+        if self._releaser.rounds != rounds or rounds == 0:
+            self._seen = (self._releaser.rounds, time.monotonic())
+            return None
+        silent = time.monotonic() - since
+        return f"no round for {silent:.0f} s" if silent > STUCK else None
+
+
+def serve(config: Config) -> int:
+    """Run until stopped; returns the exit status."""
+    log = open_log(config)
+    service = Service("releaser", config, config.services.releaser_port)
+    examiner = Examiner(config, HttpServing(config.serving.base_url))
+    releaser = Releaser(config, log, examiner)
+    board = Board()
+
+    def run() -> None:
+        with owned(service.home.folder("state") / "releaser", service.stop) as mine:
+            if mine:
+                examiner.start()
+                try:
+                    releaser.run(service.stop, board.update)
+                finally:
+                    examiner.close()
+
+    service.loop("releaser", run)
+    service.check("rounds", Pulse(releaser).trouble)
+    service.ready("recovered", lambda: None if releaser.rounds else "the log is being read")
+    service.describe("policies", lambda: board.policies)
+    service.describe("commands", lambda: board.commands)
+    service.describe("engine", lambda: {"holds": sorted(examiner.held), "trouble": examiner.trouble})
+    try:
+        return service.run()
+    finally:
+        log.close()
+
+
+def main() -> int:
+    try:
+        return serve(load())
+    except ConfigError as error:
+        print(f"releaser: {error}", file=sys.stderr)
+        return 2
+    except EverloopError as error:
+        print(f"releaser: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""An adapter's files: from the registry into the home, checked before any engine sees them.
+
+Runs as a process of its own, ``python -m services.releaser.files``, started by the releaser when it is needed:
+MLflow and torch take seconds to import and hundreds of megabytes, and a file made to break its reader breaks this
+process alone. One JSON object a line comes in, ``{"do": name, …}``, and one goes out, ``{"done": result}`` or
+``{"error": class, "says": message}``. It ends when its input does, so it never outlives the releaser, and after
+some idle minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from everloop.config import Config, load
+from everloop.errors import AdapterRefused, EverloopError
+from everloop.home import Home
+from everloop.registry import ADAPTER_FILES, Registry, allowed_files
+from everloop.release import Adapter
+
+IDLE = 600.0
+
+
+class AdapterFiles:
+    """``home/adapters/<hash>`` for the adapters of one installation."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        home = Home(config.home)
+        self._folder = home.folder("adapters")
+        self._registry = Registry(config.under_home(config.mlflow.uri), home.root / "mlartifacts")
+        self._bases: dict[str, Any] = {}
+
+    def bring(self, adapter: str, uri: str, tenant: str, policy: str) -> None:
+        """Have ``home/adapters/<adapter>``, downloaded where it is not here yet, and check it; see :meth:`check`.
+
+        Raises:
+            AdapterRefused: the files are not those that the hash names, or do not fit the policy's base.
+            RegistryError: the registry does not answer; try again later.
+        """
+        from trainer.policy.lora import content_hash
+
+        folder = self._registry.fetch(uri, adapter, self._folder, content_hash)
+        try:
+            self.check(folder, adapter, tenant, policy)
+        except AdapterRefused:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def check(self, folder: Path, adapter: str, tenant: str, policy: str) -> None:
+        """Names, shapes, finite values and hash, against the policy's base. Raises AdapterRefused."""
+        from trainer.policy import base, lora
+
+        name = self._config.policy(tenant, policy).base
+        if name not in self._bases:
+            self._bases[name] = base.load(name, self._config.cache)
+        lora.check(folder, self._bases[name], adapter)
+
+    def adopt(self, source: str, tenant: str, policy: str, reason: str, now: float) -> dict[str, Any]:
+        """Register an adapter that was made elsewhere, as if a run had published it: fields of ``Adapter``.
+
+        Raises:
+            AdapterRefused: the files are not an adapter of this policy's base.
+            RegistryError: the registry does not answer.
+        """
+        from trainer.policy.lora import content_hash
+
+        if not Path(source).is_dir():
+            raise AdapterRefused(f"there is no adapter folder {source}")
+        names = allowed_files(Path(source))
+        with tempfile.TemporaryDirectory(prefix=".adopting-", dir=self._folder) as scratch:
+            copied = Path(scratch) / "adapter"
+            copied.mkdir()
+            for name in names:
+                shutil.copyfile(Path(source) / name, copied / name)
+            adapter = content_hash(copied)
+            self.check(copied, adapter, tenant, policy)
+            return self._register(copied, adapter, tenant, policy, reason, now).model_dump(mode="json")
+
+    def _register(self, folder: Path, adapter: str, tenant: str, policy: str, reason: str, now: float) -> Adapter:
+        run = f"registered-{adapter[:12]}"
+        fields = json.loads((folder / "adapter_config.json").read_bytes())
+        registry_run = self._registry.log_run(
+            tenant,
+            policy,
+            run,
+            params={"rank": fields["r"], "reason": reason},
+            curves=[],
+            tags={"everloop.source": "registered by a person"},
+            files={ADAPTER_FILES: folder},
+        )
+        return Adapter(
+            hash=adapter,
+            tenant=tenant,
+            policy=policy,
+            base=self._config.policy(tenant, policy).base,
+            run=run,
+            batch="",
+            uri=self._registry.register(tenant, policy, registry_run=registry_run, adapter=adapter, tags={}),
+            registry_run=registry_run,
+            rank=int(fields["r"]),
+            targets=(*(fields.get("target_modules") or ()), *(fields.get("target_parameters") or ())),
+            time=now,
+        )
+
+    def mirror(self, tenant: str, policy: str, uri: str | None) -> None:
+        """Point the registry's alias ``live`` at what is live; None: at nothing. Raises RegistryError."""
+        if uri is None:
+            self._registry.drop_alias(tenant, policy, "live")
+        else:
+            self._registry.set_alias(uri, "live")
+
+
+def answer(files: AdapterFiles, line: str) -> dict[str, Any]:
+    """What to answer to one request."""
+    asked = json.loads(line)
+    doing = {"bring": files.bring, "adopt": files.adopt, "mirror": files.mirror}[asked.pop("do")]
+    try:
+        return {"done": doing(**asked)}
+    except EverloopError as error:
+        return {"error": type(error).__name__, "says": str(error)}
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    files = AdapterFiles(load())
+    last = time.monotonic()
+    while time.monotonic() - last < IDLE:
+        if not select.select([sys.stdin], [], [], 60.0)[0]:
+            continue
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        print(json.dumps(answer(files, line)), file=out)
+        last = time.monotonic()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The releaser's reading and writing of the log: its own topics as the authority, the others as news.
+
+Every change is one append: the route first, then the releases. So a kill leaves all of a step or nothing of it, and
+what is in the log is what the next process starts from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TypeVar
+
+from everloop import wire
+from everloop.contract import Contract
+from everloop.errors import ContractError
+from everloop.log.base import Log, NewRecord, Record
+from everloop.release import Adapter, Release, Route
+from everloop.run import Command
+from everloop.topics import ADAPTERS, EPISODES, EVENTS, RELEASES, ROUTES, Topic
+from everloop.wire import BlobStore
+
+from services.releaser.state import Change
+
+logger = logging.getLogger(__name__)
+C = TypeVar("C", bound=Contract)
+
+
+class Tail:
+    """Reads a topic from given offsets on, outside any group, once each time it is asked."""
+
+    def __init__(self, log: Log, topic: Topic, offsets: dict[int, int] | None = None) -> None:
+        self._log = log
+        self._topic = topic.name
+        count = log.partitions(topic.name)
+        self.offsets = {partition: (offsets or {}).get(partition, 0) for partition in range(count)}
+
+    def new(self, most: int = 2000) -> Iterator[Record]:
+        """What was appended since the last time, at most about ``most`` records."""
+        for partition, offset in self.offsets.items():
+            records = self._log.read(self._topic, partition, offset, most)
+            if records:
+                self.offsets[partition] = records[-1].offset + 1
+                yield from records
+
+    def all(self) -> Iterator[Record]:
+        """What was appended since the last time, to the present end."""
+        while records := list(self.new()):
+            yield from records
+
+
+class Journal:
+    """Typed access to the topics that the releaser lives on."""
+
+    def __init__(self, log: Log, blobs: BlobStore) -> None:
+        self.log = log
+        self._blobs = blobs
+        self._adapters = Tail(log, ADAPTERS)
+
+    def releases(self) -> Iterator[Release]:
+        """Every version that the log holds, oldest first."""
+        return self._decoded(Release, Tail(self.log, RELEASES).all())
+
+    def routes(self) -> Iterator[Route]:
+        return self._decoded(Route, Tail(self.log, ROUTES).all())
+
+    def new_adapters(self) -> Iterator[Adapter]:
+        """Adapters announced since the last time; all of them the first time."""
+        return self._decoded(Adapter, self._adapters.all())
+
+    def command(self, record: Record) -> Command | None:
+        return next(self._decoded(Command, iter([record])), None)
+
+    def write(self, change: Change) -> None:
+        """Append a change; durable on return, all of it or nothing."""
+        route = [] if change.route is None else [self._record(ROUTES, change.route, f"epoch-{change.route.epoch}")]
+        releases = [self._record(RELEASES, r, f"{r.id}-{r.step}") for r in change.releases]
+        if route or releases:
+            self.log.append([*route, *releases])
+
+    def announce(self, adapter: Adapter) -> None:
+        self.log.append([self._record(ADAPTERS, adapter, adapter.hash)])
+
+    def traffic_begins(self) -> dict[str, dict[str, int]]:
+        """Where a canary's traffic begins: the present ends of the topics that tell of it."""
+        return {
+            topic.name: {str(p): end for p, end in enumerate(self.log.end_offsets(topic.name))}
+            for topic in (EVENTS, EPISODES)
+        }
+
+    def tail_from(self, topic: Topic, begins: dict[str, dict[str, int]]) -> Tail:
+        return Tail(self.log, topic, {int(p): end for p, end in begins.get(topic.name, {}).items()})
+
+    def decode(self, contract: type[C], record: Record) -> C | None:
+        return next(self._decoded(contract, iter([record])), None)
+
+    def unsealed(self, record: Record) -> dict[str, object] | None:
+        """A record's fields without validation: for events, of which there are many and few fields matter."""
+        if record.value is None:
+            return None
+        try:
+            return wire.unseal(record.value, self._blobs)
+        except ContractError as error:
+            logger.warning("%s/%d@%d is passed over: %s", record.topic, record.partition, record.offset, error)
+            return None
+
+    def _record(self, topic: Topic, contract: Release | Route | Adapter, id: str) -> NewRecord:
+        headers = {"schema": type(contract).__name__, "id": id}
+        return NewRecord(topic.name, contract.key, wire.encode(contract, self._blobs), headers, contract.time)
+
+    def _decoded(self, contract: type[C], records: Iterator[Record]) -> Iterator[C]:
+        for record in records:
+            if record.value is None:
+                continue
+            try:
+                yield wire.decode(contract, record.value, self._blobs)
+            except ContractError as error:
+                logger.error("%s/%d@%d is passed over: %s", record.topic, record.partition, record.offset, error)

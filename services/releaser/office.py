@@ -1,0 +1,157 @@
+"""Where people's orders are taken, carried out in their turn, and answered.
+
+An order's offset is committed once it is done, so one that was under way at a kill is taken up again; the releases
+that it moved carry its id, so it is not done twice. Orders that need the engine (a promotion loads its adapter
+first) are futures meanwhile; others go on, above all a rollback.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from everloop.errors import EverloopError, LogError
+from everloop.log.base import Consumer, Log, Record
+from everloop.run import Command, CommandKind
+from everloop.topics import COMMANDS
+
+from services.releaser import orders
+from services.releaser.journal import Journal, Tail
+from services.releaser.state import PolicyState, S
+
+if TYPE_CHECKING:
+    from services.releaser.releaser import Releaser
+
+logger = logging.getLogger(__name__)
+PATIENCE = 2.0  # seconds that a rollback waits for the engine to hold what it leads to; then it goes on without
+REMEMBERED = 200
+
+
+@dataclass
+class Order:
+    """A command on its way. ``future``: what it waits for; None: nothing (any more)."""
+
+    record: Record
+    command: Command | None
+    future: Future[Any] | None = None
+    given_up_at: float = 0.0
+    done: bool = False
+
+
+class Office:
+    """Takes commands from the log. ``answers`` is what became of the newest, by command id, for ``/status``."""
+
+    def __init__(self, releaser: Releaser, log: Log) -> None:
+        self.answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._releaser = releaser
+        self._log = log
+        self._paused: set[str] = set()
+        self._orders: list[Order] = []
+
+    def paused(self, key: str) -> bool:
+        return key in self._paused
+
+    def recover(self, journal: Journal) -> None:
+        """What is paused now: the newest pause or resume of each policy, from the whole log."""
+        for record in Tail(self._log, COMMANDS).all():
+            command = journal.command(record)
+            if command is not None:
+                self._note_pause(command)
+
+    def _note_pause(self, command: Command) -> None:
+        if command.kind is CommandKind.PAUSE:
+            self._paused.add(command.key)
+        elif command.kind is CommandKind.RESUME:
+            self._paused.discard(command.key)
+
+    def take(self, consumer: Consumer, wait: float) -> None:
+        """Wait up to ``wait`` s for an order; carry out what can be; commit what is done."""
+        for record in consumer.poll(timeout=wait):
+            self._orders.append(Order(record, self._releaser.journal.command(record)))
+        for order in self._orders:
+            if not order.done:
+                order.done = self._carried_out(order)
+        finished = 0
+        while finished < len(self._orders) and self._orders[finished].done:
+            finished += 1
+        if finished:
+            last = self._orders[finished - 1].record
+            try:
+                consumer.commit({(last.topic, last.partition): last.offset + 1})
+            except LogError as error:
+                logger.warning("orders will be read again: %s", error)
+            del self._orders[:finished]
+
+    def _carried_out(self, order: Order) -> bool:
+        command = order.command
+        if command is None or command.kind not in orders.MINE:
+            return True
+        state = self._releaser.states.get(command.key)
+        if state is None:
+            return self._answer(command, False, f"there is no policy {command.key} here")
+        if command.id in state.orders:
+            return self._answer(command, True, "done before")
+        try:
+            return self._carry_out(order, command, state)
+        except EverloopError as error:
+            return self._answer(command, False, str(error))
+
+    def _carry_out(self, order: Order, command: Command, state: PolicyState) -> bool:
+        if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):
+            self._note_pause(command)
+            paused = command.key in self._paused
+            return self._answer(command, True, f"{command.key}: {'no new canaries' if paused else 'goes on'}")
+        if command.kind is CommandKind.REGISTER:
+            return self._register(order, command, state)
+        if command.kind is CommandKind.VETO:
+            return self._change(command, state, orders.vetoed)
+        if command.kind is CommandKind.ROLLBACK:
+            return self._roll_back(order, command, state)
+        return self._promote(order, command, state)
+
+    def _change(self, command: Command, state: PolicyState, made: Any) -> bool:
+        change = made(state, command, self._releaser.now())
+        self._releaser.write(state, change)
+        return self._answer(command, True, orders.described(state, change))
+
+    def _roll_back(self, order: Order, command: Command, state: PolicyState) -> bool:
+        """A change of the route, at once where the engine holds what it leads to, as it should."""
+        target, way_back = orders.to_roll_back(state, command), state.previous
+        if target.state is S.LIVE and way_back is not None and way_back.adapter not in self._releaser.examiner.held:
+            if order.future is None:
+                order.future = self._releaser.examiner.hold(way_back)
+                order.given_up_at = time.monotonic() + PATIENCE
+            if not order.future.done() and time.monotonic() < order.given_up_at:
+                return False
+        return self._change(command, state, orders.rolled_back)
+
+    def _promote(self, order: Order, command: Command, state: PolicyState) -> bool:
+        release = orders.to_promote(state, command)
+        if release.state not in (S.CANARY, S.LIVE):
+            if order.future is None:
+                order.future = self._releaser.examiner.prepare(release)
+            if not order.future.done():
+                return False
+            order.future.result()
+        return self._change(command, state, orders.promoted)
+
+    def _register(self, order: Order, command: Command, state: PolicyState) -> bool:
+        if order.future is None:
+            folder, reason = (str(command.arguments.get(name, "")) for name in ("path", "reason"))
+            order.future = self._releaser.examiner.adopt(folder, state.tenant, state.policy, reason, command.time)
+        if not order.future.done():
+            return False
+        adapter = order.future.result()
+        self._releaser.journal.announce(adapter)
+        return self._answer(command, True, f"adapter {adapter.hash} is a candidate now ({adapter.uri})")
+
+    def _answer(self, command: Command, done: bool, says: str) -> bool:
+        self.answers[command.id] = {"done": done, "says": says}
+        while len(self.answers) > REMEMBERED:
+            self.answers.popitem(last=False)
+        logger.info("order %s (%s %s): %s", command.id, command.kind, command.key, says)
+        return True

@@ -1,0 +1,319 @@
+"""The releaser's loop: from adapters, traffic and orders to releases and routes.
+
+::
+
+    adapters ─▶ candidate ─▶ Examiner (own thread): files, engine, gold ─▶ gated ─▶ canary ◀─ episodes, calls
+    commands ─▶ orders, before anything else                                          │ verdict or guard
+                                                                                      ▼
+                                              live, retired, rolled back ─▶ route ─▶ gateways
+
+One thread does all of this, and waits for nothing but the log: what takes seconds is a future of the Examiner's,
+looked at in the next round. A round begins at once when an order comes. All that matters is in the log: a new
+process reads it and goes on where this one was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from everloop.config import Config, PolicyConfig
+from everloop.episode import Episode
+from everloop.errors import EverloopError
+from everloop.event import EventKind
+from everloop.home import Home
+from everloop.log.base import Log
+from everloop.release import Release, ReleaseState
+from everloop.topics import COMMANDS, EPISODES, EVENTS
+from prometheus_client import Counter
+
+from pipelines.gate import Decision
+from pipelines.sequential import Verdict, judge
+from services.releaser.examiner import Examiner
+from services.releaser.journal import Journal, Tail
+from services.releaser.office import Office
+from services.releaser.state import (
+    Change,
+    PolicyState,
+    candidate,
+    gated,
+    promote,
+    rejected,
+    release_id,
+    roll_back,
+    start_canary,
+)
+from services.releaser.traffic import Traffic
+
+logger = logging.getLogger(__name__)
+ROUND = 0.1  # seconds that a round waits for an order
+LOOK = 0.25  # seconds between looks at a canary's traffic
+LATER = 5.0  # seconds before something that failed is tried again
+REFRESH = 3600.0
+MOVED = Counter("everloop_release_transitions_total", "Transitions of releases, by the state they led to", ["state"])
+
+
+@dataclass
+class Canary:
+    """A running canary's traffic, and where it is read from."""
+
+    traffic: Traffic
+    events: Tail
+    episodes: Tail
+    verdict: Verdict | None = None
+    look_at: float = 0.0
+
+
+@dataclass
+class Work:
+    """What is under way or known for one policy, and is not in the log."""
+
+    config: PolicyConfig
+    canary: Canary | None = None
+    examination: tuple[str, Future[Decision]] | None = None
+    holding: tuple[str, Future[None]] | None = None
+    waits: dict[str, str] = field(default_factory=dict)
+    """By release: why it does not go on now, in one sentence."""
+    verdicts: dict[str, tuple[int, Decision]] = field(default_factory=dict)
+    """By release: how many gold items there were, and what they led to, where a person has to decide."""
+    again_at: float = 0.0
+
+
+class Releaser:
+    """Drives the releases of every policy of an installation. Make one, then :meth:`run`; one a home."""
+
+    def __init__(self, config: Config, log: Log, examiner: Examiner, clock: Callable[[], float] = time.time) -> None:
+        self.config = config
+        self.examiner = examiner
+        self.journal = Journal(log, Home(config.home).blobs)
+        self.states = {f"{t}/{p}": PolicyState(t, p) for t, p in config.policies()}
+        self.work = {key: Work(config.policy(s.tenant, s.policy)) for key, s in self.states.items()}
+        self.office = Office(self, log)
+        self.rounds = 0
+        self._clock = clock
+        self._logged: dict[str, float] = {}
+        self._refresh_at = 0.0
+        self._mirror_at = clock() + 30.0
+        self._mirrored: dict[str, str | None] = {}
+        self._mirroring: dict[str, tuple[str | None, Future[None]]] = {}
+
+    def run(self, stop: threading.Event, after_round: Callable[[Releaser], None]) -> None:
+        """Until ``stop``. Raises LogError where the log does not take a change: start anew, nothing is lost."""
+        self.recover()
+        consumer = self.journal.log.consumer("releaser", [COMMANDS.name])
+        try:
+            while not stop.is_set():
+                self.office.take(consumer, wait=ROUND)
+                self.round()
+                after_round(self)
+        finally:
+            consumer.close()
+
+    def recover(self) -> None:
+        """Rebuild the state from the log; make the route what the releases say, where a kill left it otherwise."""
+        for release in self.journal.releases():
+            if release.key in self.states:
+                self.states[release.key].take(release)
+                self._logged[release.id] = release.time
+        for route in self.journal.routes():
+            if route.key in self.states:
+                self.states[route.key].take_route(route)
+        self.office.recover(self.journal)
+        for state in self.states.values():
+            self.write(state, Change((), state.route_now(self._clock())))
+        self._keep()
+
+    def round(self) -> None:
+        """One look at everything."""
+        now = self._clock()
+        self._take_adapters(now)
+        for key, state in self.states.items():
+            self._advance(state, self.work[key], now)
+        self._mirror(now)
+        self._refresh(now)
+        self.rounds += 1
+
+    def now(self) -> float:
+        return self._clock()
+
+    def write(self, state: PolicyState, change: Change) -> None:
+        """Append a change, and only then believe it."""
+        if not change.releases and change.route is None:
+            return
+        self.journal.write(change)
+        state.apply(change)
+        for release in change.releases:
+            self._logged[release.id] = self._clock()
+            MOVED.labels(release.state.value).inc()
+            logger.info("%s: release %s is %s: %s", state_key(state), release.id, release.state, release.reason)
+        self._keep()
+
+    def _keep(self) -> None:
+        wanted: dict[str, Release] = {}
+        for state in self.states.values():
+            wanted |= state.resident
+        self.examiner.keep(wanted, {r.adapter for state in self.states.values() for r in state.releases.values()})
+
+    def _take_adapters(self, now: float) -> None:
+        for adapter in self.journal.new_adapters():
+            state = self.states.get(adapter.key)
+            if state is None:
+                logger.warning("adapter %s is for %s, which is not configured", adapter.hash, adapter.key)
+            elif release_id(adapter) not in state.releases:
+                self.write(state, candidate(state, adapter, now))
+
+    def _advance(self, state: PolicyState, work: Work, now: float) -> None:
+        if state.canary is not None:
+            self._watch(state, state.canary, work, now)
+            return
+        work.canary = None
+        if self.office.paused(state_key(state)) or now < work.again_at:
+            return
+        if state.gated is not None:
+            self._try_canary(state, state.gated, work, now)
+        elif state.waiting is not None:
+            self._examine(state, state.waiting, work, now)
+
+    def _examine(self, state: PolicyState, release: Release, work: Work, now: float) -> None:
+        gold = self.examiner.gold_count(state.tenant, state.policy)
+        known = work.verdicts.get(release.id)
+        if known is not None and known[0] == gold:
+            return
+        if work.examination is None or work.examination[0] != release.id:
+            asked = release.model_copy(update={"incumbent": state.live_adapter})
+            work.examination = release.id, self.examiner.examine(asked)
+            work.waits[release.id] = "It is being examined."
+        future = work.examination[1]
+        if not future.done():
+            return
+        work.examination = None
+        decision = self._result(future, release, work, now)
+        if decision is not None:
+            self._decided(state, release, work, decision, gold, now)
+
+    def _decided(
+        self, state: PolicyState, release: Release, work: Work, decision: Decision, gold: int, now: float
+    ) -> None:
+        evidence = decision.numbers() | {"against": state.live_adapter}
+        if decision.verdict == "pass":
+            self.write(state, gated(release, decision.reason, now, evidence))
+        elif decision.verdict == "fail":
+            self.write(state, rejected(release, decision.reason, now, evidence))
+        else:
+            work.verdicts = {release.id: (gold, decision)}
+            work.waits[release.id] = f"Waits for a person ('everloop release promote {release.id}'): {decision.reason}"
+            logger.info("%s: release %s: %s", state_key(state), release.id, work.waits[release.id])
+
+    def _try_canary(self, state: PolicyState, release: Release, work: Work, now: float) -> None:
+        """A route names an adapter only once the engine holds it."""
+        if release.adapter not in self.examiner.held:
+            if work.holding is None or work.holding[0] != release.id:
+                work.holding = release.id, self.examiner.hold(release)
+                work.waits[release.id] = "Its adapter is being loaded."
+            future = work.holding[1]
+            if not future.done():
+                return
+            work.holding = None
+            self._result(future, release, work, now)
+            return
+        marked = release.model_copy(update={"evidence": {**release.evidence, "begins": self.journal.traffic_begins()}})
+        self.write(state, start_canary(state, marked, work.config.canary.plan(), now))
+
+    def _result(self, future: Future[Any], release: Release, work: Work, now: float) -> Any:
+        """What a future gave; None where it failed and will be tried again."""
+        try:
+            result = future.result()
+        except Exception as error:
+            if not isinstance(error, EverloopError):
+                logger.exception("examining %s", release.id)
+            work.waits[release.id] = f"Tried again in {LATER:g} s: {error}"
+            work.again_at = now + LATER
+            return None
+        work.waits.pop(release.id, None)
+        return result
+
+    def _watch(self, state: PolicyState, release: Release, work: Work, now: float) -> None:
+        assert release.plan is not None
+        if work.canary is None or work.canary.traffic.release != release.id:
+            begins = release.evidence.get("begins", {})
+            tails = (self.journal.tail_from(topic, begins) for topic in (EVENTS, EPISODES))
+            work.canary = Canary(Traffic(release.id), *tails)
+        canary = work.canary
+        if now < canary.look_at:
+            return
+        canary.look_at = now + LOOK
+        self._read(canary)
+        breach = canary.traffic.breach(work.config.canary)
+        if breach:
+            self._end(state, release, canary, f"Rolled back by a guard: {breach}.", now)
+            return
+        assigned = sum(canary.traffic.assigned().values())
+        verdict = judge(*canary.traffic.arms(), release.plan, seconds=now - release.time, episodes=assigned)
+        canary.verdict = verdict
+        if verdict.action in ("harm", "inconclusive"):
+            self._end(state, release, canary, f"Rolled back: {verdict.reason}.", now)
+        elif verdict.action == "promote" and work.config.canary.automatic:
+            evidence = self._evidence(release, canary)
+            self.write(state, promote(state, release, f"Promoted: {verdict.reason}.", now, evidence))
+        elif verdict.action == "promote":
+            work.waits[release.id] = f"Waits for a person ('everloop release promote'): {verdict.reason}"
+
+    def _read(self, canary: Canary) -> None:
+        for record in canary.events.new():
+            fields = self.journal.unsealed(record)
+            payload = fields.get("payload") if fields and not fields.get("synthetic") else None
+            if isinstance(payload, dict) and payload.get("kind") == EventKind.CALL:
+                canary.traffic.take_call(payload)
+        for record in canary.episodes.new():
+            episode = self.journal.decode(Episode, record)
+            if episode is not None:
+                canary.traffic.take_episode(episode)
+
+    def _end(self, state: PolicyState, release: Release, canary: Canary, reason: str, now: float) -> None:
+        self.write(state, roll_back(state, release, reason, now, self._evidence(release, canary)))
+
+    @staticmethod
+    def _evidence(release: Release, canary: Canary) -> dict[str, Any]:
+        numbers = canary.traffic.numbers()
+        if canary.verdict is not None:
+            numbers |= canary.verdict.numbers()
+        return {"canary": numbers}
+
+    def _mirror(self, now: float) -> None:
+        """The registry's alias follows what is live, a little later, and again until it has."""
+        if now < self._mirror_at:
+            return
+        for key, state in self.states.items():
+            uri = None if state.live is None else state.live.uri or None
+            under_way = self._mirroring.get(key)
+            if under_way is not None and under_way[1].done():
+                del self._mirroring[key]
+                if under_way[1].exception() is None:
+                    self._mirrored[key] = under_way[0]
+                else:
+                    self._mirror_at = now + LATER
+            elif under_way is None and self._mirrored.get(key) != uri:
+                self._mirroring[key] = uri, self.examiner.mirror(state.tenant, state.policy, uri)
+
+    def _refresh(self, now: float) -> None:
+        """Releases that stand for long are written again before the log's retention takes them."""
+        if now < self._refresh_at:
+            return
+        self._refresh_at = now + REFRESH
+        old = now - self.config.log.retention_hours * 3600 / 2
+        standing = (ReleaseState.LIVE, ReleaseState.CANARY, ReleaseState.GATED, ReleaseState.CANDIDATE)
+        for state in self.states.values():
+            kept = [*state.among(*standing), *([state.previous] if state.previous else [])]
+            stale = tuple(release for release in kept if self._logged.get(release.id, now) < old)
+            if stale:
+                self.journal.write(Change(stale))
+                self._logged |= {release.id: now for release in stale}
+
+
+def state_key(state: PolicyState) -> str:
+    return f"{state.tenant}/{state.policy}"

@@ -1,0 +1,138 @@
+"""What a canary's traffic adds up to: units, arms, duplicates, and the hard guards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from everloop.config import CanaryConfig
+from everloop.episode import Episode, Turn
+from everloop.event import Call, Message
+from everloop.feedback import Feedback
+
+from services.releaser.traffic import Traffic, is_empty, success
+
+CONFIG = CanaryConfig()
+
+
+def call(id: str, arm: str = "canary", release: str | None = "r", **fields: Any) -> Call:
+    fields.setdefault("output", Message(role="assistant", content="card_arrival"))
+    return Call(id=id, messages=(Message(role="user", content="hi"),), arm=arm, release=release, **fields)
+
+
+def thumb(value: float, call: str | None = None, id: str = "f", time: float = 1.0) -> Feedback:
+    return Feedback(id=id, kind="thumb", value=value, call=call, time=time)
+
+
+def episode(id: str, *turns: Turn, version: int = 1, subject: str | None = None, **fields: Any) -> Episode:
+    return Episode(
+        tenant="t", policy="p", id=id, version=version, subject=subject, started=1.0, updated=2.0, turns=turns, **fields
+    )
+
+
+def rated(id: str, value: float, arm: str = "canary", subject: str | None = None, version: int = 1) -> Episode:
+    turn = Turn(call=call(f"c{id}", arm), feedback=(thumb(value),))
+    return episode(id, turn, subject=subject, version=version)
+
+
+def test_a_person_counts_once_however_much_they_talk() -> None:
+    traffic = Traffic("r")
+    for i in range(9):
+        traffic.take_episode(rated(f"e{i}", 1.0, subject="loud"))
+    traffic.take_episode(rated("q", -1.0, subject="quiet"))
+    traffic.take_episode(rated("n1", 1.0, "control"))
+    traffic.take_episode(rated("n2", 1.0, "control"))  # nobody: each episode is a unit
+    canary, control = traffic.arms()
+    assert (canary.units, canary.mean) == (2, 0.5)
+    assert control.units == 2
+
+
+def test_newer_versions_replace_older_ones_in_any_order() -> None:
+    traffic = Traffic("r")
+    assert traffic.take_episode(rated("e", 1.0, version=2))
+    assert not traffic.take_episode(rated("e", -1.0, version=1))
+    assert not traffic.take_episode(rated("e", -1.0, version=2))
+    assert traffic.arms()[0].mean == 1.0
+    assert traffic.take_episode(rated("e", -1.0, version=3))
+    assert traffic.arms()[0].mean == 0.0
+
+
+def test_only_this_release_s_traffic_counts() -> None:
+    traffic = Traffic("r")
+    other = episode("o", Turn(call=call("c1", release="other"), feedback=(thumb(1),)))
+    live = episode("l", Turn(call=call("c2", arm="live", release="r"), feedback=(thumb(1),)))
+    made_up = episode("s", Turn(call=call("c3"), feedback=(thumb(1),)), synthetic=True)
+    assert not any(map(traffic.take_episode, (other, live, made_up)))
+    mixed = episode(
+        "m",
+        Turn(call=call("before", release=None, arm="live"), feedback=(thumb(-1, "before"),)),
+        Turn(call=call("after"), feedback=(thumb(1, "after"),)),
+    )
+    assert traffic.take_episode(mixed)
+    assert traffic.arms()[0].mean == 1.0  # the thumb from before the canary is not its doing
+
+
+def test_an_unrated_episode_is_assigned_but_no_unit() -> None:
+    traffic = Traffic("r")
+    traffic.take_episode(episode("e", Turn(call=call("c"))))
+    assert traffic.assigned() == {"canary": 1, "control": 0}
+    assert traffic.arms()[0].units == 0
+
+
+def test_success_is_the_mean_of_thumbs_ratings_and_outcomes() -> None:
+    outcome = Feedback(id="o", kind="outcome", value=0.5, time=1.0)
+    words = Feedback(id="w", kind="comment", text="hm", time=1.0)
+    assert success([thumb(1), outcome, words]) == 0.75
+    assert success([words]) is None
+
+
+@pytest.mark.parametrize(
+    ("output", "empty"),
+    [
+        ({"content": "x"}, False),
+        ({"content": " \n"}, True),
+        ({"content": None}, True),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, False),
+        ({"content": [{"type": "text", "text": "x"}]}, False),
+        ({}, True),
+    ],
+)
+def test_what_counts_as_empty(output: dict[str, Any], empty: bool) -> None:
+    assert is_empty(output) is empty
+
+
+def calls(traffic: Traffic, arm: str, good: int, failed: int = 0, empty: int = 0, cancelled: int = 0) -> None:
+    made: list[Call] = []
+    for i in range(good):
+        made.append(call(f"{arm}g{i}", arm))
+    for i in range(failed):
+        made.append(call(f"{arm}f{i}", arm, error="the engine's numbers are not finite"))
+    for i in range(empty):
+        made.append(call(f"{arm}e{i}", arm, output=Message(role="assistant", content="")))
+    for i in range(cancelled):
+        made.append(call(f"{arm}x{i}", arm, error="client disconnected", finish_reason="cancelled"))
+    for one in [*made, *made]:  # every record twice: it counts once
+        traffic.take_call(one.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("canary", "control", "breached"),
+    [
+        ({"good": 0, "failed": 5}, {"good": 5}, "calls failed"),
+        ({"good": 100, "failed": 20}, {"good": 120}, "calls failed"),
+        ({"good": 50, "empty": 30}, {"good": 80}, "answers were empty"),
+        ({"good": 99, "failed": 1}, {"good": 100}, None),  # one failure is no evidence
+        ({"good": 0, "failed": 20}, {"good": 0, "failed": 20}, None),  # the engine's trouble, not the adapter's
+        ({"good": 60, "failed": 40}, {"good": 60, "failed": 40}, None),
+        ({"good": 10, "cancelled": 50}, {"good": 10}, None),  # clients that leave are nobody's failure
+        ({"good": 0}, {"good": 0}, None),
+    ],
+)
+def test_guards_blame_the_adapter_alone(canary: dict[str, int], control: dict[str, int], breached: str | None) -> None:
+    traffic = Traffic("r")
+    calls(traffic, "canary", **canary)
+    calls(traffic, "control", **control)
+    found = traffic.breach(CONFIG)
+    assert (found is None) == (breached is None)
+    if breached is not None:
+        assert breached in str(found)
