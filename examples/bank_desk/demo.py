@@ -1,0 +1,236 @@
+"""``everloop demo``: close the loop on real messages and show the improvement.
+
+In order: build the base with its small prior (kept for the next demo), start the processes of ``everloop up``, give
+the gate its half of the held-out messages, measure the report's half, let customers talk to the agent while the
+platform learns, measure again. The platform is reached by HTTP, the SDK and the command line alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import everloop
+from openai import OpenAI
+
+from examples.bank_desk import data, report
+from examples.bank_desk.agent import DeskAgent, ask
+from examples.bank_desk.customer import Customer
+from examples.bank_desk.data import DataError, Desk, Message
+from examples.bank_desk.loop import PROMOTED, REFUSED, Decision, Standing, plan, standing
+from examples.bank_desk.measure import Measured, measure, paired_bootstrap
+from examples.bank_desk.platform import (
+    POLICY,
+    TENANT,
+    Platform,
+    PlatformFailed,
+    everloop_command,
+    write_config,
+    write_examples,
+)
+from examples.bank_desk.report import Outcome, Promotion
+from examples.bank_desk.traffic import Traffic
+
+WORKERS = 16
+MOST_MEASURED = 800  # held-out messages of the report; fewer where there are fewer
+LOOP_LIMIT = 270.0  # seconds that messages may take
+FEWEST_MESSAGES = 500
+RUNS = 4  # training runs that the messages are meant for
+COLUMNS = "cycle  version   messages  up/down    corr  AUC   cal.err  steps  KL     gate     canary       held-out"
+
+
+class Demo:
+    """One demo from start to end. ``say`` prints a line of progress."""
+
+    def __init__(self, desk: Desk, home: Path, cache: Path, messages: int, seed: int, say: Any = print) -> None:
+        self.desk, self.home, self.cache = desk, home, cache
+        self.messages, self.seed = messages, seed
+        self.say = say
+        self.seconds: dict[str, float] = {}
+        self.measured: list[Measured] = []
+        self.promoted: list[Promotion] = []
+        self.refused: list[Decision] = []
+        self.report = desk.report[:MOST_MEASURED]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def run(self) -> Outcome:
+        """Raises PlatformFailed where a process does not do its part."""
+        with self.phase("base"):
+            base = self._base()
+        config = write_config(self.home, self.cache, base, max(60, self.messages // RUNS), self.seed)
+        with Platform(self.home, config) as platform:
+            with self.phase("start"):
+                ready = platform.start()
+                gold = write_examples(self.home / "gate.jsonl", self.desk.gate)
+                words = ("gold", "import", str(gold), "--policy", f"{TENANT}/{POLICY}", "--split", "gate")
+                everloop_command(*words, config=config)
+            self.say(f"The platform is up ({self.seconds['start']:.0f} s): {ready.url}, logs in {self.home}/logs")
+            everloop.configure(ready.url, ready.key)
+            client = OpenAI(base_url=ready.url, api_key=ready.key, max_retries=4, timeout=60)
+            with self.phase("measuring"):
+                self._measure(client, 0, "base")
+            self.say(f"Before: {self.measured[0].accuracy:.1%} of {len(self.report)} held-out messages are right\n")
+            return self._close(platform, client)
+
+    def _base(self) -> Path:
+        examples = write_examples(self.home / "prior.jsonl", self.desk.prior)
+        said = everloop_command("base", "build", str(examples), "--cache", str(self.cache), "--seed", str(self.seed))
+        return Path(said.strip().splitlines()[-1])
+
+    def _measure(self, client: OpenAI, messages: int, version: str) -> None:
+        self.measured.append(Measured(messages, version, self._answers(client, self.report)))
+
+    def _answers(self, client: OpenAI, held_out: Sequence[Message]) -> tuple[bool, ...]:
+        return measure(lambda text: ask(client, text, POLICY), held_out, WORKERS)
+
+    def _close(self, platform: Platform, client: OpenAI) -> Outcome:
+        agent = DeskAgent(client, self.desk.topics, POLICY)
+        traffic = Traffic(agent, Customer(self.seed), self.desk.stream, WORKERS, self.seed)
+        self.say(COLUMNS)
+        with self.phase("loop"):
+            now = self._loop(platform, traffic, client)
+        with self.phase("measuring"):
+            if self.measured[-1].version != now.live:
+                self._measure(client, traffic.served.messages, now.live)
+            corrected = [Message(*pair) for pair in traffic.served.corrected.items()]
+            fixed = sum(self._answers(client, corrected))
+        with self.phase("end"):
+            platform.stop()
+        served = traffic.served
+        return Outcome(
+            data=self.desk.name,
+            messages=served.messages,
+            measured=tuple(self.measured),
+            gain=paired_bootstrap(self.measured[0].right, self.measured[-1].right, self.seed),
+            corrected=len(corrected),
+            corrected_then_right=fixed / len(corrected) if corrected else 0.0,
+            promoted=tuple(self.promoted),
+            rejected=len(self.refused),
+            thumbs_up=served.up,
+            thumbs_down=served.down,
+            seconds=self.seconds,
+        )
+
+    def _loop(self, platform: Platform, traffic: Traffic, client: OpenAI) -> Standing:
+        """Serve messages while the platform learns; returns where the loop stands when all is sent."""
+        end = time.monotonic() + LOOP_LIMIT
+        now = self._standing(platform)
+        while time.monotonic() < end:
+            step = plan(now.stage, traffic.served.messages, self.messages, len(self.promoted))
+            if step.done:
+                break
+            traffic.send(step.messages)
+            time.sleep(step.wait)
+            before, now = now, self._standing(platform)
+            if now.decision is not None and (before.decision is None or now.decision != before.decision):
+                self._cycle(now, now.decision, traffic, client)
+        everloop.flush(10)
+        return self._standing(platform)
+
+    def _standing(self, platform: Platform) -> Standing:
+        """Raises PlatformFailed where the platform is down, or its releaser silent for a minute."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            platform.alive()
+            services = (platform.status(name) for name in ("releaser", "learner", "scorer"))
+            found = standing(f"{TENANT}/{POLICY}", *services)
+            if found is not None:
+                return found
+            time.sleep(0.5)
+        raise PlatformFailed(f"the releaser says nothing for a minute; see {self.home}/logs/releaser.log")
+
+    def _cycle(self, now: Standing, decision: Decision, traffic: Traffic, client: OpenAI) -> None:
+        served = traffic.served
+        if decision.state in PROMOTED:
+            self.promoted.append(Promotion(decision.adapter, served.messages))
+            self._measure(client, served.messages, now.live)
+        elif decision.state in REFUSED:
+            self.refused.append(decision)
+        number = len(self.promoted) + len(self.refused)
+        self.say(cycle_line(number, now, decision, traffic, self.measured[-1].accuracy))
+        if decision.state in REFUSED:
+            self.say(f"       {decision.reason}")
+
+
+def cycle_line(number: int, now: Standing, decision: Decision, traffic: Traffic, accuracy: float) -> str:
+    """One row below COLUMNS."""
+    served = traffic.served
+    return (
+        f"{number:<7}{now.live[:8]:<10}{served.messages:<10}{f'{served.up}/{served.down}':<11}"
+        f"{len(served.corrected):<6}{_number(now.auc):<6}{_number(now.calibration_error):<9}"
+        f"{'-' if now.steps is None else now.steps:<7}{_number(now.kl, 3):<7}"
+        f"{decision.gate:<9}{decision.canary or '-':<13}{accuracy:.1%}"
+    )
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def show(outcome: Outcome, desk: Desk, path: Path, say: Any = print) -> None:
+    """Table, plot, and what to try next."""
+    say(f"\n{report.table(outcome)}\n")
+    say(f"Plot: {report.plot(outcome, path)}")
+    if desk.note:
+        say(desk.note)
+    say(NEXT if outcome.trouble is None else f"FAILED: {outcome.trouble}")
+
+
+NEXT = """Next: 'everloop demo --data messages.csv' does the same with your own messages (columns text, category);
+'everloop up' runs the platform for your own agent; 'everloop demo --keep' leaves this one's state to look at:
+'everloop sql --home .everloop/demo "select policy_version, avg(thumb) from turns group by 1"'."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--messages", type=int, default=3000, help="messages that customers send (3000)")
+    parser.add_argument("--data", type=Path, metavar="CSV", help="your own messages: columns text, category[, split]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="leave the demo's home as it is, to look at")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; ``options.home`` is the demo's home, wiped at the start. 0: the loop closed, and it is better."""
+    try:
+        return _run(options, options.home or Path(".everloop/demo"), Path(".everloop/cache"))
+    except (DataError, PlatformFailed) as error:
+        print(f"everloop demo: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
+    if options.messages < FEWEST_MESSAGES:
+        raise DataError(f"--messages {options.messages}: at least {FEWEST_MESSAGES}, else nothing is decided")
+    desk = data.load(options.data, cache, options.seed)
+    _wipe(home)
+    _say(f"Data: {desk.name}; {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
+    outcome = Demo(desk, home.absolute(), cache.absolute(), options.messages, options.seed, _say).run()
+    show(outcome, desk, home.parent / "demo.png", _say)
+    if not options.keep:
+        _wipe(home)
+    if options.json:
+        _say(json.dumps(report.as_json(outcome)))
+    return 0 if outcome.trouble is None else 1
+
+
+def _wipe(home: Path) -> None:
+    """Raises PlatformFailed where the folder holds something that no demo wrote."""
+    if home.exists() and any(home.iterdir()) and not (home / "everloop.toml").exists():
+        raise PlatformFailed(f"{home} is not a demo's home; nothing was deleted. Give another folder with --home")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

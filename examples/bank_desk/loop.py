@@ -1,0 +1,117 @@
+"""Where the loop stands, read from the services' ``/status``, and what to send next because of it. Pure."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+PROMOTED = frozenset({"live", "retired"})
+REFUSED = frozenset({"rejected", "rolled_back", "vetoed"})
+CHUNK, TRICKLE = 48, 4
+BREATH = 1.0  # seconds between trickles, which leave the cores to the training
+BEYOND = 1.25  # share of the planned messages that a canary under way may still take
+
+
+class Stage(StrEnum):
+    GATHERING = "gathering"  # messages for the next run
+    TRAINING = "training"
+    EXAMINING = "examining"  # the gate asks its held-out questions, the engine loads the adapter
+    CANARY = "canary"
+
+
+class Decision(NamedTuple):
+    """What became of a release. ``gate`` and ``canary`` say in a few words why, "" where it did not come so far."""
+
+    release: str
+    adapter: str
+    state: str
+    reason: str
+    gate: str
+    canary: str
+
+
+class Standing(NamedTuple):
+    """The loop at one moment. ``live`` is an adapter's hash or "base"; numbers are None while they are unknown."""
+
+    stage: Stage
+    live: str
+    decision: Decision | None
+    auc: float | None
+    calibration_error: float | None
+    steps: int | None
+    kl: float | None
+    waits: str
+
+
+def standing(policy: str, releaser: dict[str, Any], learner: dict[str, Any], scorer: dict[str, Any]) -> Standing | None:
+    """From three status payloads; None while the releaser does not answer: then nothing is known."""
+    releases = releaser.get("policies", {}).get(policy)
+    if releases is None:
+        return None
+    learning = learner.get("policies", {}).get(policy, {})
+    reward = scorer.get("rewards", {}).get(policy, {})
+    running, last = learning.get("running"), learning.get("last_run") or {}
+    metrics = last.get("metrics") or {}
+    return Standing(
+        stage=_stage(releases, running),
+        live=releases["live"]["adapter"],
+        decision=_decision(releases.get("last_decision")),
+        auc=reward.get("auc"),
+        calibration_error=reward.get("calibration_error"),
+        steps=None if metrics.get("steps") is None else int(metrics["steps"]),
+        kl=metrics.get("kl"),
+        waits=str(learning.get("waits_for") or ""),
+    )
+
+
+def _stage(releases: dict[str, Any], running: object) -> Stage:
+    under_way = releases.get("in_progress")
+    if under_way is not None:
+        return Stage.CANARY if under_way["state"] == "canary" else Stage.EXAMINING
+    if releases.get("waiting"):
+        return Stage.EXAMINING
+    return Stage.TRAINING if running else Stage.GATHERING
+
+
+def _decision(decided: dict[str, Any] | None) -> Decision | None:
+    if decided is None:
+        return None
+    evidence = decided.get("evidence") or {}
+    came_to_canary = "canary" in evidence
+    return Decision(
+        release=decided["release"],
+        adapter=decided["adapter"],
+        state=decided["state"],
+        reason=decided["reason"],
+        gate="passed" if came_to_canary else "refused",
+        canary=_verdict(decided["state"]) if came_to_canary else "",
+    )
+
+
+def _verdict(state: str) -> str:
+    return "promoted" if state in PROMOTED else "rolled back" if state == "rolled_back" else state
+
+
+class Next(NamedTuple):
+    """Send so many messages, then wait so many seconds; ``done``: the loop has run its course."""
+
+    messages: int = 0
+    wait: float = 0.0
+    done: bool = False
+
+
+def plan(stage: Stage, sent: int, planned: int, promoted: int) -> Next:
+    """What to do next, from where the loop stands and how many messages were sent of those planned.
+
+    Messages come fast while the next run or a canary waits for them, and slowly while others need the cores. What
+    is planned may be passed, by a quarter at most, where a canary is under way or nothing was promoted yet.
+    """
+    left = planned - sent
+    unfinished = stage is Stage.CANARY or (promoted == 0 and stage is not Stage.GATHERING)
+    if left <= 0 and not unfinished:
+        return Next(done=True)
+    if sent >= planned * BEYOND:
+        return Next(done=True)
+    if stage in (Stage.TRAINING, Stage.EXAMINING):
+        return Next(TRICKLE, BREATH)
+    return Next(min(CHUNK, left) if left > 0 else CHUNK)
