@@ -125,7 +125,7 @@ def test_another_process_reads_while_files_are_written_and_folded(loop, make, ho
     )
     try:
         assert watcher.stdout.readline() == "ready\n"
-        for start in range(1, 25, 3):
+        for start in range(1, 13, 3):
             fill(loop, make, start, 3)
             loop.store.compact(grace=0, min_files=2)  # the harshest: sources go at once
         end.touch()
@@ -133,5 +133,5 @@ def test_another_process_reads_while_files_are_written_and_folded(loop, make, ho
     finally:
         watcher.kill()
     assert watcher.returncode == 0
-    assert 0 < int(seen) <= 25
-    assert Store(home.root / "store").rows("SELECT count(*) AS n FROM episodes") == [{"n": 25}]
+    assert 0 < int(seen) <= 13
+    assert Store(home.root / "store").rows("SELECT count(*) AS n FROM episodes") == [{"n": 13}]

@@ -1,0 +1,131 @@
+"""The assembler process, killed at its worst moments: nothing lost, nothing doubled, and it goes on by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from everloop import wire
+from everloop.config import Config
+from everloop.episode import Episode
+from everloop.event import Ended
+from everloop.log import open_log
+from everloop.log.base import NewRecord
+from everloop.topics import EPISODES, EVENTS
+
+from pipelines.store import Store
+
+pytestmark = pytest.mark.processes
+
+# Runs the real service, and ends the process with SIGKILL when a function is called for the nth time.
+KILLED_AT = """
+import importlib, os, signal, sys
+module, name, times, after = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "after"
+owner, _, attribute = name.rpartition(".")
+at = importlib.import_module(module)
+at = getattr(at, owner) if owner else at
+real, calls = getattr(at, attribute), [0]
+def killed(*arguments, **options):
+    calls[0] += 1
+    if calls[0] == times and not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*arguments, **options)
+    if calls[0] == times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(at, attribute, killed)
+from services.assembler.__main__ import main
+sys.exit(main())
+"""
+
+
+def environment(home) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("EVERLOOP_")}
+    return {**own, "EVERLOOP_HOME": str(home.root), "EVERLOOP_SERVICES__ASSEMBLER_PORT": "0", "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def assembler(home) -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen([sys.executable, "-m", "services.assembler"], env=environment(home), cwd=Path.cwd())
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def append(log, events) -> None:
+    log.append([NewRecord(EVENTS.name, event.key, wire.encode(event), {}, event.time) for event in events])
+
+
+def numbers(store) -> dict[str, int]:
+    (row,) = store.rows("""
+        SELECT (SELECT count(*) FROM episodes) AS episodes, (SELECT count(*) FROM events) AS events,
+               (SELECT count(*) FROM trajectories) AS trajectories, (SELECT count(*) FROM feedback) AS feedback,
+               (SELECT count(*) FROM turns WHERE thumb = 1) AS rated, (SELECT sum(version) FROM episodes) AS versions
+    """)
+    return row
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "times", "when"),
+    [
+        ("services.state", "StateStore.commit", 1, "before"),  # outputs are in the log, the state is not
+        ("pipelines.archive", "publish", 2, "before"),  # some files of a batch are there, one has no name yet
+    ],
+)
+def test_killed_between_write_and_commit_nothing_is_lost_or_doubled(home, make, until, module, name, times, when):
+    config = Config(home=home.root)
+    log = open_log(config)
+    calls = [make.event(make.call(f"c{n}"), f"call-{n}", episode=f"ep_{n}") for n in range(120)]
+    append(log, calls)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_AT, module, name, str(times), when], env=environment(home), cwd=Path.cwd()
+    )
+    try:
+        append(log, [make.event(make.thumb(1, f"c{n}", id=f"t{n}"), f"t-{n}", episode=f"ep_{n}") for n in range(60)])
+        assert process.wait(60) == -signal.SIGKILL
+    finally:
+        process.kill()
+    append(log, [make.event(make.thumb(1, f"c{n}", id=f"t{n}"), f"t-{n}", episode=f"ep_{n}") for n in range(60, 120)])
+    append(log, calls[:10])  # and producers repeat themselves
+    store = Store(home.root / "store")
+    expected = {"episodes": 120, "events": 240, "trajectories": 120, "feedback": 120, "rated": 120, "versions": 240}
+    with assembler(home):
+        until(lambda: numbers(store) == expected, deadline=60)
+    versions: Counter[str] = Counter()
+    for partition in range(log.partitions(EPISODES.name)):
+        for record in log.read(EPISODES.name, partition, max_records=10_000):
+            versions[wire.decode(Episode, record.value).id] += 1
+    assert len(versions) == 120
+    log.close()
+
+
+def test_feedback_long_after_and_a_poison_event_while_it_runs(home, make, until):
+    log = open_log(Config(home=home.root))
+    store = Store(home.root / "store")
+    with assembler(home):
+        append(log, [make.event(make.call(), seq=0), make.event(Ended(events=1), "end")])
+        until(lambda: store.rows("SELECT complete FROM episodes") == [{"complete": True}], deadline=30)
+        log.append([NewRecord(EVENTS.name, "acme/ep_1", b"poison")])
+        append(log, [make.event(make.thumb(-1), time=1_999_999_999.0)])
+        until(lambda: store.rows("SELECT thumb FROM turns") == [{"thumb": -1}], deadline=30)
+        letters = "SELECT handler, topic FROM dead_letters ORDER BY handler"
+        until(lambda: [row["handler"] for row in store.rows(letters)] == ["archive", "assemble"], deadline=30)
+        announced = json.loads((home.root / "run" / "assembler.json").read_text())
+        with urllib.request.urlopen(announced["url"] + "/status", timeout=10) as answer:
+            status = json.load(answer)
+        assert status["assemble"]["dead_letters"] == 1
+        assert status["compaction"]["trouble"] == ""
+    log.close()
