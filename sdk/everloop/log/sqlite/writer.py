@@ -34,6 +34,8 @@ MAX_BYTES = 8 * 1_048_576
 MAX_WAITING_BYTES = 128 * 1_048_576
 STALLED_SECONDS = 15.0  # of one transaction, after which new work is refused instead of queued
 WAIT_SECONDS = 30.0
+LINGER_SECONDS = 0.001  # where callers come together: time for those just answered to join the next transaction
+LINGER_SHARE = 0.1
 
 
 class Transaction:
@@ -153,7 +155,9 @@ class Writer:
             if jobs:
                 self._began = time.monotonic()
                 self._write(jobs)
-                self._began = math.inf
+                took, self._began = time.monotonic() - self._began, math.inf
+                if len(jobs) > 1:
+                    time.sleep(min(LINGER_SECONDS, took * LINGER_SHARE))
             elif self._closed:
                 break
         with self._lock.held():  # the last connection's checkpoint is a write too
