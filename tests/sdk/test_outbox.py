@@ -27,12 +27,12 @@ def give(times: int) -> list[float]:
     return took
 
 
-def test_a_gateway_that_is_down_costs_the_agent_nothing(gateway: Any) -> None:
+def test_a_gateway_that_is_down_costs_the_agent_nothing(gateway: Any, until: Any) -> None:
     gateway.close()
     assert statistics.median(give(200)) < 0.001
+    until(lambda: everloop.stats().retries > 0)
     assert not everloop.flush(0.2)
     assert everloop.stats().queued == 200
-    assert everloop.stats().retries > 0
 
 
 def test_a_slow_gateway_costs_the_agent_nothing(gateway: Any) -> None:
@@ -122,6 +122,17 @@ def test_what_can_never_be_taken_is_counted_and_raised_where_that_is_wanted(gate
         wrong(episode)
     assert everloop.flush()
     assert not gateway.got
+
+
+def test_events_and_feedback_do_not_split_each_others_batches(gateway: Any) -> None:
+    everloop.configure(gateway.url, "ek_test", linger=0.05)
+    for _ in range(100):
+        with everloop.record() as episode:
+            episode.tool("route")
+            episode.thumb(True)
+    assert everloop.flush()
+    assert everloop.stats().sent == 300
+    assert len(gateway.got) <= 20
 
 
 def test_batches_stay_below_their_limits(gateway: Any) -> None:

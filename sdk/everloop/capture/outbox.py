@@ -2,10 +2,10 @@
 
 ::
 
-    agent's threads ──put()──▶ deque, at most max_queue_bytes ──take()──▶ sender thread ──POST──▶ gateway
-          ▲                          │                                        │
-          └── never waits: full      └── woken by put, flush, close           └── flush() waits for its progress
-              means dropped, counted
+    agent's threads ──put()──▶ a deque a route, together ──take()──▶ sender thread ──POST──▶ gateway
+          ▲                    at most max_queue_bytes                  │   ▲
+          └── never waits: full means dropped, counted                  │   └── woken by put, flush, close
+                                                                        └── flush() waits for its progress
 
 One lock guards the queue and the counts; nobody holds it during a request. A batch leaves the queue's byte count
 only once it is acknowledged or dropped, so a gateway that hangs cannot make memory grow. What the gateway cannot
@@ -31,6 +31,9 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
 
 
 class Item(NamedTuple):
+    """``number`` counts everything that was queued, over both routes."""
+
+    number: int
     route: Route
     body: bytes
 
@@ -45,7 +48,7 @@ class Outbox:
 
     def _start_empty(self) -> None:
         self._changed = threading.Condition()  # re-entrant: a log handler may call the SDK
-        self._queue: deque[Item] = deque()
+        self._queues: dict[Route, deque[Item]] = {"events": deque(), "feedback": deque()}
         self._bytes = 0
         self._put = 0
         self._done = 0
@@ -66,10 +69,11 @@ class Outbox:
             if reason is not None:
                 self._tally.drop(reason)
                 return False
-            self._queue.append(Item(route, body))
+            waiting = any(self._queues.values())
+            self._queues[route].append(Item(self._put, route, body))
             self._bytes += len(body)
             self._put += 1
-            if len(self._queue) == 1:
+            if not waiting:
                 self._changed.notify_all()
             return True
 
@@ -130,24 +134,26 @@ class Outbox:
             self._deliver(batch)
 
     def _take(self) -> list[Item]:
-        """The next batch, all of one route; waits for it. Empty: closed, and nothing is left."""
+        """The next batch, all of the route whose turn it is; waits for it. Empty: closed, and nothing is left."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing is not None)
-            if not self._full() and self._closing is None:
+            self._changed.wait_for(lambda: any(self._queues.values()) or self._closing is not None)
+            if not self._hurry and self._closing is None and self._put - self._done < self.settings.max_batch_items:
                 self._changed.wait_for(lambda: self._hurry or self._closing is not None, self.settings.linger)
-            batch: list[Item] = []
-            size = 0
-            while self._queue and len(batch) < self.settings.max_batch_items:
-                item = self._queue[0]
-                if batch and (item.route != batch[0].route or size + len(item.body) > self.settings.max_batch_bytes):
-                    break
-                batch.append(self._queue.popleft())
-                size += len(item.body)
-            self._hurry = self._hurry and bool(self._queue)
+            waiting = [queue for queue in self._queues.values() if queue]
+            batch = self._cut(min(waiting, key=lambda queue: queue[0].number)) if waiting else []
+            self._hurry = self._hurry and any(self._queues.values())
             return batch
 
-    def _full(self) -> bool:
-        return self._hurry or len(self._queue) >= self.settings.max_batch_items
+    def _cut(self, queue: deque[Item]) -> list[Item]:
+        """The oldest items of a route, as many as one request may carry."""
+        batch: list[Item] = []
+        size = 0
+        while queue and len(batch) < self.settings.max_batch_items:
+            if batch and size + len(queue[0].body) > self.settings.max_batch_bytes:
+                break
+            batch.append(queue.popleft())
+            size += len(batch[-1].body)
+        return batch
 
     def _deliver(self, batch: list[Item]) -> None:
         """Send a batch until each of its items was acknowledged, refused, or out of time."""
