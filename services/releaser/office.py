@@ -68,10 +68,13 @@ class Office:
         elif command.kind is CommandKind.RESUME:
             self._paused.discard(command.key)
 
-    def take(self, consumer: Consumer, wait: float) -> None:
-        """Wait up to ``wait`` s for an order; carry out what can be; commit what is done."""
+    def receive(self, consumer: Consumer, wait: float) -> None:
+        """Wait up to ``wait`` s for an order."""
         for record in consumer.poll(timeout=wait):
             self._orders.append(Order(record, self._releaser.journal.command(record)))
+
+    def carry_out(self, consumer: Consumer) -> None:
+        """Carry out what can be now; commit what is done."""
         for order in self._orders:
             if not order.done:
                 order.done = self._carried_out(order)

@@ -108,7 +108,9 @@ class Releaser:
         consumer = self.journal.log.consumer("releaser", [COMMANDS.name])
         try:
             while not stop.is_set():
-                self.office.take(consumer, wait=ROUND)
+                self.office.receive(consumer, wait=ROUND)
+                self._take_adapters(self._clock())  # first, so that an order can be about the newest candidate
+                self.office.carry_out(consumer)
                 self.round()
                 after_round(self)
         finally:
@@ -131,7 +133,6 @@ class Releaser:
     def round(self) -> None:
         """One look at everything."""
         now = self._clock()
-        self._take_adapters(now)
         for key, state in self.states.items():
             self._advance(state, self.work[key], now)
         self._mirror(now)

@@ -1,0 +1,231 @@
+"""A small engine that speaks the dialect, and a home with a log, for the releaser's tests."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+from everloop import wire
+from everloop.config import Config
+from everloop.contract import Contract
+from everloop.episode import Episode, Turn
+from everloop.event import Call, Event, Message
+from everloop.feedback import Feedback
+from everloop.home import Home
+from everloop.log import NewRecord, open_log
+from everloop.release import Adapter, Release, Route
+from everloop.run import Command, CommandKind
+from everloop.topics import ADAPTERS, COMMANDS, EPISODES, EVENTS, RELEASES, ROUTES, Topic
+
+from pipelines.gold import GoldItem, GoldSet
+
+TENANT, POLICY = "default", "assistant"
+TOPICS = ("card", "loan", "cash", "app", "fee")
+
+
+class Engine:
+    """An engine over HTTP in a thread: holds adapters, answers gold questions, forgets all at a restart."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, float] = {}
+        self.right: dict[str, Callable[[str], str]] = {}
+        self.refuses: str | None = None
+        self.delay = 0.0
+        self.asked = 0
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.start()
+
+    def start(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+
+    def stop(self) -> None:
+        """As a killed process: nobody answers, and the adapters are gone."""
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        self.adapters.clear()
+
+    async def _start(self) -> None:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        app.router.add_post("/v1/unload_lora_adapter", self._unload)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._score)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _models(self, request: web.Request) -> web.Response:
+        named = [{"id": "tiny-k2"}, *({"id": name, "parent": "tiny-k2"} for name in self.adapters)]
+        return web.json_response({"data": named})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        if self.refuses:
+            return web.json_response({"error": {"message": self.refuses}}, status=503)
+        self.adapters.setdefault((await request.json())["lora_name"], time.time())
+        return web.json_response({"ok": True})
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        self.adapters.pop((await request.json())["lora_name"], None)
+        return web.json_response({"ok": True})
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.asked += 1
+        await asyncio.sleep(self.delay)
+        if body["model"] != "tiny-k2" and body["model"] not in self.adapters:
+            return web.json_response({"error": {"message": "no such model", "code": "model_not_found"}}, status=404)
+        text = self.right.get(body["model"], lambda _: "other")(body["messages"][-1]["content"])
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice["token_ids"] = [7, 2]
+        return web.json_response({"id": "x", "choices": [choice], "prompt_token_ids": [1, 5]})
+
+    async def _score(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        logprob = -0.1 if body["model"] != "tiny-k2" else -0.4
+        rows = [None, *({str(token): {"logprob": logprob}} for token in body["prompt"][1:])]
+        return web.json_response({"choices": [{"index": 0, "text": "", "prompt_logprobs": rows}]})
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine()
+    yield made
+    made.stop()
+
+
+class World:
+    """One installation on disk, with what a gateway, an assembler and a learner would have written to its log."""
+
+    def __init__(self, home: Home, engine: Engine, **policy: Any) -> None:
+        self.home = home
+        self.engine = engine
+        fields: dict[str, Any] = {
+            "home": home.root,
+            "cache": home.root / "cache",
+            "serving": {"url": f"http://127.0.0.1:{engine.port}"},
+            "mlflow": {"uri": "http://127.0.0.1:9"},  # nobody answers there
+            "tenants": {TENANT: {"policies": {POLICY: {"base": "tiny-k2", "max_tokens": 8, **policy}}}},
+        }
+        self.fields = fields
+        self.config = Config.model_validate(fields)
+        self.log = open_log(self.config)
+        self._count = itertools.count()
+
+    def append(self, topic: Topic, *contracts: Any) -> None:
+        self.log.append([NewRecord(topic.name, one.key, wire.encode(one)) for one in contracts])
+
+    def read(self, topic: Topic, contract: type[Contract]) -> list[Any]:
+        return [
+            wire.decode(contract, record.value)
+            for partition in range(self.log.partitions(topic.name))
+            for record in self.log.read(topic.name, partition, 0, 100_000)
+            if record.value is not None
+        ]
+
+    def releases(self) -> list[Release]:
+        return self.read(RELEASES, Release)
+
+    def routes(self) -> list[Route]:
+        return self.read(ROUTES, Route)
+
+    def newest(self, adapter: str) -> Release | None:
+        return max((r for r in self.releases() if r.adapter == adapter), key=lambda r: r.step, default=None)
+
+    def state(self, adapter: str) -> str:
+        newest = self.newest(adapter)
+        return "" if newest is None else newest.state.value
+
+    def route(self) -> Route | None:
+        return max(self.routes(), key=lambda r: r.epoch, default=None)
+
+    def live(self) -> str:
+        route = self.route()
+        return "base" if route is None else route.live
+
+    def gold(self, items: int = 200) -> None:
+        made = [
+            GoldItem.of(f"question {i} about {TOPICS[i % 5]}", TOPICS[i % 5], slice=TOPICS[i % 5], split="gate")
+            for i in range(items)
+        ]
+        GoldSet(self.home.root / "gold").add(TENANT, POLICY, made)
+
+    def announce(self, name: str, *, skill: float | None = 1.0, files: bool = True) -> Adapter:
+        """A trained adapter; ``skill`` is the share of gold questions that it answers right."""
+        if files:
+            self.home.folder("adapters", name)
+        if skill is not None:
+            self.engine.right[name] = answering(skill)
+        adapter = Adapter(
+            hash=name, tenant=TENANT, policy=POLICY, base="tiny-k2", run=f"run-{name}", batch="b",
+            uri=f"models:/default.assistant/{len(self.engine.right)}", rank=4, targets=("q",), time=time.time(),
+        )  # fmt: skip
+        self.append(ADAPTERS, adapter)
+        return adapter
+
+    def order(self, kind: CommandKind, **arguments: Any) -> Command:
+        command = Command(
+            id=f"cmd-{next(self._count)}", kind=kind, tenant=TENANT, policy=POLICY, arguments=arguments, by="ann",
+            time=time.time(),
+        )  # fmt: skip
+        self.append(COMMANDS, command)
+        return command
+
+    def traffic(self, units: int, liked: dict[str, float], *, error: str | None = None, first: int = 0) -> None:
+        """Rated episodes of new people, assigned by the route that is in force. ``liked``: success by arm."""
+        route = self.route()
+        assert route is not None
+        events, episodes = [], []
+        for i in range(first, first + units):
+            version, arm, probability = route.assign(f"person {i}")
+            good = i % 100 < 100 * liked.get(arm, 0.6)
+            failed = error if arm == "canary" else None
+            call = Call(
+                id=f"call-{i}", messages=(Message(role="user", content="hi"),),
+                output=Message(role="assistant", content=None if failed else "card"), policy_version=version, arm=arm,
+                release=route.release, probability=probability, error=failed,
+            )  # fmt: skip
+            thumb = Feedback(id=f"f-{i}", kind="thumb", value=1 if good else -1, call=call.id, time=1.0)
+            events.append(Event(id=f"ev-{i}", tenant=TENANT, policy=POLICY, episode=f"ep-{i}", time=1.0, payload=call))
+            episodes.append(Episode(
+                tenant=TENANT, policy=POLICY, id=f"ep-{i}", version=1, subject=f"person {i}", started=1.0, updated=1.0,
+                turns=(Turn(call=call, feedback=() if failed else (thumb,)),),
+            ))  # fmt: skip
+        self.append(EVENTS, *events)
+        self.append(EPISODES, *episodes)
+
+
+def answering(skill: float) -> Callable[[str], str]:
+    def answer(question: str) -> str:
+        number = int(question.split()[1])
+        right = question.split()[-1]
+        return right if number % 20 < 20 * skill else "fee" if right != "fee" else "card"
+
+    return answer
+
+
+@pytest.fixture
+def world(home: Home, engine: Engine) -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def make(**policy: Any) -> World:
+        made.append(World(home, engine, **policy))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.log.close()

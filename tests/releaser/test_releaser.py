@@ -1,0 +1,290 @@
+"""The releaser on a real log with a small engine: gates, canaries, orders, restarts. The files process is left out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from everloop.errors import RegistryError
+from everloop.run import CommandKind
+from everloop.topics import COMMANDS
+
+from services.gateway.upstream import HttpServing
+from services.releaser.examiner import Examiner
+from services.releaser.porter import Porter
+from services.releaser.releaser import Releaser
+from services.releaser.report import Board
+
+CANARY = {"share": 0.5, "margin": 0.15, "alpha": 0.1, "min_units": 20}
+
+
+class Running:
+    """A releaser in a thread, as its service runs it."""
+
+    def __init__(self, world: Any) -> None:
+        self.examiner = Examiner(world.config, HttpServing(world.config.serving.base_url))
+        self.releaser = Releaser(world.config, world.log, self.examiner)
+        self.board = Board()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self.releaser.run, args=(self._stop, self.board.update))
+        self.examiner.start()
+        self._thread.start()
+
+    def end(self) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join(10)
+            self.examiner.close()
+
+    def policy(self) -> dict[str, Any]:
+        return self.board.policies.get("default/assistant", {})
+
+    def answer(self, command: Any) -> dict[str, Any]:
+        return self.board.commands.get(command.id, {})
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the files process would have been asked; the files are there already."""
+    asked: list[dict[str, Any]] = []
+
+    async def ask(self: Porter, do: str, **arguments: Any) -> None:
+        asked.append({"do": do, **arguments})
+
+    monkeypatch.setattr(Porter, "ask", ask)
+    return asked
+
+
+@pytest.fixture
+def start(brought: list[dict[str, Any]]) -> Iterator[Callable[[Any], Running]]:
+    made: list[Running] = []
+
+    def starter(world: Any) -> Running:
+        made.append(Running(world))
+        return made[-1]
+
+    yield starter
+    for running in made:
+        running.end()
+
+
+Until = Callable[..., Any]
+Start = Callable[[Any], Running]
+MakeWorld = Callable[..., Any]
+
+
+def test_a_better_adapter_goes_live_by_gate_and_canary(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world(canary=CANARY)
+    w.gold()
+    running = start(w)
+    w.announce("a", skill=0.8)
+    until(lambda: w.state("a") == "canary")
+    route = w.route()
+    assert (route.live, route.canary, route.share) == ("base", "a", 0.5)
+    assert "a" in w.engine.adapters
+    assert w.engine.adapters["a"] <= route.time  # resident before any route names it
+    w.traffic(400, {"canary": 0.7, "control": 0.6})
+    until(lambda: w.state("a") == "live")
+    assert w.live() == "a"
+    released = w.newest("a")
+    assert "not inferior" in released.reason
+    assert released.evidence["gate"]["gold"]["gain"] > 0.5
+    assert released.evidence["canary"]["canary"]["units"] > 20
+    assert released.evidence["gate"]["kl"]["mean"] == pytest.approx(0.3)
+    assert released.plan.margin == 0.15
+    until(lambda: running.policy().get("live", {}).get("adapter") == "a")
+
+
+def test_the_canary_alone_takes_back_what_the_gate_let_through(world: MakeWorld, start: Start, until: Until) -> None:
+    """Right on every gold question, and harmful to people: only they can tell."""
+    w = world(canary=CANARY)
+    w.gold()
+    start(w)
+    w.announce("good", skill=0.7)
+    until(lambda: w.state("good") == "canary")
+    w.traffic(400, {"canary": 0.65, "control": 0.6})
+    until(lambda: w.state("good") == "live")
+    w.announce("harmful", skill=1.0)
+    until(lambda: w.state("harmful") == "canary")
+    assert w.newest("harmful").evidence["gate"]["gold"]["passed"]
+    w.traffic(400, {"canary": 0.3, "control": 0.65}, first=1000)
+    until(lambda: w.state("harmful") == "rolled_back")
+    assert "worse" in w.newest("harmful").reason
+    assert w.newest("harmful").evidence["canary"]["high"] < 0
+    route = w.route()
+    assert (route.live, route.canary, route.release) == ("good", None, None)
+
+
+def test_a_worse_adapter_is_rejected_by_the_gate(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    w.gold()
+    w.engine.right["tiny-k2"] = lambda question: question.split()[-1]
+    start(w)
+    w.announce("a", skill=0.5)
+    until(lambda: w.state("a") == "rejected")
+    assert "gold" in w.newest("a").reason
+    assert w.route() is None
+
+
+def test_failures_end_a_canary_at_once(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world(canary=CANARY)
+    w.gold()
+    start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "canary")
+    w.traffic(16, {}, error="the engine's numbers are not finite")
+    until(lambda: w.state("a") == "rolled_back")
+    assert "guard" in w.newest("a").reason
+    assert w.route().canary is None
+
+
+def test_an_undecided_canary_leaves_the_incumbent(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world(canary={**CANARY, "margin": 0.01, "max_episodes": 100})
+    w.gold()
+    start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "canary")
+    w.traffic(150, {"canary": 0.6, "control": 0.6})
+    until(lambda: w.state("a") == "rolled_back")
+    assert "undecided after its 100 episodes, so the incumbent stays" in w.newest("a").reason
+    assert w.live() == "base"
+
+
+def test_too_few_gold_items_wait_for_a_person(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    w.gold(20)
+    running = start(w)
+    w.announce("a")
+    waits = until(lambda: (running.policy().get("waiting") or [{}])[0].get("waits") or "")
+    until(lambda: "Waits for a person" in running.policy()["waiting"][0]["waits"])
+    assert "20 gold items, 50 are needed" in running.policy()["waiting"][0]["waits"], waits
+    assert w.state("a") == "candidate"
+    assert running.policy()["gold"] == {"items": 20, "needed": 50, "enough": False}
+    command = w.order(CommandKind.PROMOTE, reason="I looked at it")
+    until(lambda: w.state("a") == "live")
+    assert [r.state for r in w.releases()] == ["candidate", "gated", "canary", "live"]
+    assert w.newest("a").reason == "Promoted by ann: I looked at it."
+    assert running.answer(command)["done"] or until(lambda: running.answer(command).get("done"))
+
+
+def test_more_gold_lets_a_waiting_candidate_go_on(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    w.gold(20)
+    running = start(w)
+    w.announce("a")
+    until(lambda: "Waits" in str(running.policy().get("waiting")))
+    w.gold(200)
+    until(lambda: w.state("a") == "canary")
+
+
+def test_a_rollback_takes_under_a_second_while_a_candidate_is_examined(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    w = world()
+    start(w)
+    w.announce("a")
+    w.order(CommandKind.PROMOTE, release="a")
+    until(lambda: w.live() == "a")
+    w.gold()
+    w.engine.delay = 0.5
+    asked = w.engine.asked
+    w.announce("b")
+    until(lambda: w.engine.asked > asked)
+    ordered = time.monotonic()
+    w.order(CommandKind.ROLLBACK)
+    until(lambda: w.live() == "base")
+    assert time.monotonic() - ordered < 1.0
+    assert w.state("a") == "rolled_back"
+    assert w.state("b") == "candidate"
+
+
+def test_orders_that_cannot_be_are_answered_in_words(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    running = start(w)
+    nothing = w.order(CommandKind.ROLLBACK)
+    unknown = w.order(CommandKind.VETO, release="zzz")
+    until(lambda: running.answer(nothing) and running.answer(unknown))
+    assert "base model" in running.answer(nothing)["says"]
+    assert "no release named 'zzz'" in running.answer(unknown)["says"]
+    assert not running.answer(nothing)["done"]
+    assert w.releases() == []
+
+
+def test_a_pause_holds_canaries_back_and_survives_a_restart(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    w.gold()
+    w.order(CommandKind.PAUSE)
+    running = start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "candidate")
+    until(lambda: running.policy().get("paused"))
+    running.end()
+    second = start(w)
+    until(lambda: second.policy().get("paused"))
+    assert w.state("a") == "candidate"
+    w.order(CommandKind.RESUME)
+    until(lambda: w.state("a") == "canary")
+
+
+def test_an_engine_that_comes_back_gets_its_adapters_again(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    running = start(w)
+    for name in ("a", "b"):
+        w.announce(name)
+        w.order(CommandKind.PROMOTE, release=name)
+        until(lambda name=name: w.live() == name)
+    w.engine.stop()
+    until(lambda: running.examiner.trouble is not None)
+    w.engine.start()
+    until(lambda: set(w.engine.adapters) == {"a", "b"})  # what is live, and the way back
+    assert w.state("b") == "live"
+
+
+def test_a_full_engine_drops_adapters_of_ended_releases(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    start(w)
+    w.engine.adapters["somebody else's"] = 0.0
+    for name in "abcdefgh":
+        w.announce(name)
+        w.order(CommandKind.PROMOTE, release=name)
+        until(lambda name=name: w.live() == name)
+    assert {"g", "h", "somebody else's"} <= set(w.engine.adapters)
+    assert len(w.engine.adapters) <= w.config.serving.resident_adapters
+
+
+def test_a_registry_that_is_down_makes_candidates_wait(
+    world: MakeWorld, start: Start, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world()
+    down = [True]
+
+    async def ask(self: Porter, do: str, **arguments: Any) -> None:
+        if down[0]:
+            raise RegistryError("the registry at http://127.0.0.1:9 does not answer")
+
+    monkeypatch.setattr(Porter, "ask", ask)
+    monkeypatch.setattr("services.releaser.releaser.LATER", 0.2)
+    running = start(w)
+    w.gold()
+    w.announce("a")
+    until(lambda: "does not answer" in str(running.policy().get("waiting")))
+    assert w.state("a") == "candidate"
+    down[0] = False
+    until(lambda: w.state("a") == "canary")
+
+
+def test_an_order_that_is_read_twice_is_done_once(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world()
+    running = start(w)
+    for name in ("a", "b"):
+        w.announce(name)
+        w.order(CommandKind.PROMOTE, release=name)
+        until(lambda name=name: w.live() == name)
+    command = w.order(CommandKind.ROLLBACK)
+    until(lambda: w.live() == "a")
+    w.append(COMMANDS, command)
+    until(lambda: running.answer(command).get("says") == "done before")
+    assert w.live() == "a"
