@@ -185,8 +185,8 @@ def _complete(events: Sequence[Event]) -> bool:
 class Assembler:
     """The handler "assemble": topic ``events`` to topics ``episodes`` and ``trajectories``.
 
-    State: one entry an event, ``<tenant>/<episode>\\n<event id>``: its offset and its envelope as it lay in the
-    log. The first event of an id counts.
+    State: under ``<tenant>/<episode>`` the offsets and ids of its events, and under ``<tenant>/<episode>\\n<event id>``
+    each one's envelope as it lay in the log. The first event of an id counts.
     """
 
     name = "assemble"
@@ -196,15 +196,17 @@ class Assembler:
         self._config = config
         self._blobs = home.blobs
         self._gold = GoldSet(home.root / "gold")
-        # Both speak of the present batch alone. What counts is the state: these only name and spare work.
+        # They speak of the present batch alone. What counts is the state: these only name and spare work.
         self._changed: dict[str, None] = {}
         self._fresh: dict[str, Event] = {}
+        self._gold_keys: dict[tuple[str, str], dict[str, Split]] = {}
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         event = read(record, self._blobs)
         entry = f"{event.key}\n{event.id}"
         if state.get(entry) is None:
-            state.put(entry, ormsgpack.packb((record.offset, record.value)))
+            state.put(entry, record.value or b"")
+            state.put(event.key, ormsgpack.packb([*_known(state, event.key), (record.offset, event.id)]))
             self._fresh[entry] = event
             self._changed[event.key] = None
         return []
@@ -212,17 +214,20 @@ class Assembler:
     def flush(self, state: State, now: float) -> list[NewRecord]:
         made = [one for key in self._changed for one in assemble(self._placed(state, key), self._split)]
         records = [record for one in made for record in self._records(one)]
-        self._changed, self._fresh = {}, {}  # only now: a flush that failed is tried again
+        self._changed, self._fresh, self._gold_keys = {}, {}, {}  # only now: a flush that failed is tried again
         return records
 
     def _placed(self, state: State, key: str) -> Iterator[Placed]:
-        for entry, value in state.scan(f"{key}\n"):
-            offset, envelope = ormsgpack.unpackb(value)
+        for offset, name in _known(state, key):
+            entry = f"{key}\n{name}"
             try:
-                yield Placed(offset, self._fresh.get(entry) or wire.decode(Event, envelope, self._blobs))
+                yield Placed(offset, self._fresh.get(entry) or self._read(state.get(entry)))
             except ContractError as error:
                 # It was an event when it was taken: its body has been removed since. The rest still stands.
-                logger.warning("event %s is left out of its episode: %s", entry.replace("\n", "/"), error)
+                logger.warning("event %s of %s is left out: %s", name, key, error)
+
+    def _read(self, envelope: bytes | None) -> Event:
+        return wire.decode(Event, envelope or b"", self._blobs)
 
     def _records(self, made: Assembled) -> tuple[NewRecord, NewRecord]:
         episode, trajectory = made
@@ -245,9 +250,12 @@ class Assembler:
         )
 
     def _split(self, tenant: str, policy: str, unit: str, calls: Sequence[Call]) -> Split:
-        gold = touches((call.messages for call in calls), self._gold.keys(tenant, policy))
-        if gold is not None:
-            return gold
+        keys = self._gold_keys.get((tenant, policy))
+        if keys is None:
+            keys = self._gold_keys[tenant, policy] = self._gold.keys(tenant, policy)
+        held = touches((call.messages for call in calls), keys)
+        if held is not None:
+            return held
         texts = user_texts(calls[0].messages)
         return split_of(tenant, policy, unit, texts[0] if texts else "", self._shares(tenant, policy))
 
@@ -256,6 +264,12 @@ class Assembler:
             return self._config.policy(tenant, policy).holdout
         except ConfigError:  # a policy that was taken out of the configuration: its events are kept as they were
             return HoldoutConfig()
+
+
+def _known(state: State, key: str) -> list[tuple[int, str]]:
+    """Offset and id of each event of an episode."""
+    held = state.get(key)
+    return [] if held is None else [(offset, name) for offset, name in ormsgpack.unpackb(held)]
 
 
 def read(record: Record, blobs: wire.BlobStore) -> Event:
