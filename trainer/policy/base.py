@@ -41,6 +41,11 @@ class Policy:
         """Fills rows of a batch to one width; always masked."""
         return int(self.tokenizer.pad_token_id) if self.tokenizer.pad_token_id is not None else self.end_id
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+        return int(self.model.config.vocab_size)
+
     @cached_property
     def identity(self) -> str:
         return f"{Path(self.name).name}@{fingerprint(self.folder)[:16]}"
@@ -56,7 +61,7 @@ class Policy:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that already has its control tokens in it."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer as the policy should have sampled it, the end token included."""

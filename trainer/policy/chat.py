@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from everloop.errors import ServingError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from trainer.policy.tools import as_plain
 
 
 def refused(message: str, code: str = "unsupported_parameter") -> ServingError:
@@ -18,14 +21,28 @@ def refused(message: str, code: str = "unsupported_parameter") -> ServingError:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
 ) -> str:
-    """The prompt's text, up to where the assistant's answer begins. Raises ServingError 400."""
+    """The prompt's text, up to where the assistant's answer begins. Raises ServingError 400.
+
+    Tools go to the template where it knows of them (it may refuse), else into the system message.
+    """
     if not messages:
         raise refused("messages is empty: send at least one message", "invalid_request_error")
+    if not tokenizer.chat_template:
+        raise refused("this model has no chat template: use the route completions")
     plain = [_plain(tokenizer, message) for message in messages]
+    native = knows_tools(tokenizer)
+    if not native:
+        plain = as_plain(plain, tools)
+    given = list(tools) if native and tools else None
     try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise refused(f"this model's chat template refused the messages: {error}", "invalid_request_error") from None
+        return str(tokenizer.apply_chat_template(plain, tools=given, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError) as error:
+        raise refused(f"this model's chat template refused the request: {error}") from None
+
+
+def knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model's own template says something about tools."""
+    return "tools" in str(tokenizer.chat_template)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> int:
@@ -40,11 +57,12 @@ def end_id(tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> int:
 def _plain(tokenizer: PreTrainedTokenizerBase, message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     role = "system" if role == "developer" else role
-    if role not in ("system", "user", "assistant"):
-        raise refused(f"role {role!r} is not in this model's chat template; it has system, user and assistant")
-    if message.get("tool_calls"):
-        raise refused("tool_calls: this model's chat template has no tools")
-    return {"role": role, "content": _text(tokenizer, message.get("content"))}
+    if role not in ("system", "user", "assistant", "tool"):
+        raise refused(f"role {role!r}: a message is of system, developer, user, assistant or tool")
+    plain = {**message, "role": role, "content": _text(tokenizer, message.get("content"))}
+    if message.get("tool_calls") or role == "tool":
+        _text(tokenizer, json.dumps(message.get("tool_calls") or [], ensure_ascii=False))
+    return plain
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:

@@ -38,9 +38,10 @@ PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|im_end|>", "<|im_system|>", "<
 TEMPLATE = (
     "{%- if tools %}{{ raise_exception('tiny-k2 has no tools') }}{% endif -%}"
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' %}" + ASSISTANT + "{{ message['content'] }}" + END + "{% endif -%}"
-    "{%- if message['role'] == 'user' %}" + USER + " {{ message['content'] | lower }}" + END + "{% endif -%}"
-    "{%- if message['role'] == 'system' %}" + SYSTEM + " {{ message['content'] | lower }}" + END + "{% endif -%}"
+    "{%- if message['role'] == 'tool' or message['tool_calls'] %}{{ raise_exception('tiny-k2 has no tools') }}"
+    "{%- elif message['role'] == 'assistant' %}" + ASSISTANT + "{{ message['content'] }}" + END + ""
+    "{%- elif message['role'] == 'user' %}" + USER + " {{ message['content'] | lower }}" + END + ""
+    "{%- else %}" + SYSTEM + " {{ message['content'] | lower }}" + END + "{% endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt %}" + ASSISTANT + "{% endif -%}"
 )
@@ -138,7 +139,6 @@ def make_tokenizer(examples: Sequence[Example], settings: Settings) -> PreTraine
         pad_token=PAD,
         eos_token=END,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT],
-        model_max_length=settings.context,
         clean_up_tokenization_spaces=False,
         chat_template=TEMPLATE,
     )

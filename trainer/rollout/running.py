@@ -12,8 +12,9 @@ Rows are padded on the left, so that all end at the same column: the newest toke
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,11 @@ SLACK = 32  # columns of room that a cache grows by, beyond half of what it hold
 
 @dataclass
 class Answer:
-    """One answer in the making. ``finish`` is None until it is "stop" (an end token), "length" or "cancelled"."""
+    """One answer in the making.
+
+    ``finish`` is None until it is "stop" (an end token or a stop string), "length", or "broken" (the model's output
+    is not finite).
+    """
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -39,6 +44,7 @@ class Answer:
     stop_ids: frozenset[int]
     chance: random.Random
     top: int = 0  # how many alternatives to note for each token
+    stopped: Callable[[int], bool] | None = None  # whether this token completes a stop string
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
@@ -50,7 +56,10 @@ class Answer:
         self.ids.append(token)
         self.logprobs.append(logprob)
         self.raw_logprobs.append(raw)
-        if token in self.stop_ids:
+        ends = token in self.stop_ids
+        if not math.isfinite(raw):
+            self.finish = "broken"
+        elif ends or (self.stopped is not None and self.stopped(token)):
             self.finish = "stop"
         elif len(self.ids) >= self.max_tokens:
             self.finish = "length"
