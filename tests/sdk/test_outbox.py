@@ -151,12 +151,17 @@ def test_the_end_of_the_process_sends_what_is_queued(gateway: Any) -> None:
 
 
 def test_the_end_of_the_process_waits_two_seconds_at_most() -> None:
-    code = "import everloop\neverloop.give_feedback(response_id='r', thumb=1)"
-    before = time.monotonic()
+    code = """
+import atexit, time
+atexit.register(lambda: print(time.monotonic() - end))  # registered first, so it runs last
+import everloop
+everloop.give_feedback(response_id="r", thumb=1)
+end = time.monotonic()
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], env=_environment("http://127.0.0.1:9"), check=True, capture_output=True, text=True
     )
-    assert time.monotonic() - before < 6
+    assert float(done.stdout) < 3
     assert "process ended" in done.stderr
 
 
