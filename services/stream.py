@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from everloop.errors import ContractError, LogError, RecordTooLarge, ServingError
 from everloop.home import Home
@@ -32,8 +32,10 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.dead_letters import dead_letter
 from services.retry import Retry, Stopping
-from services.service import Service
 from services.state import StateStore, owned
+
+if TYPE_CHECKING:
+    from services.service import Service
 
 __all__ = ["Retry", "StateStore", "Stream", "attach", "run_handler"]
 
