@@ -58,6 +58,7 @@ class Archive:
         self._max_bytes = max_bytes
         self._held: dict[object, Held] = {}
         self._bytes = 0
+        pa.array([0])  # has Arrow look for pandas, once a process, now rather than within the first batch
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         if record.value is None:
