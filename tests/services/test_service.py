@@ -1,0 +1,194 @@
+"""What every service has: health, metrics, status, its announcement, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from everloop.config import Config
+from everloop.home import Home
+
+from services.service import Service
+
+Until = Callable[..., Any]
+PROGRAM = """
+import sys, threading, time
+from aiohttp import web
+from everloop.config import load
+from services.service import Service
+
+service = Service("sample", load(), int(sys.argv[2]))
+mode = sys.argv[1]
+
+def work():
+    if mode == "crash": raise RuntimeError("the loop broke")
+    if mode == "return": return
+    service.stop.wait()
+    if mode == "hang": threading.Event().wait()
+
+async def slow(request):
+    print("slow", flush=True)
+    while not service.stop.is_set(): await web.asyncio.sleep(0.01)
+    return web.Response(text="finished")
+
+service.loop("work", work)
+service.app.router.add_get("/slow", slow)
+code = service.run()
+print("code", code, flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+async def client(home: Home) -> Any:
+    service = Service("sample", Config(home=home.root), 0)
+    async with TestClient(TestServer(service.app)) as client:
+        yield client, service
+
+
+async def test_health_is_good_until_a_check_says_otherwise(client: Any) -> None:
+    http, service = client
+    assert (await http.get("/healthz")).status == 200
+    service.check("handler", lambda: "it has not moved for 400 s")
+    answer = await http.get("/healthz")
+    assert answer.status == 503
+    assert (await answer.json())["trouble"] == {"handler": "it has not moved for 400 s"}
+    assert (await http.get("/readyz")).status == 503
+
+
+async def test_readiness_is_its_own_matter_and_ends_with_the_stop(client: Any) -> None:
+    http, service = client
+    trouble: list[str] = ["no engine yet"]
+    service.ready("engine", lambda: trouble[0] if trouble else None)
+    assert (await http.get("/healthz")).status == 200
+    assert (await http.get("/readyz")).status == 503
+    trouble.clear()
+    assert (await http.get("/readyz")).status == 200
+    service.stop.set()
+    assert (await http.get("/readyz")).status == 503
+
+
+async def test_a_check_that_fails_is_trouble_and_not_an_error(client: Any) -> None:
+    http, service = client
+    service.check("disk", lambda: 1 / 0 and None)
+    answer = await http.get("/healthz")
+    assert answer.status == 503
+    assert "ZeroDivisionError" in (await answer.json())["trouble"]["disk"]
+
+
+async def test_status_shows_every_part_even_where_one_fails(client: Any) -> None:
+    http, service = client
+    service.describe("lag", lambda: {"records": 3})
+    service.describe("broken", lambda: 1 / 0)
+    status = await (await http.get("/status")).json()
+    assert status["service"] == "sample"
+    assert status["lag"] == {"records": 3}
+    assert "ZeroDivisionError" in status["broken"]["error"]
+
+
+async def test_metrics_are_in_prometheus_form(client: Any) -> None:
+    http, _ = client
+    answer = await http.get("/metrics")
+    assert answer.headers["Content-Type"].startswith("text/plain")
+    assert "python_info" in await answer.text()
+
+
+Process = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    processes: list[Process] = []
+
+    def run(mode: str = "", port: int = 0, **environment: str) -> Process:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, mode, str(port)],
+            env={"EVERLOOP_HOME": str(tmp_path / "home"), "PATH": "", "PYTHONPATH": ":".join(sys.path), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def announced(home: Home) -> dict[str, Any]:
+    file = home.root / "run" / "sample.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+@pytest.mark.processes
+def test_a_service_announces_itself_finishes_requests_and_withdraws(
+    start: Callable[..., Process], home: Home, until: Until
+) -> None:
+    process = start()
+    url = until(lambda: announced(home).get("url"), deadline=20)
+    assert announced(home)["pid"] == process.pid
+    assert json.load(urllib.request.urlopen(f"{url}/healthz", timeout=10))["ok"] is True
+    request = subprocess.Popen(
+        [sys.executable, "-c", f"import urllib.request as u; print(u.urlopen('{url}/slow').read().decode())"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "slow\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert "code 0" in out
+    assert process.returncode == 0
+    assert request.communicate(timeout=10)[0] == "finished\n"
+    assert announced(home) == {}
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert {line["service"] for line in lines} == {"sample"}
+    assert lines[0]["message"] == f"serving on {url}"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("mode", "why"), [("crash", "the loop broke"), ("return", "nobody asked")])
+def test_a_loop_that_ends_takes_the_process_with_it(
+    start: Callable[..., Process], home: Home, mode: str, why: str
+) -> None:
+    process = start(mode)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    failures = [line for line in map(json.loads, err.splitlines()) if line["level"] == "error"]
+    assert why in failures[0]["error"]
+    assert "loop work failed" in failures[0]["message"]
+    assert announced(home) == {}
+
+
+@pytest.mark.processes
+def test_a_loop_that_hangs_cannot_hold_the_stop_up(start: Callable[..., Process], home: Home, until: Until) -> None:
+    process = start("hang", EVERLOOP_SERVICES__DRAIN="0.3")
+    until(lambda: announced(home), deadline=20)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "not finished in time: work" in err
+
+
+@pytest.mark.processes
+def test_a_port_that_is_taken_is_said_and_leaves_the_other_announced(
+    start: Callable[..., Process], home: Home, until: Until
+) -> None:
+    first = start()
+    url = until(lambda: announced(home).get("url"), deadline=20)
+    second = start(port=int(url.rpartition(":")[2]))
+    _, err = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert "cannot listen" in err
+    assert announced(home)["pid"] == first.pid
