@@ -31,7 +31,7 @@ from everloop.serving.base import Serving
 from pipelines.gate import Answers, Decision, Evidence, decide, judge_answers, refused
 from pipelines.gold import GoldItem, GoldSet
 from services.releaser.porter import Porter
-from services.releaser.questions import Questions
+from services.releaser.questions import Measure, Questions, Scored, Tokens
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -195,7 +195,17 @@ class Examiner:
         """What an adapter (or 'base') answers to these items."""
         config = self._config.policy(tenant, policy)
         model = config.base if adapter == BASE else adapter
-        # The base's weights may change under its name (it is a folder of yours): only adapters' answers are kept.
-        kept_as = None if adapter == BASE else f"{adapter}"
-        given = await self._questions.answers(model, config.base, items, config.max_tokens, kept_as=kept_as)
+        measure = None if adapter == BASE else self._measure(adapter, tenant, policy, config.base)
+        given = await self._questions.answers(model, items, config.max_tokens, measure)
         return judge_answers([item.answer for item in items], given)
+
+    def _measure(self, adapter: str, tenant: str, policy: str, base: str) -> Measure:
+        """Where the engine is our own, the files process has the base's weights too, and measures exactly."""
+        if self._config.serving.url != "embedded":
+            return Scored(self._serving, adapter, base)
+
+        async def by_weights(rows: list[Tokens]) -> list[float | None]:
+            asked = {"adapter": adapter, "tenant": tenant, "policy": policy, "rows": rows}
+            return list(await self._porter.ask("distances", **asked))
+
+        return by_weights

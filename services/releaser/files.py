@@ -10,6 +10,7 @@ some idle minutes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shutil
@@ -56,12 +57,25 @@ class AdapterFiles:
 
     def check(self, folder: Path, adapter: str, tenant: str, policy: str) -> None:
         """Names, shapes, finite values and hash, against the policy's base. Raises AdapterRefused."""
-        from trainer.policy import base, lora
+        from trainer.policy import lora
+
+        lora.check(folder, self._base(tenant, policy), adapter)
+
+    def _base(self, tenant: str, policy: str) -> Any:
+        from trainer.policy import base
 
         name = self._config.policy(tenant, policy).base
         if name not in self._bases:
             self._bases[name] = base.load(name, self._config.cache)
-        lora.check(folder, self._bases[name], adapter)
+        return self._bases[name]
+
+    def distances(self, adapter: str, tenant: str, policy: str, rows: list[list[list[int]]]) -> list[float | None]:
+        """KL to the base of each [prompt ids, answer ids], in nats a token; None where the answer is empty."""
+        from trainer.policy.divergence import kl_to_base
+
+        pairs = [(row[0], row[1]) for row in rows]
+        found = kl_to_base(self._base(tenant, policy), self._folder / adapter, pairs)
+        return [_known(distance, bool(answer)) for distance, (_, answer) in zip(found, pairs, strict=True)]
 
     def adopt(self, source: str, tenant: str, policy: str, reason: str, now: float) -> dict[str, Any]:
         """Register an adapter that was made elsewhere, as if a run had published it: fields of ``Adapter``.
@@ -118,12 +132,24 @@ class AdapterFiles:
             self._registry.set_alias(uri, "live")
 
 
+def _known(distance: float, answered: bool) -> float | None:
+    """What is not finite is as far as can be; what was not answered has no distance."""
+    if not answered:
+        return None
+    return distance if math.isfinite(distance) else math.inf
+
+
 def answer(files: AdapterFiles, line: str) -> dict[str, Any]:
     """What to answer to one request."""
     asked = json.loads(line)
-    doing = {"bring": files.bring, "adopt": files.adopt, "mirror": files.mirror}[asked.pop("do")]
+    doing = {
+        "bring": files.bring,
+        "distances": files.distances,
+        "adopt": files.adopt,
+        "mirror": files.mirror,
+    }
     try:
-        return {"done": doing(**asked)}
+        return {"done": doing[asked.pop("do")](**asked)}
     except EverloopError as error:
         return {"error": type(error).__name__, "says": str(error)}
 

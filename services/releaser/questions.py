@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from everloop.errors import Overloaded, ServingError
 from everloop.event import Message
-from everloop.serving.base import Serving
+from everloop.serving.base import Route, Serving
 
 from pipelines.gate import Given
 from pipelines.gold import GoldItem
@@ -25,6 +25,17 @@ from pipelines.gold import GoldItem
 AT_ONCE = 64
 MEASURED = 128  # answers whose distance to the base is measured
 TRIES = 8
+
+
+class Tokens(NamedTuple):
+    """An answer as token ids, after its prompt's. Both empty where the engine gives none."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+Measure = Callable[[list[Tokens]], Awaitable[list[float | None]]]
+"""KL to the base of each answer, in nats a token; None: not known."""
 
 
 class Questions:
@@ -36,41 +47,45 @@ class Questions:
         self._asked: dict[str, list[Given]] = {}
 
     async def answers(
-        self, model: str, base: str, items: Sequence[GoldItem], max_tokens: int, *, kept_as: str | None = None
+        self, model: str, items: Sequence[GoldItem], max_tokens: int, measure: Measure | None
     ) -> list[Given]:
         """What ``model`` answers at temperature 0, in the order of the items.
 
-        ``base``: the base's name at the engine; where it is another model, some answers carry their KL to it.
-        ``kept_as``: the name under which the answers are kept; None: only until this process ends.
+        ``measure`` gives the first answers their distance to the base. None: this *is* the base, and its answers
+        are kept only until this process ends, since its weights may change under its name.
 
         Raises ServingError where the engine does not answer, after patience with a full queue.
         """
         asked = hashlib.sha256("\n".join([str(max_tokens), *(item.id for item in items)]).encode()).hexdigest()[:16]
-        if kept_as is None:
-            name = f"{model}-{asked}"
+        name = f"{model}-{asked}"
+        if measure is None:
             if name not in self._asked:
-                self._asked[name] = await self._ask_all(model, base, items, max_tokens)
+                self._asked[name] = await self._ask_all(model, items, max_tokens, None)
             return self._asked[name]
-        kept = self._folder / f"{kept_as}-{asked}.json"
+        kept = self._folder / f"{name}.json"
         if not kept.exists():
-            _write(kept, json.dumps(await self._ask_all(model, base, items, max_tokens)))
+            _write(kept, json.dumps(await self._ask_all(model, items, max_tokens, measure)))
         return [Given(*row) for row in json.loads(kept.read_text())]
 
-    async def _ask_all(self, model: str, base: str, items: Sequence[GoldItem], max_tokens: int) -> list[Given]:
+    async def _ask_all(
+        self, model: str, items: Sequence[GoldItem], max_tokens: int, measure: Measure | None
+    ) -> list[Given]:
         gate = asyncio.Semaphore(AT_ONCE)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._answer(gate, model, base, item, max_tokens, measured=index < MEASURED))
-                    for index, item in enumerate(items)
-                ]
+                asked = [group.create_task(self._answer(gate, model, item, max_tokens)) for item in items]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+        answers = [task.result() for task in asked]
+        if measure is None:
+            return [given for given, _ in answers]
+        rows = [tokens for _, tokens in answers[:MEASURED]]
+        distances = [*await measure(rows), *[None] * (len(answers) - len(rows))]
+        return [given._replace(kl=kl) for (given, _), kl in zip(answers, distances, strict=True)]
 
     async def _answer(
-        self, gate: asyncio.Semaphore, model: str, base: str, item: GoldItem, max_tokens: int, *, measured: bool
-    ) -> Given:
+        self, gate: asyncio.Semaphore, model: str, item: GoldItem, max_tokens: int
+    ) -> tuple[Given, Tokens]:
         body = {
             "model": model,
             "messages": [_plain(message) for message in item.prompt],
@@ -79,56 +94,60 @@ class Questions:
             "return_token_ids": True,
         }
         async with gate:
-            answer = await self._patiently("chat/completions", body)
-            choice = answer["choices"][0]
-            ids = choice.get("token_ids") or []
-            kl = None
-            if measured and model != base and ids:
-                kl = await self._distance(model, base, answer.get("prompt_token_ids") or [], ids)
-        length = len(ids) or answer.get("usage", {}).get("completion_tokens", 0)
+            answer = await _patiently(self._serving, "chat/completions", body)
+        choice = answer["choices"][0]
+        tokens = Tokens(answer.get("prompt_token_ids") or [], choice.get("token_ids") or [])
+        length = len(tokens.answer) or answer.get("usage", {}).get("completion_tokens", 0)
         text = choice["message"].get("content") or ""
-        return Given(text, length, choice.get("finish_reason") != "length", kl)
+        return Given(text, length, choice.get("finish_reason") != "length"), tokens
 
-    async def _distance(self, model: str, base: str, prompt: list[int], ids: list[int]) -> float | None:
-        """Mean over the answer's tokens of log p - log p_base, in nats: the k1 estimate of the KL divergence at the
-        greedy answer (Schulman, "Approximating KL Divergence", 2020). None where the engine scores no given tokens.
-        """
-        own, its = await self._logprobs(model, prompt, ids), await self._logprobs(base, prompt, ids)
-        if own is None or its is None:
+
+class Scored:
+    """Distances by an engine that scores given tokens (vLLM's ``prompt_logprobs``): a :data:`Measure`.
+
+    The mean over an answer's tokens of log p - log p_base: the k1 estimate of the KL divergence at the greedy answer
+    (Schulman, "Approximating KL Divergence", 2020).
+    """
+
+    def __init__(self, serving: Serving, model: str, base: str) -> None:
+        self._serving, self._model, self._base = serving, model, base
+
+    async def __call__(self, rows: list[Tokens]) -> list[float | None]:
+        return [await self._distance(row) for row in rows]
+
+    async def _distance(self, row: Tokens) -> float | None:
+        own, its = await self._logprobs(self._model, row), await self._logprobs(self._base, row)
+        if not own or not its:
             return None
-        distance = sum(a - b for a, b in zip(own, its, strict=True)) / len(ids)
+        distance = sum(a - b for a, b in zip(own, its, strict=True)) / len(own)
         return distance if math.isfinite(distance) else math.inf
 
-    async def _logprobs(self, model: str, prompt: list[int], ids: list[int]) -> list[float] | None:
-        """Log-probabilities of given tokens after a prompt, by vLLM's ``prompt_logprobs``."""
-        body = {"model": model, "prompt": prompt + ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    async def _logprobs(self, model: str, row: Tokens) -> list[float] | None:
+        """Log-probabilities of the answer's tokens; None where the engine does not score."""
+        tokens = row.prompt + row.answer
+        body = {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         try:
-            answer = await self._patiently("completions", body)
+            answer = await _patiently(self._serving, "completions", body)
         except ServingError as error:
             if error.status == 400:
                 return None
             raise
-        rows = answer["choices"][0].get("prompt_logprobs") or answer.get("prompt_logprobs") or []
-        if len(rows) < len(prompt) + len(ids):
+        said = answer["choices"][0].get("prompt_logprobs") or []
+        if len(said) < len(tokens):
             return None
-        return [
-            _logprob_of(row, token) for row, token in zip(rows[len(prompt) : len(prompt) + len(ids)], ids, strict=True)
-        ]
-
-    async def _patiently(self, route: Any, body: dict[str, Any]) -> dict[str, Any]:
-        for attempt in range(TRIES):
-            try:
-                return await self._serving.complete(route, body)
-            except Overloaded as error:
-                if attempt == TRIES - 1:
-                    raise
-                await asyncio.sleep(error.retry_after * (attempt + 1) / 2)
-        raise AssertionError("the loop returns or raises")
+        pairs = zip(said[len(row.prompt) : len(tokens)], row.answer, strict=True)
+        return [float(entry[str(token)]["logprob"]) for entry, token in pairs]
 
 
-def _logprob_of(row: Any, token: int) -> float:
-    entry = row[str(token)]
-    return float(entry["logprob"] if isinstance(entry, dict) else entry)
+async def _patiently(serving: Serving, route: Route, body: dict[str, Any]) -> dict[str, Any]:
+    for attempt in range(TRIES):
+        try:
+            return await serving.complete(route, body)
+        except Overloaded as error:
+            if attempt == TRIES - 1:
+                raise
+            await asyncio.sleep(error.retry_after * (attempt + 1) / 2)
+    raise AssertionError("the loop returns or raises")
 
 
 def _plain(message: Message) -> dict[str, Any]:
