@@ -81,8 +81,13 @@ class EmbeddedServing:
     async def adapters(self) -> frozenset[str]:
         return frozenset(self.residents.adapters())
 
-    async def healthy(self) -> bool:
+    @property
+    def alive(self) -> bool:
+        """Whether the decoding thread lives."""
         return self._worker.alive
+
+    async def healthy(self) -> bool:
+        return self.alive
 
     async def close(self) -> None:
         await asyncio.to_thread(self._worker.close)
