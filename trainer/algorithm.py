@@ -68,9 +68,11 @@ def gathered(training: Training, number: int) -> Material:
     """Everything that a round learns from, with log-probabilities, values and advantages as they are at its start."""
     recipe, engine, sources = training.recipe, training.engine, training.sources
     rollouts = gather.fresh(sources, recipe, engine, seed=_seed(training.seed, number, "rollouts"))
-    answers = [*rollouts, *gather.believed(rollouts, recipe), *gather.remembered(sources, recipe)]
-    if recipe.ppo.coefficient > 0 and recipe.ppo.logged:
-        answers += gather.logged(sources, recipe)
+    best = gather.believed([*rollouts, *gather.proposed(sources, recipe)], recipe)
+    answers = [*best, *gather.remembered(sources, recipe)]
+    if recipe.ppo.coefficient > 0:
+        answers += rollouts
+        answers += gather.logged(sources, recipe) if recipe.ppo.logged else []
     if recipe.reward.shuffled:
         answers = shuffled(answers, _seed(training.seed, number, "shuffle"))
     material = Material.of(answers)

@@ -22,7 +22,7 @@ from everloop.errors import ServingError
 
 from pipelines.batch import Batch, BatchItem
 from reward.features import Example, prompt_text
-from reward.model import Estimate
+from reward.model import Estimate, Vectors
 from trainer.engine import Engine
 from trainer.material import Answer
 from trainer.packing import Sample
@@ -35,7 +35,9 @@ GOOD = 0.75
 
 
 class Judge(Protocol):
-    """A pinned snapshot of the reward model."""
+    """A pinned snapshot of the reward model. ``encoder`` is the one that it reads texts with."""
+
+    encoder: Vectors
 
     def estimate(self, examples: Sequence[Example]) -> Sequence[Estimate]:
         """One estimate an answer."""
@@ -186,14 +188,48 @@ def _judged(answers: Sequence[Answer], items: dict[str, BatchItem], judge: Judge
     ]
 
 
+def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
+    """For each recent prompt, the good answers of the prompts nearest to it in meaning, as something to judge.
+
+    A policy explores what it already half believes; what was right for a similar prompt may be what it never tries.
+    Nobody sampled these, so they have no say in PPO.
+    """
+    if recipe.replay.proposals == 0 or recipe.replay.believed == 0 or sources.judge is None:
+        return []
+    asked = _recent_prompts(sources, recipe.rollouts.prompts)
+    known = _good_answers(sources.batch)
+    if not known or not asked:
+        return []
+    encode = sources.judge.encoder.encode
+    texts = [prompt_text(item.prompt_messages) for item in asked.values()]
+    near = encode(texts) @ encode([prompt for prompt, _ in known]).T
+    made = []
+    for (prompt, item), row in zip(asked.items(), near, strict=True):
+        answers = dict.fromkeys(known[i][1] for i in np.argsort(-row, kind="stable")[: 8 * recipe.replay.proposals])
+        for text in list(answers)[: recipe.replay.proposals]:
+            sample = Sample(prompt, tuple(sources.policy.encode_answer(text)))
+            made.append(Answer(sample, "believed", item.episode, turn=item.turn, text=text, synthetic=True))
+    return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
+
+
+def _good_answers(batch: Batch) -> list[tuple[str, str]]:
+    """(prompt text, answer) of everything in the batch that is held to be right."""
+    found = []
+    for item in batch.items:
+        good = item.correction or (item.answer if item.mask and item.reward > 0 else None)
+        if good:
+            found.append((prompt_text(item.prompt_messages), good))
+    return found
+
+
 def believed(answers: Sequence[Answer], recipe: Recipe) -> list[Answer]:
-    """For the replay term: the rollout of each prompt that is believed in most, where the belief is strong enough."""
+    """For the replay term: the answer to each prompt that is believed in most, where the belief is strong enough."""
     if recipe.replay.believed == 0 or recipe.replay.coefficient == 0:
         return []
     best: dict[tuple[int, ...], Answer] = {}
     for answer in answers:
         held = best.get(answer.sample.prompt)
-        if answer.weight > 0 and (held is None or answer.belief > held.belief):
+        if held is None or answer.belief > held.belief:
             best[answer.sample.prompt] = answer
     return [
         replace(a, source="believed", weight=0.0, replay=recipe.replay.believed * a.belief)

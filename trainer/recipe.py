@@ -70,6 +70,7 @@ class ReplayRecipe(Section):
     corrected: float = Field(default=1.0, ge=0, description="weight of a correction")
     rated: float = Field(default=1.0, ge=0, description="weight of an answer that people rated well")
     believed: float = Field(default=0.0, ge=0, description="weight of the best rollout, times the belief in it")
+    proposals: int = Field(default=0, ge=0, description="answers of the nearest prompts that stand beside rollouts")
     belief: float = Field(default=0.5, ge=0, lt=1, description="probability of being good below which none is taken")
 
 

@@ -1,0 +1,228 @@
+"""The loop on the bank desk inside one process: the platform's own parts, called as a library.
+
+Messages are answered by the policy, a simulated customer has an opinion of some answers, the reward model learns
+from each at once, and every so often a run of the trainer makes the next adapter, which answers from then on. What
+services add (log, store, gate, canary) is left out: this measures how much is learned, not how it is carried.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from everloop.config import RewardConfig
+from everloop.episode import Episode, Turn
+from everloop.event import Call, Message
+from everloop.feedback import Feedback, FeedbackKind
+from examples.bank_desk.customer import Customer
+from examples.bank_desk.data import Desk
+from examples.bank_desk.data import Message as Asked
+from pipelines.batch import Batch, BatchItem
+from reward import evidence
+from reward.encoder import Encoder
+from reward.features import examples
+from reward.model import RewardModel
+from trainer import recipe as recipes
+from trainer.learner import Learner, Request, Trained
+from trainer.policy import base, lora, tiny_k2
+from trainer.recipe import Recipe
+from trainer.rollout.engine import Engine
+
+ANSWER_TOKENS = 24
+
+
+@dataclass
+class Cycle:
+    """What one training run did. ``accuracy`` is exact match of greedy answers on the held-out half, after it."""
+
+    messages: int
+    accuracy: float
+    seconds: float
+    thumbs_up: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class DeskLoop:
+    """One agent's loop. ``folder`` keeps runs and batches; ``learner`` may be shared between loops.
+
+    ``temperature`` is the one that customers' messages are answered at.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        folder: Path,
+        cache: Path,
+        recipe: Recipe,
+        *,
+        learner: Learner,
+        encoder: Encoder,
+        seed: int,
+        threads: int,
+        temperature: float = 1.0,
+        window: int = 4000,
+    ) -> None:
+        self.desk, self.folder, self.recipe, self.seed, self.threads = desk, folder, recipe, seed, threads
+        self.cache, self.temperature, self.window = cache, temperature, window
+        self.base = str(tiny_k2.cached(cache, [tuple(message) for message in desk.prior], seed=seed))
+        self.policy = base.load(self.base, cache)
+        self.engine = Engine(self.policy, threads)
+        self.customer = Customer(seed)
+        self.encoder = encoder
+        self.reward = RewardModel(RewardConfig(), encoder)
+        self.learner = learner
+        self.adapter: Path | None = None
+        self.module: Any = None
+        self.served: list[tuple[BatchItem, Episode]] = []
+        self.right = 0
+        self._parent_run: Path | None = None
+
+    def serve(self, messages: Sequence[Asked]) -> float:
+        """Answer messages, hear what customers say, let the reward model learn; the share of thumbs that were up."""
+        prompts = [self.policy.encode_chat([{"role": "user", "content": message.text}]) for message in messages]
+        number = len(self.served)
+        self.encoder.encode([message.text for message in messages])
+        answers = self.engine.generate(
+            prompts,
+            module=self.module,
+            max_tokens=ANSWER_TOKENS,
+            temperature=self.temperature,
+            seed=self.seed * 1_000_003 + number,
+        )
+        thumbs: list[float] = []
+        for at, (message, prompt, answer) in enumerate(zip(messages, prompts, answers, strict=True)):
+            item, episode = self._answered(number + at, message, prompt, answer)
+            self.served.append((item, episode))
+            self.right += item.answer == message.topic
+            thumbs += [] if item.label is None or item.correction else [item.label]
+            for _, lesson in evidence.lessons(episode, examples(episode)):
+                self.reward.learn([lesson])
+        return float(np.mean(thumbs)) if thumbs else float("nan")
+
+    def _answered(self, number: int, message: Asked, prompt: list[int], answer: Any) -> tuple[BatchItem, Episode]:
+        text = self.policy.decode(answer.ids)
+        opinion = self.customer.judge(number, message.topic, text)
+        words = _words(number, opinion)
+        name = f"ep_{number:06d}"
+        episode = _episode(name, message.text, text, words)
+        said = evidence.said_of(text, words)
+        item = BatchItem(
+            episode=name,
+            version=1,
+            call=f"{name}-call",
+            subject=self.customer.name(number),
+            prompt_messages=[{"role": "user", "content": message.text}],
+            answer=text,
+            correction=opinion.correction,
+            reward=0.0,
+            mask=False,
+            source="model",
+            label=said.label,
+            tokens=np.asarray([*prompt, *answer.ids], np.int32),
+            logprobs=np.asarray([0.0] * len(prompt) + answer.logprobs, np.float32),
+            span=(len(prompt), len(prompt) + len(answer.ids)),
+            policy_version="base" if self.adapter is None else self.adapter.name,
+            temperature=self.temperature,
+            trainable=self.temperature > 0,
+            turn=0,
+            turns=1,
+        )
+        return item, episode
+
+    def retrain(self) -> Trained:
+        """One run of the trainer on the newest window of messages; its adapter answers from now on."""
+        run = self.folder / f"run-{len(self.served):06d}"
+        version = self.reward.save(self.folder / "rewards")
+        batch = Batch(
+            "bank", "desk", version, self._scored(RewardModel.load(self.folder / "rewards" / version, self.encoder))
+        )
+        request = Request(
+            run=run.name,
+            folder=str(run),
+            base=self.base,
+            cache=str(self.cache),
+            batch=str(batch.save(self.folder / "batches")),
+            recipe=self.recipe.model_dump(),
+            seed=self.seed * 1000 + len(self.served) // 100,
+            parent=None if self.adapter is None else str(self.adapter),
+            value_head=None if self._parent_run is None else str(self._parent_run / "value_head.safetensors"),
+            reward=str(self.folder / "rewards" / version),
+            threads=self.threads,
+        )
+        run.mkdir(parents=True, exist_ok=True)
+        request.save()
+        trained = self.learner.train(request)
+        self._parent_run = run
+        self.adopt(run / "adapter" / trained.adapter)
+        return trained
+
+    def adopt(self, adapter: Path) -> None:
+        """Answer with this adapter from now on."""
+        self.adapter = adapter
+        self.module = lora.merged(self.policy, adapter)
+
+    def _scored(self, judge: RewardModel) -> list[BatchItem]:
+        """The window as batch selection would give it: each call with its final score."""
+        from dataclasses import replace
+
+        window = self.served[-self.window :]
+        estimates = judge.estimate([examples(episode)[0] for _, episode in window])
+        scored = []
+        for (item, episode), estimate in zip(window, estimates, strict=True):
+            said = evidence.said_of(item.answer, episode.turns[0].feedback)
+            final, source = evidence.decide(estimate, said, judge.config.pessimism)
+            scored.append(replace(item, reward=final.reward, mask=final.mask, source=source))
+        return scored
+
+    def accuracy(self, messages: Sequence[Asked]) -> float:
+        """Exact match of greedy answers."""
+        return float(
+            np.mean([answer == message.topic for answer, message in zip(self.greedy(messages), messages, strict=True)])
+        )
+
+    def greedy(self, messages: Sequence[Asked]) -> list[str]:
+        prompts = [self.policy.encode_chat([{"role": "user", "content": message.text}]) for message in messages]
+        answers = self.engine.generate(prompts, module=self.module, max_tokens=ANSWER_TOKENS, temperature=0.0)
+        return [self.policy.decode(answer.ids) for answer in answers]
+
+    def cycle(self, messages: Sequence[Asked]) -> Cycle:
+        """Serve, retrain, measure."""
+        thumbs = self.serve(messages)
+        started = time.monotonic()
+        trained = self.retrain()
+        seconds = time.monotonic() - started
+        return Cycle(len(self.served), self.accuracy(self.desk.report), seconds, thumbs, trained.metrics)
+
+
+def _words(number: int, opinion: Any) -> tuple[Feedback, ...]:
+    said = []
+    if opinion.thumb is not None:
+        value = 1.0 if opinion.thumb else -1.0
+        said.append(Feedback(id=f"t{number}", kind=FeedbackKind.THUMB, value=value, time=float(number)))
+    if opinion.correction is not None:
+        said.append(
+            Feedback(id=f"c{number}", kind=FeedbackKind.CORRECTION, text=opinion.correction, time=float(number))
+        )
+    return tuple(said)
+
+
+def _episode(name: str, asked: str, answer: str, words: tuple[Feedback, ...]) -> Episode:
+    call = Call(
+        id=f"{name}-call",
+        messages=(Message(role="user", content=asked),),
+        output=Message(role="assistant", content=answer),
+        finish_reason="stop",
+    )
+    return Episode(
+        tenant="bank",
+        policy="desk",
+        id=name,
+        version=1,
+        started=0.0,
+        updated=0.0,
+        turns=(Turn(call=call, feedback=words),),
+    )
