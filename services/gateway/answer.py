@@ -7,6 +7,7 @@ agent, but for log-probabilities that it asked for.
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,13 +39,18 @@ class Answer:
     created: int = 0
 
     def tokens(self, choice: Choice) -> dict[str, Any] | None:
-        """Fields of ``everloop.event.CallTokens``; None where the engine gave no ids."""
+        """Fields of ``everloop.event.CallTokens``; None where the engine gave no ids, or none that can be any."""
         if not choice.token_ids:
             return None
+        try:
+            prompt, completion = _packed("i", self.prompt), _packed("i", choice.token_ids)
+            logprobs = _packed("f", choice.logprobs)
+        except (TypeError, OverflowError):
+            return None
         return {
-            "prompt": array("i", self.prompt).tobytes(),
-            "completion": array("i", choice.token_ids).tobytes(),
-            "logprobs": array("f", choice.logprobs).tobytes(),
+            "prompt": prompt,
+            "completion": completion,
+            "logprobs": logprobs,
             "raw_logprobs": None,
             "mode": "processed",
             "checked": self._checked(choice),
@@ -61,9 +67,16 @@ class Answer:
         if self.usage is None:
             return True
         completed = sum(len(each.token_ids) for each in self.choices)
-        return self.usage.get("completion_tokens", completed) == completed and self.usage.get(
-            "prompt_tokens", len(self.prompt)
-        ) == len(self.prompt)
+        counted = (self.usage.get("prompt_tokens"), self.usage.get("completion_tokens"))
+        return counted == (len(self.prompt), completed)
+
+
+def _packed(kind: str, numbers: list[Any]) -> bytes:
+    """Numbers as the contract has them on the wire: little-endian."""
+    packed = array(kind, numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def capture_fields(route: Route, body: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from everloop.log.base import Log
 from everloop.serving.base import Serving
 from prometheus_client import CollectorRegistry
 
-from services.gateway.calls import Calls
+from services.gateway.calls import CODE, Calls
 from services.gateway.capture import Capture, load_hook
 from services.gateway.conversations import Conversations
 from services.gateway.door import Door
@@ -124,7 +124,7 @@ class Gateway:
             code = 499
             try:
                 response = await handler(request)
-                code = request.get("code", response.status)
+                code = request.get(CODE, response.status)
                 return response
             except (Refused, LogError) as error:
                 refused = error if isinstance(error, Refused) else from_log(error)

@@ -231,7 +231,7 @@ def _unknown(name: str) -> Refused:
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = body.get("messages")
+    messages: list[dict[str, Any]] = body.get("messages", [])
     if not messages:
         raise bad("'messages' is missing or empty: send at least one message", "messages")
     for at, message in enumerate(messages):

@@ -44,6 +44,8 @@ JSON = "application/json"
 STREAM = "text/event-stream"
 SLOWEST_CLIENT = 30.0  # seconds beyond the engine's time that a client may take to read its stream
 LEFT = "client disconnected"
+CODE = web.RequestKey("code", int)
+"""The status that counts, where it is known only after another one was sent: a stream that broke."""
 
 
 class Calls:
@@ -226,7 +228,7 @@ class _Stream:
     async def break_off(self, refused: Refused) -> web.StreamResponse:
         """An error event and no [DONE]: clients raise, where a bare end would look like an answer."""
         fields = error_fields(refused.status, refused.message, refused.code, refused.param)
-        self._request["code"] = refused.status
+        self._request[CODE] = refused.status
         return await self._close(_frame({"error": fields}))
 
     async def _close(self, last: bytes) -> web.StreamResponse:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from services.gateway.ask import parse
 from services.gateway.capture import Capture, choice_call, event_fields
 from services.gateway.conversations import Conversations
-from services.gateway.door import Door
+from services.gateway.door import Door, header
 from services.gateway.keys import Key
 from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused
@@ -105,7 +105,7 @@ class FeedbackDesk:
     ) -> Feedback:
         fields = {name: value for name, value in item.items() if name in SAID and value is not None}
         if "id" not in fields:
-            key = request.headers.get(IDEMPOTENCY_KEY)
+            key = header(request, IDEMPOTENCY_KEY)
             fields["id"] = unique("fb_") if key is None else _named("fb_", tenant, key, str(at))
         return checked(self._ids, tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
 

@@ -36,6 +36,7 @@ from everloop.topics import EVENTS
 from everloop.wire import BlobStore, decode
 
 from services.gateway.ask import Ask
+from services.gateway.door import header
 from services.gateway.refusals import Refused
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Retries:
     def mark(self, request: web.Request, tenant: str, raw: bytes) -> Mark:
         """Keyed with the installation's secret: what is stored beside an event says nothing of its words."""
         headers = request.headers
-        key = headers.get(IDEMPOTENCY_KEY)
+        key = header(request, IDEMPOTENCY_KEY)
         count = headers.get(RETRY_COUNT, "0")
         body = hashlib.blake2b(raw, digest_size=16).digest()
         who = (headers.get("X-Everloop-Episode", ""), headers.get("X-Everloop-Subject", ""))
