@@ -1,16 +1,20 @@
-"""What every test may use: a condition with a deadline, and an empty home."""
+"""What every test may use: a condition with a deadline, an empty home, a base model that knows nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from everloop.home import Home
 
+if TYPE_CHECKING:
+    from trainer.policy.base import Policy
+
 T = TypeVar("T")
+DESK = [("where is my card", "card_arrival"), ("block my card now", "block_card"), ("how old must I be", "age_limit")]
 
 
 def until(condition: Callable[[], T], deadline: float = 10.0, every: float = 0.02) -> T:
@@ -33,3 +37,37 @@ def until_fixture() -> Callable[..., object]:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny-k2 after one step of training: made in a second, and as good as random."""
+    from trainer.policy import tiny_k2
+
+    folder = tmp_path_factory.mktemp("bases") / "untrained"
+    tiny_k2.build(folder, DESK, settings=tiny_k2.Settings(hidden=64, heads=2, context=256, steps=(1, 1)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def policy(untrained: Path) -> Policy:
+    """It as a policy. Its weights are shared by all tests: no test changes them."""
+    from trainer.policy import base
+
+    return base.load(str(untrained), untrained.parent)
+
+
+@pytest.fixture(scope="session")
+def adapter(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder, named by its hash, of an adapter that changes every weight that can carry LoRA."""
+    import torch
+
+    from trainer.policy import lora
+
+    model = lora.attach(policy, 4, 8, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+    folder = tmp_path_factory.mktemp("adapters")
+    return folder / lora.save(model, folder)
