@@ -42,19 +42,21 @@ def calibration_error(predicted: Array, labels: Array, bins: int = BINS) -> floa
 
 
 class Calibration:
-    """The last ``window`` (logit, label) pairs, and Platt's line through them: probability = σ(slope·logit + shift).
+    """The last ``window`` pairs, and the curve through them from a logit to a probability.
 
-    The line is pulled towards (1, 0) by a Gaussian prior worth about ``PRIOR`` labels, and refitted by Newton's
-    method from where it was after each label (Platt 1999).
+    An answer is good with P = σ(slope·logit + shift), Platt's line (1999); a label says "good" with
+    slips + (1 - 2·slips)·P, since people slip now and then, so that no label is ever sure (the lapse rate of a
+    psychometric function; Wichmann and Hill 2001). After each label all three move by Fisher scoring towards the
+    likeliest, held by a Gaussian prior around START.
     """
 
-    PRIOR = 20.0
-    STEPS = 2
+    START = np.array([1.0, 0.0, 0.05])
+    PRIOR = np.array([20.0, 20.0, 1000.0])  # precisions: the first two are worth about twenty labels
+    LEAST, MOST = np.array([0.1, -5.0, 0.0]), np.array([10.0, 5.0, 0.2])
 
     def __init__(self, window: int) -> None:
         self.pairs: deque[tuple[float, float, float]] = deque(maxlen=window)  # logit, predicted, label
-        self.slope = 1.0
-        self.shift = 0.0
+        self.curve = self.START.copy()
 
     def add(self, logit: float, predicted: float, label: float) -> None:
         self.pairs.append((logit, predicted, label))
@@ -63,18 +65,24 @@ class Calibration:
 
     def _fit(self) -> None:
         logits, _, labels = np.array(self.pairs, np.float64).T
-        at = np.array([self.slope, self.shift])
-        design = np.stack([logits, np.ones_like(logits)])
-        for _ in range(self.STEPS):
-            expected = 1 / (1 + np.exp(-np.clip(at @ design, -30, 30)))
-            gradient = design @ (expected - labels) + self.PRIOR * (at - [1.0, 0.0])
-            curvature = (design * (expected * (1 - expected))) @ design.T + self.PRIOR * np.eye(2)
-            at = at - np.linalg.solve(curvature, gradient)
-        if np.isfinite(at).all():
-            self.slope, self.shift = float(np.clip(at[0], 0.1, 10.0)), float(np.clip(at[1], -5.0, 5.0))
+        slope, shift, slips = self.curve
+        good = 1 / (1 + np.exp(-np.clip(slope * logits + shift, -30, 30)))
+        said = np.clip(slips + (1 - 2 * slips) * good, 1e-6, 1 - 1e-6)
+        steep = (1 - 2 * slips) * good * (1 - good)
+        slopes = np.stack([steep * logits, steep, 1 - 2 * good])  # of what is said, by each parameter
+        worth = slopes / (said * (1 - said))
+        gradient = worth @ (labels - said) - self.PRIOR * (self.curve - self.START)
+        moved = self.curve + np.linalg.solve(worth @ slopes.T + np.diag(self.PRIOR), gradient)
+        if np.isfinite(moved).all():
+            self.curve = np.clip(moved, self.LEAST, self.MOST)
 
     def line(self, logits: Any) -> Any:
-        return self.slope * logits + self.shift
+        """Calibrated logits of being good."""
+        return self.curve[0] * logits + self.curve[1]
+
+    def heard(self, good: float) -> float:
+        """The probability that a label says "good" of an answer that is good with this probability."""
+        return float(self.curve[2] + (1 - 2 * self.curve[2]) * good)
 
     def _columns(self) -> tuple[Array, Array]:
         _, predicted, labels = np.array(self.pairs, np.float64).reshape(-1, 3).T

@@ -90,7 +90,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "offsets": model.offsets,
         "lessons": model.reservoir.count,
         "totals": model.prototypes.totals.tolist(),
-        "line": [calibration.slope, calibration.shift],
+        "curve": calibration.curve.tolist(),
         "pairs": list(calibration.pairs),
     }
     arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
@@ -112,5 +112,5 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.updates, model.seen, model.offsets = core["updates"], core["seen"], core["offsets"]
     model.reservoir.count = core["lessons"]
     model.prototypes.totals[:] = core["totals"]
-    model.calibration.slope, model.calibration.shift = core["line"]
+    model.calibration.curve[:] = core["curve"]
     model.calibration.pairs.extend(tuple(pair) for pair in core["pairs"])

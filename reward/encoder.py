@@ -14,18 +14,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from everloop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from torch import Tensor
 
 MINILM = "minilm"
 MAX_TOKENS = 128
 BATCH = 64
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Network(Protocol):
+    """What turns token ids into vectors: :class:`reward.bert.Bert`, or a sentence-transformers model."""
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]: ...
+
+    def vectors(self, ids: Tensor) -> Tensor: ...
 
 
 def folder_of(name: str) -> Path:
@@ -57,12 +65,12 @@ class Encoder:
         self.name = name
         self.folder = folder_of(name)
         self.size = self._declared_size()
-        self.encoded = 0  # texts that went through the network: what the cache did not save
+        self.encoded = 0  # texts that went through the network: what the memory did not save
         self._remember = remember
         self._threads = threads
         self._known: OrderedDict[bytes, Vectors] = OrderedDict()
         self._lock = threading.Lock()
-        self._model: SentenceTransformer | None = None
+        self._network: Network | None = None
         self._version: str | None = None
 
     def _declared_size(self) -> int:
@@ -101,26 +109,47 @@ class Encoder:
     def _through_network(self, texts: list[str]) -> Vectors:
         import torch
 
-        model = self._model = self._model or self._load()
-        ids = model.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        network = self._network = self._network or self._load()
+        ids = network.token_ids(texts)
         out = np.empty((len(texts), self.size), np.float32)
         with torch.inference_mode():
             for rows in _groups([len(row) for row in ids]):
-                tokens = torch.tensor([ids[row] for row in rows])
-                features = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-                vectors = model(features)["sentence_embedding"].float()
+                vectors = network.vectors(torch.tensor([ids[row] for row in rows]))
                 out[rows] = torch.nn.functional.normalize(vectors, dim=1).numpy()
         self.encoded += len(texts)
         return out
 
-    def _load(self) -> SentenceTransformer:
+    def _load(self) -> Network:
         import torch
-        from sentence_transformers import SentenceTransformer
+
+        from reward import bert
 
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        model = SentenceTransformer(str(self.folder), device="cpu", local_files_only=True).eval()
-        return model.to(getattr(torch, precision()))
+        if bert.fits(self.folder):
+            return bert.Bert(self.folder, getattr(torch, precision()), MAX_TOKENS)
+        return SentenceTransformers(self.folder)
+
+
+class SentenceTransformers:
+    """Any other encoder that sentence-transformers can load from a folder, as a :class:`Network`."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(str(folder), device="cpu", local_files_only=True).eval()
+        self._model = model.to(getattr(torch, precision()))
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._model.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        return ids
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        import torch
+
+        found: Tensor = self._model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"]
+        return found.float()
 
 
 def precision() -> str:

@@ -21,13 +21,14 @@ from everloop.episode import Episode, Turn
 from everloop.feedback import Feedback, FeedbackKind
 
 from reward.features import Example, answer_text
-from reward.model import FLIPS, Estimate, Label, Pair, opinion
+from reward.model import SLIPS, Estimate, Label, Pair, opinion
 from reward.prototypes import key_of
 
-THUMB = math.log((1 - FLIPS) / FLIPS)  # log-odds that one thumb is worth
+THUMB = math.log((1 - SLIPS) / SLIPS)  # log-odds that one thumb is worth
 CORRECTED = 4.0  # who writes a better answer means it
 IMPLICIT = 0.5  # of a product's guess: an answer kept, edited, asked again
 MOST = 6.0  # log-odds, whatever many people say
+SUREST = 4.0  # log-odds that an opinion may bring against them
 CREDIT = 0.5  # weight of an episode's label for the answer before its last
 BEFORE = 3  # answers before the last that are taught it
 SPOKEN = (FeedbackKind.THUMB, FeedbackKind.RATING)
@@ -148,16 +149,14 @@ def decide(estimate: Estimate, one: Said, pessimism: float) -> tuple[Estimate, s
         return Estimate(one.outcome, 0.0, 2 * one.outcome - 1, True), "outcome"
     if one.label is None and not one.odds:
         return estimate, "model"
-    # An opinion is on hearing "good"; what people say is judged against how good it is, slips taken out.
-    before = [_without_slips(logit) for logit in estimate.logits] if estimate.mask else [0.0]
+    before = estimate.logits if estimate.mask else (0.0,)
     spoken = one.label is not None
-    combined = opinion(tuple(logit + one.odds for logit in before), pessimism, estimate.mask or spoken)
+    combined = opinion(tuple(_held(logit) + one.odds for logit in before), pessimism, estimate.mask or spoken)
     if spoken:
         return Estimate(combined.value, combined.spread, combined.reward, True, combined.logits), "feedback"
     return combined, "model"
 
 
-def _without_slips(logit: float) -> float:
-    heard = 1 / (1 + math.exp(-min(max(logit, -30.0), 30.0)))
-    right = min(max((heard - FLIPS) / (1 - 2 * FLIPS), 0.02), 0.98)
-    return math.log(right / (1 - right))
+def _held(logit: float) -> float:
+    """An opinion as a prior: never so sure that a clear word could not turn it."""
+    return min(max(logit, -SUREST), SUREST)

@@ -33,8 +33,9 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
 FEWEST_OF_A_KIND = 5
 MAX_SPREAD = 0.35  # above it the members contradict each other
-KEEP = 0.5  # share of the members that see a label: what makes them differ
-FLIPS = 0.05  # share of thumbs that say the opposite of what was meant
+KEEP = 0.8  # share of the members that see a label: what makes them differ
+EMPHASIS = 16.0  # of structure and length, a few features beside a thousand: how much faster they are learned
+SLIPS = 0.05  # share of thumbs that say the opposite of what was meant
 NEVER = -30.0  # logit of an answer that says and does nothing: there is nothing in it to be right
 RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
 PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0], np.float32)  # weights of (1, *prototypes.NAMES) at the start
@@ -85,7 +86,9 @@ class Pair:
 class Estimate:
     """What the model says of one answer; the fields are those of :class:`everloop.score.Score`.
 
-    ``logits`` (heads,): calibrated, one a member, from which an opinion is combined with people's words.
+    ``value`` is the probability that the answer is good; that a label says so is a little less sure
+    (:meth:`reward.calibration.Calibration.heard`). ``logits`` (heads,): calibrated, one a member, from which an
+    opinion is combined with people's words.
     """
 
     value: float
@@ -98,8 +101,9 @@ class Estimate:
 def shared_features(prompts: Array, answers: Array, examples: Sequence[Example]) -> Array:
     """(n, SHARED + 3·size): structure, length, and the texts' vectors with their product."""
     structure = [[*example.structure.vector(), *features.length_vector(example.answer)] for example in examples]
+    few = np.array(structure, np.float32).reshape(-1, SHARED) * EMPHASIS
     product = prompts * answers * math.sqrt(prompts.shape[1])
-    return np.concatenate([np.array(structure, np.float32).reshape(-1, SHARED), product, answers, prompts], axis=1)
+    return np.concatenate([few, product, answers, prompts], axis=1)
 
 
 SHARED = len(features.NAMES) + features.LENGTHS
@@ -172,7 +176,7 @@ class RewardModel:
         return snapshot.load(folder, encoder)
 
     def learn(self, lessons: Sequence[Label | Pair]) -> list[float]:
-        """Learn from each in turn; returns what was expected of it before: P(good), or P(chosen is better)."""
+        """Learn from each in turn; returns what was expected before: P(it says good), or P(chosen is better)."""
         return [self._learn_pair(one) if isinstance(one, Pair) else self._learn_label(one) for one in lessons]
 
     def _learn_label(self, label: Label) -> float:
@@ -180,11 +184,12 @@ class RewardModel:
         neutral = shared.copy()
         neutral[:, LENGTH_COLUMNS] = 0
         logits = self.heads.logits(own, neutral)[:, 0]
-        expected = float(probability(self.calibration.line(logits)).mean())
+        right = float(probability(self.calibration.line(logits)).mean())
+        expected = self.calibration.heard(right)
         if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(shared).all()):
             return self._refuse()
         members = _members(label.id, self.config.heads)
-        good = meant(label.value, expected) if not label.certain else label.value
+        good = label.value if label.certain else meant(label.value, right)
         self._remember(label.example, members, label.weight * good, label.weight * (1 - good))
         self._step(Lesson(own[:, 0], shared[0], label.value, label.weight, members))
         self.seen[label.value > 0.5] += 1
@@ -201,6 +206,8 @@ class RewardModel:
         if not (math.isfinite(expected) and np.isfinite(alike).all()):
             return self._refuse()
         members = _members(pair.id, self.config.heads)
+        if pair.absolute:  # rare and meant: no member may miss it
+            members = np.ones_like(members)
         weight = pair.weight if pair.absolute else RELATIVE * pair.weight
         self._remember(chosen, members, weight, 0.0)
         if not pair.absolute:
@@ -240,15 +247,14 @@ def _members(label: str, heads: int) -> Array:
     return members if members.any() else np.ones(heads, np.float32)
 
 
-def meant(said: float, expected: float, flips: float = FLIPS) -> float:
-    """P(good | what was said), by Bayes, where a share ``flips`` of labels say the opposite of what was meant.
+def meant(said: float, right: float, slips: float = SLIPS) -> float:
+    """P(good | what was said), by Bayes, for an answer thought good with probability ``right`` before.
 
-    ``expected`` is the probability that was given to hearing "good". Example: ``meant(1.0, 0.05) == 0``, for
-    where 5% of all thumbs are flipped and 5% are expected up, an up is a slip.
+    A share ``slips`` of labels say the opposite of what was meant. Example: ``meant(1.0, 0.05) == 0.5``: where one
+    answer in twenty is good and one thumb in twenty is a slip, an up is as likely the one as the other.
     """
-    prior = min(max((expected - flips) / (1 - 2 * flips), 0.0), 1.0)
-    up = prior * (1 - flips) / max(prior * (1 - flips) + (1 - prior) * flips, 1e-9)
-    down = prior * flips / max(prior * flips + (1 - prior) * (1 - flips), 1e-9)
+    up = right * (1 - slips) / (right * (1 - slips) + (1 - right) * slips)
+    down = right * slips / (right * slips + (1 - right) * (1 - slips))
     return said * up + (1 - said) * down
 
 

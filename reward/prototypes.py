@@ -2,11 +2,12 @@
 
 An agent that picks among recurring answers (a topic, a tool, a stock reply) is judged far sooner by comparing a
 prompt with the centroid of those for which the answer was rated well (a prototype; Snell et al. 2017,
-arXiv:1703.05175) than by any trained weight. An answer's own vector stands in for two well-rated prompts, so an
+arXiv:1703.05175) than by any trained weight. An answer's own vector stands in for a few well-rated prompts, so an
 answer that was never rated is judged by how near it lies to the prompt.
 
-Every member of the ensemble keeps its own centroids, over its own bootstrap share of the labels; where they
-disagree, too little was seen. All sums: the state is the same in every order of the labels, up to rounding.
+Every member of the ensemble keeps its own centroids, over its own bootstrap share of the labels, and trusts an
+answer's own vector for a different number of prompts; where they disagree, too little was seen. All sums: the
+state is the same in every order of the labels, up to rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-OWN_WEIGHT = 2.0  # well-rated prompts that the answer's own vector stands for
+OWN_WEIGHT = (1.0, 4.0)  # well-rated prompts that the answer's own vector stands for: least and most trusting member
 SHARPNESS = 20.0  # of the choice among answers: logits per unit of cosine
 BAD_PRIOR = 3.0  # badly rated prompts after which their centroid has half its weight
 NAMES = ("rival", "similarity", "badly_rated", "rate", "support", "chosen")
@@ -48,6 +49,7 @@ class Prototypes:
         self.good = np.zeros((heads, 0, size), np.float32)  # sums of prompt vectors
         self.bad = np.zeros((heads, 0, size), np.float32)
         self.counts = np.zeros((2, heads, 0), np.float32)  # weights of good and bad labels
+        self._trust = np.geomspace(*OWN_WEIGHT, heads).astype(np.float32)[:, None]
         self.totals = np.zeros((2,), np.float32)  # of good and bad labels over all answers
         self._centres = np.zeros((heads, 0, size), np.float32)
         self._faults = np.zeros((heads, 0, size), np.float32)
@@ -83,7 +85,7 @@ class Prototypes:
         self._refresh(row)
 
     def _refresh(self, row: int) -> None:
-        self._centres[:, row] = _units(self.good[:, row] + OWN_WEIGHT * self.own[row])
+        self._centres[:, row] = _units(self.good[:, row] + self._trust * self.own[row])
         bad = self.counts[1, :, row, None]
         self._faults[:, row] = _units(self.bad[:, row]) * bad / (bad + BAD_PRIOR)
 

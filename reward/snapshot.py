@@ -62,7 +62,7 @@ def _facts(model: RewardModel) -> dict[str, Any]:
         "offsets": dict(sorted(model.offsets.items())),
         "updates": model.updates,
         "seen": model.seen,
-        "line": [model.calibration.slope, model.calibration.shift],
+        "curve": model.calibration.curve.tolist(),
     }
 
 
@@ -137,5 +137,5 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
         parts = (arrays["answer_vectors"][row], arrays["good"][:, row], arrays["bad"][:, row])
         known.put(row, key.tobytes(), *parts, arrays["counts"][:, :, row])
     known.totals[:] = arrays["totals"]
-    model.calibration.slope, model.calibration.shift = facts["line"]
+    model.calibration.curve[:] = facts["curve"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]

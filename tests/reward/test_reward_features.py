@@ -1,0 +1,68 @@
+"""What the model sees of a call."""
+
+import math
+
+from everloop.episode import Turn
+from everloop.event import Call, Message, ToolResult
+
+from reward.features import NAMES, answer_text, examples, length_vector, prompt_text, structures
+
+
+def say(role, content=None, **fields):
+    return Message(role=role, content=content, **fields)
+
+
+def test_prompt_is_the_users_last_words_without_the_system_prompt():
+    assert prompt_text([say("system", "You are a bank."), say("user", "Where is my card?")]) == "Where is my card?"
+
+
+def test_prompt_of_a_longer_talk_has_the_last_words_first_and_the_answer_before_them():
+    talk = [say("user", "Hello"), say("assistant", "Hi, what is it?"), say("user", "My card")]
+    assert prompt_text(talk) == "My card\nHi, what is it?"
+
+
+def test_prompt_after_a_tool_has_the_users_words_and_the_tools():
+    asked = say("assistant", tool_calls=[{"function": {"name": "find", "arguments": '{"id": 1}'}}])
+    talk = [say("user", "My card"), asked, say("tool", "x" * 1000)]
+    words, call, result = prompt_text(talk).split("\n")
+    assert (words, call) == ("My card", 'find({"id": 1})')
+    assert len(result) == 240
+
+
+def test_contracts_and_plain_dicts_look_the_same():
+    talk = [say("user", "My card"), say("assistant", "Yes?"), say("user", [{"type": "text", "text": "Now"}])]
+    assert prompt_text([message.model_dump() for message in talk]) == prompt_text(talk) == "Now\nYes?"
+
+
+def test_an_answer_that_says_and_does_nothing_is_empty():
+    assert answer_text(say("assistant", "  ")) == ""
+    assert answer_text(say("assistant", None)) == ""
+    assert prompt_text([]) == ""
+
+
+def test_structure_counts_what_was_before_the_answer(kit):
+    one = kit.episode("e", ("a", "again"), ("b", "again"), ("c", "done"))
+    failing = (
+        ToolResult(id="t1", name="x", error=True),
+        ToolResult(id="t2", name="x", result='{"error": "no such card"}'),
+        ToolResult(id="t3", name="x", result="Error: no seat"),
+        ToolResult(id="t4", name="x", result='{"seats": 3}'),
+    )
+    turns = (one.turns[0].model_copy(update={"tools": failing}), *one.turns[1:])
+    first, second, third = structures(one.model_copy(update={"turns": turns}))
+    assert (first.tools, first.tool_errors, first.retries) == (0, 0, 0)
+    assert (second.tools, second.tool_errors, second.retries) == (4, 3, 1)
+    assert (third.turn, third.retries) == (2, 1)
+    assert dict(zip(NAMES, third.vector(), strict=True))["tool_error_share"] == 0.75
+
+
+def test_a_turn_without_text_or_messages_is_data_not_a_crash(kit):
+    bare = Turn(call=Call(id="c", messages=(), output=Message(role="assistant")))
+    (example,) = examples(kit.episode("e", ("a", "b")).model_copy(update={"turns": (bare,)}))
+    assert (example.prompt, example.answer) == ("", "")
+
+
+def test_length_is_apart_and_bounded():
+    assert length_vector("") == [0.0, 0.0]
+    assert length_vector("word " * 10) == [math.log(11) / 5, 0.0]
+    assert all(value < 3 for value in length_vector("word " * 100_000))

@@ -1,0 +1,273 @@
+"""The model as a whole: it learns, knows when to be silent, is the same again, and cannot be fooled cheaply."""
+
+import json
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from everloop.config import RewardConfig
+from everloop.errors import ContractError
+
+from reward import durable, snapshot
+from reward.features import Example
+from reward.model import MIN_LABELS, Label, Pair, RewardModel, opinion
+
+THINGS = ("card", "loan", "rate", "pin", "app", "fee")
+
+
+def labels(count, seed=0, flips=0.05):
+    """Ratings of an agent with one answer a thing, right when it names the thing that was asked about."""
+    random = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        asked, answered = random.choice(THINGS, 2) if random.random() < 0.7 else (random.choice(THINGS),) * 2
+        right = float(asked == answered)
+        said = 1 - right if random.random() < flips else right
+        prompt = f"{asked} {random.choice(['my', 'the', 'where'])} {random.integers(40)}"
+        found.append((Label(f"l{seed}-{i}", Example(prompt, f"{answered} desk"), said), right))
+    return found
+
+
+@pytest.fixture
+def model(words):
+    return RewardModel(RewardConfig(), words)
+
+
+@pytest.fixture(scope="module")
+def taught(words):
+    model = RewardModel(RewardConfig(), words)
+    model.learn([label for label, _ in labels(600)])
+    return model
+
+
+def best(model, prompt, answers):
+    rewards = [one.reward for one in model.estimate([Example(prompt, answer) for answer in answers])]
+    return answers[int(np.argmax(rewards))]
+
+
+def test_it_learns_which_answer_is_right(taught):
+    answers = [f"{thing} desk" for thing in THINGS]
+    assert all(best(taught, f"{thing} today", answers) == f"{thing} desk" for thing in THINGS)
+    assert taught.calibration.auc > 0.85
+    assert taught.calibration.error < 0.08
+
+
+def test_it_has_no_opinion_before_it_has_learned_enough(model):
+    example = Example("card", "card desk")
+    assert model.estimate([example])[0].mask is False
+    for i in range(MIN_LABELS):
+        model.learn([Label(f"up{i}", example, 1.0)])
+    assert model.estimate([example])[0].mask is False, "labels of one kind teach no difference"
+    for i in range(5):
+        model.learn([Label(f"down{i}", Example("card", "loan desk"), 0.0)])
+    assert model.estimate([example])[0].mask is True
+
+
+def test_members_that_contradict_each_other_are_masked():
+    torn = opinion((8.0, -8.0, 8.0, -8.0), 0.5, True)
+    assert torn.mask is False
+    assert torn.reward == pytest.approx(-0.5, abs=0.01)
+
+
+def test_what_is_not_finite_is_masked_and_never_learned(model, words):
+    assert opinion((float("nan"), 0.0), 0.5, True).mask is False
+    assert opinion((float("nan"), 0.0), 0.5, True).reward == 0
+    before = snapshot.version_of(model)
+    model.learn([Label("a", Example("card", "card desk"), float("nan"))])
+
+    class Broken(type(words)):
+        def encode(self, texts):
+            return np.full((len(texts), 48), np.nan, np.float32)
+
+    model.encoder = Broken()
+    model.learn([Label("b", Example("card", "card desk"), 1.0), Pair("c", "card", "card desk", "loan desk")])
+    assert not any(one.mask for one in model.estimate([Example("card", "card desk")]))
+    model.encoder = words
+    assert (model.refused, model.updates, snapshot.version_of(model)) == (3, 0, before)
+
+
+def test_pairs_alone_teach_an_order(model):
+    for i in range(120):
+        thing, other = THINGS[i % 6], THINGS[(i + 1 + i // 6) % 6]
+        if thing != other:
+            model.learn([Pair(f"p{i}", f"{thing} {i}", f"{thing} desk", f"{other} desk")])
+    expected = model.learn([Pair("last", "fee now", "fee desk", "app desk")])[0]
+    assert expected > 0.8
+    assert best(model, "loan now", ["fee desk", "loan desk", "pin desk"]) == "loan desk"
+
+
+def test_a_correction_puts_the_better_answer_first_at_once(words):
+    model = RewardModel(RewardConfig(), words)
+    model.learn([label for label, _ in labels(200)])
+    prompt, given, better = "zebra crossing", "card desk", "zoo keeper"
+    model.learn(
+        [Label("x", Example(prompt, given), 0.0, certain=True), Pair("y", prompt, better, given, absolute=True)]
+    )
+    assert best(model, prompt, [given, better]) == better
+
+
+def test_the_same_labels_give_the_same_version_and_others_do_not(words):
+    def version(items, **config):
+        model = RewardModel(RewardConfig(**config), words)
+        model.learn([label for label, _ in items])
+        return snapshot.version_of(model)
+
+    assert version(labels(150)) == version(labels(150))
+    others = {version(labels(150)[:-1]), version(labels(150, seed=1)), version(labels(150), pessimism=0.6)}
+    assert len(others | {version(labels(150))}) == 4
+
+
+def test_offsets_and_encoder_are_part_of_the_version(model, words):
+    before = snapshot.version_of(model)
+    model.offsets["episodes/0"] = 7
+    after = snapshot.version_of(model)
+
+    class Other(type(words)):
+        version = "words-2"
+
+    model.encoder = Other()
+    assert len({before, after, snapshot.version_of(model)}) == 3
+
+
+def test_a_snapshot_scores_as_the_live_model_did(taught, words, tmp_path):
+    version = taught.save(tmp_path)
+    loaded = RewardModel.load(tmp_path / version, words)
+    examples = [label.example for label, _ in labels(100, seed=3)] + [Example("new words", "never seen")]
+    assert loaded.estimate(examples) == taught.estimate(examples)
+    assert taught.save(tmp_path) == version
+    assert [folder.name for folder in tmp_path.iterdir()] == [version]
+
+
+def test_old_snapshots_go(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "KEPT", 3)
+    versions = []
+    for i in range(6):
+        model.offsets["episodes/0"] = i
+        versions.append(model.save(tmp_path))
+    assert {folder.name for folder in tmp_path.iterdir()} == set(versions[-3:])
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "edited", "poisoned"])
+def test_a_damaged_snapshot_is_refused(taught, words, tmp_path, damage):
+    folder = tmp_path / taught.save(tmp_path)
+    weights, facts = folder / "model.safetensors", folder / "model.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "gone":
+        facts.unlink()
+    elif damage == "edited":
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "curve": [9.0, 0.0, 0.0]}))
+    else:
+        content = bytearray(weights.read_bytes())
+        content[-4:] = np.array([np.nan], "<f4").tobytes()
+        weights.write_bytes(content)
+    with pytest.raises(ContractError, match=folder.name):
+        RewardModel.load(folder, words)
+
+
+def test_a_snapshot_of_another_encoder_is_refused(taught, words, tmp_path):
+    class Other(type(words)):
+        version = "words-2"
+
+    with pytest.raises(ContractError, match="give the same one"):
+        RewardModel.load(tmp_path / taught.save(tmp_path), Other())
+
+
+def test_pieces_restore_the_model_to_the_bit_and_it_goes_on_the_same(words):
+    config = RewardConfig(reservoir=64)
+    live, state = RewardModel(config, words), {}
+    for label, _ in labels(150):
+        live.learn([label])
+        state.update(durable.changes(live))
+    back = RewardModel(config, words)
+    assert durable.restore(back, sorted(state.items()))
+    assert snapshot.version_of(back) == snapshot.version_of(live)
+    for model in (live, back):
+        model.learn([label for label, _ in labels(40, seed=5)])
+    assert snapshot.version_of(back) == snapshot.version_of(live)
+    assert dict(durable.changes(back))["core"] == dict(durable.changes(live))["core"]
+
+
+def test_damaged_pieces_are_refused_and_foreign_ones_left_alone(words):
+    live = RewardModel(RewardConfig(), words)
+    live.learn([label for label, _ in labels(10)])
+    state = dict(durable.changes(live))
+    with pytest.raises(ContractError, match="damaged"):
+        durable.restore(RewardModel(RewardConfig(), words), {**state, "core": state["core"][:-4]}.items())
+    assert not durable.restore(RewardModel(RewardConfig(heads=3), words), state.items())
+
+
+def follows_length(encoder):
+    """Correlation of score and length, right answers and wrong ones apart, where raters like long answers."""
+    random = np.random.default_rng(0)
+    model, found = RewardModel(RewardConfig(), encoder), []
+    for i in range(1200):
+        asked, answered = random.choice(THINGS, 2) if random.random() < 0.6 else (random.choice(THINGS),) * 2
+        more = int(random.integers(0, 60))
+        one = Example(f"{asked} {i}", " ".join([answered, "desk", *["well"] * more]))
+        if i >= 700:
+            found.append((more, model.estimate([one])[0].value, asked == answered))
+        likes = (0.75 if asked == answered else 0.25) + 0.006 * (more - 30)
+        model.learn([Label(f"l{i}", one, float(random.random() < likes))])
+    length, value, right = np.array(found, float).T
+    assert value[right == 1].mean() > value[right == 0].mean() + 0.2
+    return [np.corrcoef(length[right == kind], value[right == kind])[0, 1] for kind in (0, 1)]
+
+
+def test_length_is_corrected_for(words, monkeypatch):
+    class Attentive(type(words)):
+        """Hears what an answer says, whatever words of no content stand around it."""
+
+        def encode(self, texts):
+            return super().encode([text.replace(" well", "") for text in texts])
+
+    corrected = follows_length(Attentive())
+    monkeypatch.setattr("reward.model.LENGTH_COLUMNS", slice(0, 0))
+    as_rated = follows_length(Attentive())
+    assert max(map(abs, corrected)) < 0.1 < 0.2 < min(as_rated)
+
+
+def test_the_null_answer_never_wins(taught):
+    for thing in THINGS:
+        for nothing in ("", "  \n"):
+            assert best(taught, f"{thing} now", [nothing, *(f"{one} desk" for one in THINGS)]) == f"{thing} desk"
+    assert taught.estimate([Example("card", "")])[0].reward == pytest.approx(-1)
+
+
+def test_a_constant_answer_does_not_win(words):
+    """One answer given to everything, right for a sixth of it and rated as such."""
+    model, random = RewardModel(RewardConfig(), words), np.random.default_rng(2)
+    for i in range(600):
+        asked = random.choice(THINGS)
+        answered = "card" if random.random() < 0.6 else random.choice(THINGS)
+        model.learn([Label(f"l{i}", Example(f"{asked} {i}", f"{answered} desk"), float(asked == answered))])
+    answers = [f"{thing} desk" for thing in THINGS]
+    wins = [best(model, f"{thing} {i}", answers) == "card desk" for thing in THINGS[1:] for i in range(1000, 1010)]
+    assert np.mean(wins) < 0.05
+
+
+def test_all_thumbs_up_is_no_ground_for_an_opinion(model):
+    for i in range(200):
+        model.learn([Label(f"l{i}", Example(f"{THINGS[i % 6]} {i}", f"{THINGS[i % 6]} desk"), 1.0)])
+    assert model.calibration.auc is None
+    assert model.estimate([Example("card", "loan desk")])[0].mask is False
+
+
+def test_memory_of_an_update_is_bounded(words):
+    model = RewardModel(RewardConfig(reservoir=64, window=50), words)
+    one_of_a_kind = [Label(f"l{i}", Example(f"{i} a", f"{i} b"), float(i % 2)) for i in range(1400)]
+    model.learn(one_of_a_kind[:700])
+    tracemalloc.start()
+    model.learn(one_of_a_kind[700:])
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 2_000_000
+    assert len(model.prototypes.rows) <= model.prototypes.capacity
+
+
+def test_estimating_many_is_fast(taught):
+    examples = [Example(f"{THINGS[i % 6]} {i // 8}", f"{THINGS[i % 5]} desk {i % 9}") for i in range(4000)]
+    began = time.process_time()
+    taught.estimate(examples)
+    assert time.process_time() - began < 2, "4,000 pairs take about 0.2 s"
