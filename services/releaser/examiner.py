@@ -73,6 +73,10 @@ class Examiner:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await self.let_go()
+
+    async def let_go(self) -> None:
+        """End the files process and the connections to the engine."""
         await self._porter.close()
         await self._serving.close()
 
@@ -95,7 +99,7 @@ class Examiner:
 
     def prepare(self, release: Release) -> Future[None]:
         """Fetch, check and load, without any question. Fails as :meth:`hold` does."""
-        return self._submit(self._prepare(release))
+        return self._submit(self.prepared(release))
 
     def gold_count(self, tenant: str, policy: str) -> int:
         """How many items the gate has now; read again only when the file has changed."""
@@ -175,13 +179,14 @@ class Examiner:
         logger.info("the engine holds adapter %s", release.adapter)
         return None
 
-    async def _prepare(self, release: Release) -> None:
+    async def prepared(self, release: Release) -> None:
+        """As :meth:`prepare`, in the caller's event loop: a command has no thread of the examiner's."""
         await self._bring(release)
         await self._hold(release)
 
     async def _examine(self, release: Release) -> Decision:
         try:
-            await self._prepare(release)
+            await self.prepared(release)
         except AdapterRefused as error:
             return refused(str(error))
         config = self._config.policy(release.tenant, release.policy)

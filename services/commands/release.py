@@ -1,0 +1,80 @@
+"""List releases; promote, roll back, veto or register one.
+
+list       every release: its state, why, and what is live
+promote    make a release live now (the canary, or a candidate that waits; or the one named)
+rollback   end the canary that runs, else take the live release back to the one before it
+veto       end a release for good: it never goes live
+register   take in an adapter that was made elsewhere: it becomes a candidate like any other
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from everloop.release import Release
+from everloop.run import CommandKind
+from everloop.topics import RELEASES
+
+from services.commands.orders import add_policy, add_wait, give
+from services.installation import Installation
+from services.tables import table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|promote|rollback|veto|register")
+    listing = verbs.add_parser("list", help="every release, newest last")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line, with all evidence")
+    add_policy(listing, all_of_them=True)
+    promote = verbs.add_parser("promote", help="make a release live now")
+    promote.add_argument("release", nargs="?", help="id or adapter, or a beginning of either")
+    rollback = verbs.add_parser("rollback", help="end the canary, else take back what is live")
+    rollback.add_argument("release", nargs="?", help="id or adapter, or a beginning of either")
+    rollback.add_argument("--live", action="store_true", help="what is live, even while a canary runs")
+    veto = verbs.add_parser("veto", help="end a release for good")
+    veto.add_argument("release", help="id or adapter, or a beginning of either")
+    register = verbs.add_parser("register", help="take in an adapter made elsewhere")
+    register.add_argument("folder", type=Path, help="adapter_config.json and adapter_model.safetensors")
+    for verb in (promote, rollback, veto, register):
+        verb.add_argument("--reason", help="kept with the release")
+        add_policy(verb)
+        add_wait(verb)
+
+
+def run(options: argparse.Namespace) -> int:
+    with Installation.here() as here:
+        if options.verb == "list":
+            return _list(options, here)
+        pair = here.policy(options.policy)
+        if options.verb == "register":
+            options.timeout = max(options.timeout, 120.0)  # it is checked and written to MLflow
+            path = str(options.folder.absolute())
+            return give(options, here, CommandKind.REGISTER, pair, path=path, reason=options.reason)
+        kind = CommandKind(options.verb)
+        live = True if getattr(options, "live", False) else None
+        return give(options, here, kind, pair, release=options.release, reason=options.reason, live=live)
+
+
+def _list(options: argparse.Namespace, here: Installation) -> int:
+    wanted = {"/".join(pair) for pair in here.policies(options.policy)}
+    newest: dict[str, Release] = {}
+    for release in here.records(RELEASES, Release):
+        held = newest.get(release.id)
+        if release.key in wanted and (held is None or release.step >= held.step):
+            newest[release.id] = release
+    shown = sorted(newest.values(), key=lambda release: release.time)
+    if options.json:
+        for release in shown:
+            print(json.dumps(release.model_dump(mode="json")))
+        return 0
+    if not shown:
+        print("No releases yet: the base model answers. A training run makes the first candidate.")
+        return 0
+    rows = [
+        [r.key, r.id, r.adapter[:12], r.state.value, time.strftime("%m-%d %H:%M", time.localtime(r.time)), r.reason]
+        for r in shown
+    ]
+    print(table(["policy", "release", "adapter", "state", "since", "why"], rows))
+    return 0

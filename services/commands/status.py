@@ -1,0 +1,160 @@
+"""What is live, why the last candidate was or was not promoted, what the next run waits for; and the services."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from services.commands.orders import add_policy
+from services.installation import SERVICES, Installation
+from services.tables import table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="everything that the services say of themselves")
+    add_policy(parser, all_of_them=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    with Installation.here() as here:
+        running = here.running()
+        said = {name: here.status(name) for name in running}
+        whole = {
+            "home": str(here.home.root),
+            "running": {name: service._asdict() for name, service in running.items()},
+            "services": said,
+        }
+        if options.json:
+            print(json.dumps(whole))
+            return 0 if running else 1
+        keys = ["/".join(pair) for pair in here.policies(options.policy)]
+        expected = [name for name in SERVICES if name != "engine" or here.config.serving.url == "embedded"]
+    if not running:
+        print(f"Nothing runs on {here.home.root}. 'everloop up' starts it; 'everloop release list' shows the past.")
+        return 1
+    for key in keys:
+        print("\n".join([key, *_policy(key, said)]), end="\n\n")
+    print(_services(expected, whole))
+    return 0
+
+
+def _policy(key: str, said: dict[str, Any]) -> Iterator[str]:
+    released = _of(said, "releaser", "policies", key)
+    if released:
+        yield from _release(released)
+    else:
+        yield "  live          unknown: the releaser does not answer"
+    yield from _reward(_of(said, "scorer", "rewards", key))
+    yield from _learning(_of(said, "learner", "policies", key), "learner" in said)
+
+
+def _of(said: dict[str, Any], service: str, part: str, key: str) -> dict[str, Any]:
+    found = ((said.get(service) or {}).get(part) or {}).get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _release(its: dict[str, Any]) -> Iterator[str]:
+    live = its["live"]
+    since = (
+        f" since {_clock(live['since'])}, before it {live['previous'][:12]}" if live["since"] else ", the base model"
+    )
+    yield f"  live          {live['adapter'][:12]}{since}"
+    progress = its.get("in_progress")
+    if progress:
+        yield f"  {progress['state']:<13} {progress['adapter'][:12]}: {progress['reason']}"
+        if "arms" in progress:
+            yield from _canary(progress)
+    for waiting in its.get("waiting", []):
+        yield f"  candidate     {waiting['adapter'][:12]}: {waiting['waits'] or waiting['reason']}"
+    decided = its.get("last_decision")
+    if decided:
+        which = f"{decided['adapter'][:12]} {decided['state']}, {_clock(decided['time'])}"
+        yield f"  last decision {which}: {decided['reason']}"
+    gold = its["gold"]
+    needed = (
+        "" if gold["enough"] else f": {gold['needed']} are needed to promote without a person (everloop gold import)"
+    )
+    yield f"  gold          {gold['items']} items{needed}"
+    if its["paused"]:
+        yield "  paused        no new runs and canaries: everloop resume"
+
+
+def _canary(progress: dict[str, Any]) -> Iterator[str]:
+    arms, interval = progress["arms"], progress["interval"]
+    means = [f"{arms[name]['mean']:.3f}" if arms[name]["mean"] is not None else "-" for name in ("canary", "control")]
+    difference = interval["difference"]
+    between = (
+        f", difference between {interval['low']:+.3f} and {interval['high']:+.3f}" if difference is not None else ""
+    )
+    units = [arms[name]["units"] for name in ("canary", "control")]
+    yield f"                success {means[0]} against {means[1]} ({units[0]} and {units[1]} units){between}"
+    yield f"                {progress['decides']}"
+
+
+def _reward(its: dict[str, Any]) -> Iterator[str]:
+    if not its:
+        yield "  reward model  unknown: the scorer does not answer, or has seen nothing of this policy"
+        return
+    auc, error = its.get("auc"), its.get("calibration_error")
+    quality = f"AUC {auc:.3f}" if auc is not None else "AUC not known yet"
+    calibration = f", calibration error {error:.3f}" if error is not None else ""
+    version = str(its.get("version") or "none")[:12]
+    yield f"  reward model  {version}: {quality}{calibration}, {its.get('labels', 0)} labels"
+
+
+def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:
+    if not its:
+        yield "  next run      " + ("nothing is known yet" if runs else "unknown: the learner does not run")
+        return
+    current, waits = its.get("run"), its.get("waits_for")
+    if current:
+        yield f"  training      {_words(current)}"
+    if waits:
+        yield f"  next run      {_words(waits)}"
+    if its.get("last"):
+        yield f"  last run      {_words(its['last'])}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items() if inner not in (None, "", {}, []))
+    if isinstance(value, list):
+        return "; ".join(map(_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _services(expected: list[str], whole: dict[str, Any]) -> str:
+    rows: list[list[Any]] = []
+    for name in expected:
+        service, said = whole["running"].get(name), whole["services"].get(name)
+        if service is None:
+            rows.append([name, "not running", None, None, None, None])
+            continue
+        lag, letters = _lag(said or {})
+        state = "runs" if said is not None else "does not answer"
+        rows.append([name, state, service["pid"], service["url"], _ago(service["started"]), lag])
+        if letters:
+            rows[-1][1] = f"runs, {letters} dead letters"
+    return table(["service", "state", "pid", "url", "up", "lag"], rows)
+
+
+def _lag(said: dict[str, Any]) -> tuple[int | None, int]:
+    """(records behind, dead letters) over a service's handlers; None where it has none."""
+    handlers = [part for part in said.values() if isinstance(part, dict) and isinstance(part.get("lag"), int)]
+    letters = sum(int(part.get("dead_letters") or 0) for part in handlers)
+    return (sum(part["lag"] for part in handlers) if handlers else None), letters
+
+
+def _clock(at: float) -> str:
+    form = "%H:%M:%S" if time.time() - at < 86_400 else "%F %H:%M"
+    return time.strftime(form, time.localtime(at))
+
+
+def _ago(since: float) -> str:
+    seconds = int(time.time() - since)
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"

@@ -1,0 +1,170 @@
+"""One installation as the command line sees it: its home, what runs, its log, and orders to its services.
+
+Orders are ``Command`` records on the log: the service that they concern decides, and answers under ``commands`` in
+its ``/status``. An order given while that service is down waits in the log.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+from everloop import wire
+from everloop.config import Config, load
+from everloop.contract import Contract
+from everloop.errors import ConfigError, ContractError, EverloopError
+from everloop.home import Home
+from everloop.ids import unique
+from everloop.log import NewRecord, open_log
+from everloop.log.base import Log
+from everloop.run import Command, CommandKind
+from everloop.topics import COMMANDS, Topic
+
+SERVICES = ("gateway", "engine", "assembler", "scorer", "learner", "releaser")
+C = TypeVar("C", bound=Contract)
+
+
+class Running(NamedTuple):
+    """A service that announced itself and whose process is there."""
+
+    name: str
+    pid: int
+    url: str
+    started: float
+
+
+class NothingRuns(EverloopError):
+    """What was asked needs a service that does not run."""
+
+
+class Installation:
+    """See the module. Nothing is opened before it is needed; ``close`` closes what was."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.home = Home(config.home)
+        self._log: Log | None = None
+
+    @classmethod
+    def here(cls) -> Installation:
+        """The one that configuration and environment name. Raises ConfigError where nothing ever ran there."""
+        made = cls(load())
+        if not (made.home.root / "log.db").exists() and not made.home.root.is_dir():
+            raise ConfigError(
+                f"there is no installation at {made.home.root}. 'everloop up' starts one there; --home or "
+                "EVERLOOP_HOME names another folder"
+            )
+        return made
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    @cached_property
+    def log(self) -> Log:
+        self._log = open_log(self.config)
+        return self._log
+
+    def running(self) -> dict[str, Running]:
+        """The services that run now, by name."""
+        found = (self._running(name) for name in SERVICES)
+        return {service.name: service for service in found if service is not None}
+
+    def _running(self, name: str) -> Running | None:
+        try:
+            said = json.loads((self.home.root / "run" / f"{name}.json").read_text())
+            os.kill(int(said["pid"]), 0)
+            return Running(name, int(said["pid"]), str(said["url"]), float(said["started"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def status(self, name: str, timeout: float = 5.0) -> dict[str, Any] | None:
+        """What a service says of itself; None: it does not run, or does not answer."""
+        service = self._running(name)
+        if service is None:
+            return None
+        try:
+            with urllib.request.urlopen(f"{service.url}/status", timeout=timeout) as answer:
+                said = json.loads(answer.read())
+        except (OSError, ValueError, urllib.error.URLError):
+            return None
+        return said if isinstance(said, dict) else None
+
+    def policy(self, name: str | None) -> tuple[str, str]:
+        """(tenant, policy) of a name such as 'assistant' or 'default/assistant'; None: the only one there is.
+
+        Raises ConfigError where it fits none, or several.
+        """
+        return self.policies(name, one=True)[0]
+
+    def policies(self, name: str | None, *, one: bool = False) -> list[tuple[str, str]]:
+        """Those that a name fits; None: all. ``one``: several are an error. Raises ConfigError."""
+        known = self.config.policies()
+        found = [pair for pair in known if name in (None, pair[1], "/".join(pair))]
+        listed = ", ".join("/".join(pair) for pair in known)
+        if not found:
+            raise ConfigError(f"there is no policy {name!r}; this installation has: {listed}")
+        if one and len(found) > 1:
+            raise ConfigError(f"which policy? Name one of: {listed} (--policy)")
+        return found
+
+    def order(self, kind: CommandKind, tenant: str, policy: str, **arguments: Any) -> Command:
+        """Append an order; durable on return."""
+        command = Command(
+            id=unique("cmd_"),
+            kind=kind,
+            tenant=tenant,
+            policy=policy,
+            arguments={name: value for name, value in arguments.items() if value is not None},
+            by=_who(),
+            time=time.time(),
+        )
+        headers = {"schema": "Command", "id": command.id}
+        self.log.append([NewRecord(COMMANDS.name, command.key, wire.encode(command), headers, command.time)])
+        return command
+
+    def answer(self, service: str, command: Command, timeout: float) -> dict[str, Any] | None:
+        """What the service answered to an order within ``timeout`` seconds; None: nothing yet."""
+        end = time.monotonic() + timeout
+        while True:
+            said = (self.status(service) or {}).get("commands", {}).get(command.id)
+            if said is not None or time.monotonic() > end:
+                return said if isinstance(said, dict) else None
+            time.sleep(0.1)
+
+    def records(self, topic: Topic, contract: type[C]) -> Iterator[C]:
+        """Everything in a topic that is what it should be, in order of each partition."""
+        for partition in range(self.log.partitions(topic.name)):
+            offset = 0
+            while records := self.log.read(topic.name, partition, offset):
+                offset = records[-1].offset + 1
+                for record in records:
+                    if record.value is not None:
+                        try:
+                            yield wire.decode(contract, record.value, self.home.blobs)
+                        except ContractError:
+                            continue
+
+    def need(self, service: str, why: str) -> Running:
+        """Raises NothingRuns where the service does not run."""
+        running = self._running(service)
+        if running is None:
+            raise NothingRuns(f"the {service} does not run, and {why}. Start the platform: everloop up")
+        return running
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
