@@ -1,0 +1,276 @@
+"""The command line: quick help, suggestions, one clear message for a mistake, and what the SDK says alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from everloop import wire
+from everloop.cli import main as cli
+from everloop.cli.main import OWN, PLATFORM, main
+from everloop.home import Home
+from everloop.log import NewRecord
+from everloop.release import Release, ReleaseState
+from everloop.run import Command, DeadLetter
+from everloop.topics import COMMANDS, DEAD_LETTERS, EVENTS, RELEASES
+
+from services.commands import COMMANDS as TABLE
+from services.installation import Installation
+from services.tables import table
+
+EVERLOOP = [sys.executable, "-m", "everloop.cli.main"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("EVERLOOP_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("EVERLOOP_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def here(home: Home) -> Installation:
+    home.folder()
+    return Installation.here()
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        status = main(words)
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_takes_under_300_ms_from_a_standing_start() -> None:
+    best = 9.0
+    for _ in range(5):
+        begun = time.perf_counter()
+        done = subprocess.run([*EVERLOOP, "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - begun)
+    assert "everloop <command> --help" in done.stdout
+    assert best < 0.3
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from everloop.cli.main import main; main(['--help']);"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'pydantic','httpx','torch','numpy','aiohttp','ray',"
+        "'mlflow','duckdb','ormsgpack'}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_every_command_is_there_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(TABLE) == set(PLATFORM)
+    for name, (line, module_name) in {**OWN, **TABLE}.items():
+        assert line
+        module = import_module(module_name)
+        assert callable(module.add_arguments)
+        assert callable(module.run)
+        status, out, _ = said(capsys, name, "--help")
+        assert status == 0
+        assert f"everloop {name}" in out
+        assert "--home" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stauts"], "there is no command 'stauts'; did you mean 'status'?"),
+        (["xyzzy"], "'everloop --help' lists the commands"),
+        (["status"], "there is no installation at"),
+        (["release", "rollback"], "there is no installation at"),
+        (["sql", "select 1"], "there is no installation at"),
+        (["--config", "x"], "there is no command '--config'"),
+        (["status", "--config", "none.toml"], "there is no configuration at"),
+        (["release"], "usage: everloop release"),
+        (["retrain", "--seed", "x"], "invalid int value"),
+    ],
+)
+def test_a_mistake_gets_one_clear_message_and_status_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    status, _, err = said(capsys, *words)
+    assert status == 2
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_the_sdk_alone_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_registered", dict)
+    status, _, err = said(capsys, "up")
+    assert status == 2
+    assert "only the SDK is installed here" in err
+    assert "make install" in err
+    assert said(capsys, "init")[0] == 0
+
+
+def test_a_real_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_registered", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--help"])
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    done = subprocess.run(
+        f"{' '.join(EVERLOOP)} --help | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_init_writes_what_parses_and_never_overwrites(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert said(capsys, "init")[0] == 0
+    assert (tmp_path / "everloop.toml").exists()
+    status, _, err = said(capsys, "init")
+    assert status == 2
+    assert "stays as it is" in err
+
+
+def test_keys_are_made_shown_once_listed_and_revoked(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = said(capsys, "keys", "create", "--json", "--scope", "research", "--label", "ann")
+    key = json.loads(out)["key"]
+    assert status == 0
+    status, out, _ = said(capsys, "keys", "list")
+    assert "research" in out
+    assert key not in out
+    name = out.splitlines()[2].split()[0]
+    assert said(capsys, "keys", "revoke", name)[0] == 0
+    assert said(capsys, "keys", "revoke", name)[0] == 2
+    assert said(capsys, "keys", "create", "--tenant", "nobody")[0] == 2
+
+
+def test_orders_are_in_the_log_while_nobody_runs(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
+    status, out, _ = said(capsys, "release", "rollback", "--reason", "it swears", "--live")
+    assert status == 1
+    assert "once the releaser runs" in out
+    assert said(capsys, "pause", "--no-wait")[0] == 0
+    assert said(capsys, "retrain", "--seed", "7", "--no-publish")[0] == 1
+    rollback, pause, retrain = here.records(COMMANDS, Command)
+    assert (rollback.kind, rollback.arguments) == ("rollback", {"reason": "it swears", "live": True})
+    assert pause.kind == "pause"
+    assert retrain.arguments == {"seed": 7, "publish": False}
+
+
+def test_releases_are_listed_with_why(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
+    assert "No releases yet" in said(capsys, "release", "list")[1]
+    release = Release(id="rel_1", tenant="default", policy="assistant", adapter="a" * 32, uri="u", time=1.0)
+    rejected = release.to(ReleaseState.REJECTED, "Rejected: gold -3.0 points.", 2.0)
+    here.log.append([NewRecord(RELEASES.name, one.key, wire.encode(one)) for one in (release, rejected)])
+    out = said(capsys, "release", "list")[1]
+    assert "rejected" in out
+    assert "gold -3.0 points" in out
+    assert "candidate" not in out
+    assert json.loads(said(capsys, "release", "list", "--json")[1])["state"] == "rejected"
+
+
+def test_dead_letters_are_listed_and_replayed(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
+    letter = DeadLetter(
+        id="dl_1", handler="assemble", topic="events", partition=0, offset=3, record_key="k", value=b"bad",
+        cause="ContractError: not an envelope", time=1.0,
+    )  # fmt: skip
+    here.log.append([NewRecord(DEAD_LETTERS.name, letter.key, wire.encode(letter))])
+    assert "not an envelope" in said(capsys, "dead-letters", "list")[1]
+    assert "1 records are in the log again" in said(capsys, "dead-letters", "replay")[1]
+    assert sum(map(int, here.log.end_offsets(EVENTS.name))) == 1
+    assert "Nothing to replay" in said(capsys, "dead-letters", "replay")[1]
+    status, _, err = said(capsys, "dead-letters", "replay", "dl_2")
+    assert status == 2
+    assert "no dead letter dl_2" in err
+
+
+def test_gold_is_added_imported_and_listed(
+    capsys: pytest.CaptureFixture[str], here: Installation, tmp_path: Path
+) -> None:
+    status, out, _ = said(capsys, "gold", "add", "Where is my card?", "card_arrival", "--split", "gate")
+    assert status == 0
+    assert "1 for the gate" in out
+    assert "The gate needs 50" in out
+    file = tmp_path / "gold.csv"
+    file.write_text("text,category,split\nlost it,card_lost,gate\nmy pin,pin,report\n")
+    assert "2 added" in said(capsys, "gold", "import", str(file))[1]
+    assert "3 items: 2 gate, 1 report" in said(capsys, "gold", "list")[1]
+    assert said(capsys, "gold", "import", "none.csv")[0] == 2
+    assert said(capsys, "gold", "add", " ", "x")[0] == 2
+
+
+def test_sql_answers_and_refuses(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
+    assert "2 rows" in said(capsys, "sql", "select * from range(2) t(n)")[1]
+    assert said(capsys, "sql", "--json", "select 1 as n")[1] == '{"n": 1}\n'
+    assert said(capsys, "sql", "--csv", "select 1 as n")[1].split() == ["n", "1"]
+    assert said(capsys, "sql", "select count(*) as n from turns", "--json")[1] == '{"n": 0}\n'
+    status, _, err = said(capsys, "sql", "drop table turns")
+    assert status == 2
+    assert "Traceback" not in err
+
+
+def test_a_policy_is_named_where_there_are_several(
+    capsys: pytest.CaptureFixture[str], here: Installation, tmp_path: Path
+) -> None:
+    (tmp_path / "everloop.toml").write_text("[tenants.a.policies.x]\n[tenants.b.policies.x]\n[tenants.b.policies.y]\n")
+    status, _, err = said(capsys, "release", "rollback", "--no-wait")
+    assert status == 2
+    assert "which policy? Name one of: a/x, b/x, b/y" in err
+    assert said(capsys, "release", "rollback", "--policy", "b/x", "--no-wait")[0] == 0
+    assert said(capsys, "release", "rollback", "--policy", "y", "--no-wait")[0] == 0
+    assert "there is no policy 'z'" in said(capsys, "release", "rollback", "--policy", "z")[2]
+    assert said(capsys, "pause", "--no-wait")[1].count("pause is ordered") == 3
+
+
+def test_doctor_names_the_fix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for key in ("GATEWAY__PORT", "SERVING__PORT", "SERVICES__ASSEMBLER_PORT", "SERVICES__REWARD_PORT"):
+        monkeypatch.setenv(f"EVERLOOP_{key}", "0")
+    for key in ("LEARNER_PORT", "RELEASER_PORT"):
+        monkeypatch.setenv(f"EVERLOOP_SERVICES__{key}", "0")
+    found = _findings(capsys)
+    assert {f["level"] for f in found} <= {"ok", "note"}
+    monkeypatch.setenv("EVERLOOP_DATA", str(tmp_path / "gone"))
+    monkeypatch.setattr("services.commands.doctor.ROOM", 10**18)
+    monkeypatch.setattr("services.commands.doctor.PACKAGES", {"torch": "99.0", "not-a-package": "1.0"})
+    wrong = {f["what"]: f["fix"] for f in _findings(capsys) if f["level"] == "wrong"}
+    assert len(wrong) == 4
+    assert wrong["not-a-package is not installed"] == "make install"
+    (tmp_path / "everloop.toml").write_text("[gateway\n")
+    status, out, _ = said(capsys, "doctor")
+    assert status == 1
+    assert "is not TOML" in out
+
+
+def _findings(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return list(json.loads(said(capsys, "doctor", "--json")[1]))
+
+
+def test_status_says_that_nothing_runs(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
+    status, out, _ = said(capsys, "status")
+    assert status == 1
+    assert "Nothing runs on" in out
+
+
+def test_base_build_refuses_before_it_works(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EVERLOOP_CACHE", str(tmp_path / "cache"))
+    assert "there is no file" in said(capsys, "base", "build", "mine", "--examples", "none.csv")[2]
+    assert "is a path" in said(capsys, "base", "build", "../x", "--examples", "none.csv")[2]
+    (tmp_path / "cache" / "bases" / "mine").mkdir(parents=True)
+    assert "never changes under its name" in said(capsys, "base", "build", "mine", "--examples", "none.csv")[2]
+
+
+def test_tables_are_as_wide_as_they_need() -> None:
+    shown = table(["name", "n"], [["a", 1], ["bcd", 22.5]], width=80).splitlines()
+    assert shown == ["name     n", "────  ────", "a        1", "bcd   22.5"]
