@@ -26,7 +26,8 @@ from everloop.home import Home
 from everloop.log.base import NewRecord, Record
 from everloop.stream import State
 
-from pipelines.tables import BY_TOPIC, NO_TENANT, Row, Table, day_of
+from pipelines.rows import Row
+from pipelines.tables import BY_TOPIC, NO_TENANT, Table, day_of
 
 COMPRESSION = "zstd"
 MAX_BYTES = 64 * 2**20  # of envelopes held in memory before they are written
@@ -50,7 +51,7 @@ class Archive:
     """
 
     name = "archive"
-    topics = tuple(BY_TOPIC)
+    topics: tuple[str, ...] = tuple(BY_TOPIC)
 
     def __init__(self, home: Home, *, max_bytes: int = MAX_BYTES) -> None:
         self._store = home.root / "store"

@@ -190,7 +190,7 @@ class Assembler:
     """
 
     name = "assemble"
-    topics = (EVENTS.name,)
+    topics: tuple[str, ...] = (EVENTS.name,)
 
     def __init__(self, config: Config, home: Home) -> None:
         self._config = config

@@ -32,6 +32,10 @@ GRACE = 60.0
 """Seconds that folded files stay, for queries that have listed them and not opened them yet."""
 MIN_FILES = 8
 LARGE = 128 * 2**20  # bytes; a file of that size is left as it is
+SMALL = 2**20  # bytes; files below it are always folded together
+GROWTH = 4
+"""A file joins a fold when it is at most so many times as large as all smaller ones together: so each row is
+rewritten a few times in its life, not with every fold."""
 STALE_PARTIAL = 3600.0
 SOURCES = b"everloop.sources"
 FOLDED = "folded-"
@@ -72,7 +76,7 @@ def _sweep(day: Path, grace: float) -> None:
 def _fold(table: Table, day: Path, min_files: int) -> int:
     folds = list(day.glob(f"{FOLDED}*.parquet"))
     waiting = {source for path in folds for source in _sources(path)}
-    small = sorted(path for path in day.glob("*.parquet") if path.name not in waiting and path.stat().st_size < LARGE)
+    small = _tier([path for path in day.glob("*.parquet") if path.name not in waiting])
     if len(small) < max(2, min_files):
         return 0
     names = [path.name for path in small]
@@ -85,6 +89,18 @@ def _fold(table: Table, day: Path, min_files: int) -> int:
     finally:
         partial.unlink(missing_ok=True)
     return len(small)
+
+
+def _tier(paths: list[Path]) -> list[Path]:
+    """The files that are worth folding together, by name."""
+    taken: list[Path] = []
+    total = 0
+    for size, path in sorted((path.stat().st_size, path) for path in paths):
+        if size >= LARGE or size > GROWTH * max(total, SMALL):
+            break
+        taken.append(path)
+        total += size
+    return sorted(taken)
 
 
 def _write(table: Table, paths: list[Path], names: list[str], partial: Path) -> None:

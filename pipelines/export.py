@@ -82,11 +82,11 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     scope = {"tenant": tenant, "policy": policy, "split": split}
     files = _files(store, folder, wanted, scope, query)
-    manifest = {
+    manifest: dict[str, Any] = {
         **scope,
         "files": files,
         "hash": _hash(files),
-        "versions": {"everloop": installed("everloop"), **_schema_versions()},
+        "versions": _versions(),
     }
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
@@ -160,7 +160,8 @@ def _hash(files: list[dict[str, Any]]) -> str:
     return hashlib.sha256("".join(f"{f['name']} {f['sha256']}\n" for f in files).encode()).hexdigest()
 
 
-def _schema_versions() -> dict[str, int]:
-    """Schema version of every contract that a topic carries."""
+def _versions() -> dict[str, Any]:
+    """The package's version, and the schema version of every contract that a topic carries."""
     contracts: list[type[Contract]] = [topic.contract for topic in TOPICS.values()]
-    return {made.__name__: int(made.model_fields["schema_version"].default) for made in contracts}
+    schemas = {made.__name__: int(made.model_fields["schema_version"].default) for made in contracts}
+    return {"everloop": installed("everloop"), **schemas}

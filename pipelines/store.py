@@ -6,7 +6,8 @@
     store.rows("SELECT policy_version, avg(thumb) AS thumb FROM turns GROUP BY ALL")
 
 Views: ``events, episodes, turns, trajectories, scores, feedback, preferences, releases, runs, adapters, rewards,
-routes, commands, dead_letters``, each the newest version of its things; ``history.<table>`` has all versions.
+routes, commands, dead_letters``, each the newest version of its things. ``history.<table>`` has every version that
+compaction has not folded: of releases, runs, routes and scores all that matter, of episodes the recent ones.
 An empty store has all of them, empty. A query can read nothing outside the store's folder and write nothing.
 """
 

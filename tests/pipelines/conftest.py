@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -97,8 +98,11 @@ class Loop:
         self.state = MemoryState()
         self.assembler = Assembler(config, home)
         self.archive = Archive(home)
-        self.store = Store(home.root / "store")
         self.offsets: dict[str, int] = {}
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.home.root / "store")
 
     def take(self, *events: Event) -> list[Episode]:
         """Assemble a batch and archive all that comes of it; the episodes that were emitted."""

@@ -108,13 +108,27 @@ def test_one_compaction_at_a_time(loop, make, home):
 
 
 def test_folds_are_folded_again(loop, make, home):
-    for start in (0, 3, 6):
-        fill(loop, make, start, 3)
+    for start in (0, 2, 4):
+        fill(loop, make, start, 2)
         loop.store.compact(grace=0, min_files=2)
     assert len(files(home)) == 3
     (path,) = (home.root / "store" / "episodes").rglob("*.parquet")
-    assert len(json.loads(pq.read_metadata(path).metadata[b"everloop.sources"])) == 7
-    assert loop.store.rows("SELECT count(*) AS n FROM episodes") == [{"n": 9}]
+    assert len(json.loads(pq.read_metadata(path).metadata[b"everloop.sources"])) == 5
+    assert loop.store.rows("SELECT count(*) AS n FROM episodes") == [{"n": 6}]
+
+
+def test_a_large_file_joins_only_when_the_small_ones_are_worth_it(tmp_path, monkeypatch):
+    def file(name, size):
+        (tmp_path / name).write_bytes(bytes(size))
+        return tmp_path / name
+
+    monkeypatch.setattr(compaction, "SMALL", 10)
+    monkeypatch.setattr(compaction, "LARGE", 1000)
+    few = [file(f"s{n}", 5) for n in range(4)]
+    assert compaction._tier([*few, file("fold", 200)]) == few
+    more = [file(f"s{n}", 5) for n in range(12)]
+    assert compaction._tier([*more, file("fold", 200)]) == sorted([*more, tmp_path / "fold"])
+    assert compaction._tier([*more, file("whole", 1000)]) == sorted(more)
 
 
 def test_another_process_reads_while_files_are_written_and_folded(loop, make, home, tmp_path):
@@ -125,13 +139,13 @@ def test_another_process_reads_while_files_are_written_and_folded(loop, make, ho
     )
     try:
         assert watcher.stdout.readline() == "ready\n"
-        for start in range(1, 13, 3):
-            fill(loop, make, start, 3)
+        for start in range(1, 9, 2):
+            fill(loop, make, start, 2)
             loop.store.compact(grace=0, min_files=2)  # the harshest: sources go at once
         end.touch()
         seen, _ = watcher.communicate(timeout=30)
     finally:
         watcher.kill()
     assert watcher.returncode == 0
-    assert 0 < int(seen) <= 13
-    assert Store(home.root / "store").rows("SELECT count(*) AS n FROM episodes") == [{"n": 13}]
+    assert 0 < int(seen) <= 9
+    assert Store(home.root / "store").rows("SELECT count(*) AS n FROM episodes") == [{"n": 9}]
