@@ -84,6 +84,15 @@ def test_a_file_that_is_no_log_is_refused(tmp_path: Path) -> None:
         connect(f"sqlite:///{tmp_path}/log.db")
 
 
+def test_another_programs_database_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "log.db") as connection:
+        connection.execute("CREATE TABLE runs (id INTEGER)")
+    with pytest.raises(LogError, match="another program's"):
+        connect(f"sqlite:///{tmp_path}/log.db")
+    with sqlite3.connect(tmp_path / "log.db") as connection:
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("runs",)]
+
+
 def test_commits_are_synced_to_the_disk(opened: Callable[..., EmbeddedLog]) -> None:
     log = opened()
     settings = log.writer.do(
@@ -188,26 +197,28 @@ def test_a_compacted_topic_keeps_the_newest_of_each_key(opened: Callable[..., Em
 
 
 def test_calls_end_where_another_process_holds_the_log_up(
-    opened: Callable[..., EmbeddedLog], monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., EmbeddedLog], monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     log = opened()
     log.append([NewRecord("events", "k", b"before")])
     monkeypatch.setattr(writer_module, "WAIT_SECONDS", 0.2)
     lock = WriteLock(log.database.path)
     with lock.held():
-        soon = log.append_soon([NewRecord("events", "k", b"waits")])
+        soon = log.append_soon([NewRecord("events", "k", b"under way")])
+        until(soon.running)
         with pytest.raises(LogError, match="held up"):
             log.append([NewRecord("events", "k", b"given up")])
+        behind = log.append_soon([NewRecord("events", "k", b"behind")])
         monkeypatch.setattr(writer_module, "STALLED_SECONDS", 0.0)
         with pytest.raises(LogError, match="nothing was written"):
             log.append_soon([NewRecord("events", "k", b"refused")])
-        assert len(values(log)) == 1, "reading goes on"
+        assert isinstance(behind.exception(10), LogError)
+        assert values(log) == [b"before"], "reading goes on"
     lock.close()
     soon.result(10)
     monkeypatch.undo()
     log.append([NewRecord("events", "k", b"after")])
-    assert {b"waits", b"after"} <= set(values(log))
-    assert b"refused" not in values(log)
+    assert values(log) == [b"before", b"under way", b"after"]
 
 
 def test_what_waits_is_bounded(opened: Callable[..., EmbeddedLog], monkeypatch: pytest.MonkeyPatch) -> None:

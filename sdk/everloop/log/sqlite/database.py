@@ -18,7 +18,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from everloop.errors import LogError, LogFull
@@ -74,13 +74,8 @@ class Database:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = WriteLock(self.path)
-            with lock.held():
-                connection = self.writer()
-                try:
-                    self._prepare(connection)
-                finally:
-                    connection.close()
-            lock.close()
+            with closing(lock), lock.held(), closing(self.writer()) as connection:
+                self._prepare(connection)
         except (OSError, sqlite3.Error) as error:
             raise self.explain(error) from error
 
@@ -90,6 +85,8 @@ class Database:
             return
         if version > VERSION:
             raise LogError(f"{self.path} has log format {version}, this release knows {VERSION}: install a newer one")
+        if connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+            raise LogError(f"{self.path} is another program's database, not a log: name another file in log.url")
         connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
 
     def writer(self) -> sqlite3.Connection:

@@ -113,15 +113,29 @@ class Writer:
             if self._closed:
                 raise LogError(f"the log {self._database.path} is closed")
             stalled = time.monotonic() - self._began
-            if stalled > STALLED_SECONDS or self._waiting_bytes + size > MAX_WAITING_BYTES:
-                raise LogError(
-                    f"the log {self._database.path} is held up for {max(0, stalled):.0f} s, by its disk or by another"
-                    f" process, with {self._waiting_bytes >> 20} MB waiting: nothing was written; try again later"
-                )
-            self._jobs.append(job)
-            self._waiting_bytes += size
-            self._arrived.notify()
-        return job.future
+            if stalled <= STALLED_SECONDS and self._waiting_bytes + size <= MAX_WAITING_BYTES:
+                self._jobs.append(job)
+                self._waiting_bytes += size
+                self._arrived.notify()
+                return job.future
+            held_up = self._held_up(stalled)
+            given_up = self._take_back() if stalled > STALLED_SECONDS else []
+        for waiting in given_up:
+            waiting.future.set_exception(LogError(held_up))
+        raise LogError(held_up)
+
+    def _held_up(self, stalled: float) -> str:
+        return (
+            f"the log {self._database.path} is held up for {max(0, stalled):.0f} s, by its disk or by another process,"
+            f" with {self._waiting_bytes >> 20} MB waiting: nothing was written; try again later"
+        )
+
+    def _take_back(self) -> list[Job]:
+        """What waits behind a transaction that stalls, so that its callers hear of it too."""
+        jobs = [job for job in self._jobs if job.future.set_running_or_notify_cancel()]
+        self._jobs.clear()
+        self._waiting_bytes = 0
+        return jobs
 
     def do(self, run: Callable[[Transaction], T]) -> T:
         """As :meth:`submit`, and wait for what ``run`` returned."""
