@@ -191,7 +191,9 @@ def _check(store: Store, episodes: int) -> None:
 def mlflow_seconds(episodes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", TRACING, f"sqlite:///{folder}/mlflow.db", str(episodes)]
-        done = subprocess.run(command, cwd=Path.cwd(), capture_output=True, text=True, check=False)
+        # In its folder, since that is where MLflow puts artifacts.
+        own = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+        done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"MLflow's tracing failed:\n{done.stderr[-2000:]}")
         return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
