@@ -18,6 +18,7 @@ from everloop.config import RewardConfig
 from everloop.episode import Episode, Turn
 from everloop.event import Call, Message
 from everloop.feedback import Feedback, FeedbackKind
+
 from examples.bank_desk.customer import Customer
 from examples.bank_desk.data import Desk
 from examples.bank_desk.data import Message as Asked
@@ -26,10 +27,10 @@ from reward import evidence
 from reward.encoder import Encoder
 from reward.features import examples
 from reward.model import RewardModel
-from trainer import recipe as recipes
-from trainer.learner import Learner, Request, Trained
+from trainer.learner import Learner
 from trainer.policy import base, lora, tiny_k2
 from trainer.recipe import Recipe
+from trainer.request import VALUE_HEAD, Request, Trained
 from trainer.rollout.engine import Engine
 
 ANSWER_TOKENS = 24
@@ -143,13 +144,14 @@ class DeskLoop:
         request = Request(
             run=run.name,
             folder=str(run),
+            adapters=str(self.folder / "adapters"),
             base=self.base,
             cache=str(self.cache),
             batch=str(batch.save(self.folder / "batches")),
             recipe=self.recipe.model_dump(),
             seed=self.seed * 1000 + len(self.served) // 100,
             parent=None if self.adapter is None else str(self.adapter),
-            value_head=None if self._parent_run is None else str(self._parent_run / "value_head.safetensors"),
+            value_head=None if self._parent_run is None else str(self._parent_run / VALUE_HEAD),
             reward=str(self.folder / "rewards" / version),
             threads=self.threads,
         )
@@ -157,7 +159,7 @@ class DeskLoop:
         request.save()
         trained = self.learner.train(request)
         self._parent_run = run
-        self.adopt(run / "adapter" / trained.adapter)
+        self.adopt(self.folder / "adapters" / trained.adapter)
         return trained
 
     def adopt(self, adapter: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from everloop.errors import NotEnoughData
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,6 +76,11 @@ def gathered(training: Training, number: int) -> Material:
         answers += gather.logged(sources, recipe) if recipe.ppo.logged else []
     if recipe.reward.shuffled:
         answers = shuffled(answers, _seed(training.seed, number, "shuffle"))
+    if not any(answer.weight > 0 or answer.replay > 0 for answer in answers):
+        raise NotEnoughData(
+            "there is nothing to learn from yet: no answer was rated or corrected, and the reward model has heard too "
+            "little to judge any; feedback brings both"
+        )
     material = Material.of(answers)
     said = engine.estimates(material.samples)
     return weighed(estimated(material, said.logprobs, said.base, said.values), recipe)

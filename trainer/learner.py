@@ -1,22 +1,9 @@
-"""The learner: takes a request, trains, and leaves an adapter in the run's folder. Keeps what is slow to load warm.
-
-A run's folder holds everything that it needs to go on after a kill, and nothing outside it changes while it runs::
-
-    request.json            what was asked, with the whole recipe
-    round-0.parquet …       the material of each round: rollouts are stored here before they are used
-    checkpoints/00000010/   engine state and position
-    adapter/<hash>/         the adapter, once it is whole
-    value_head.safetensors  for the run that continues from it
-    result.json             written last: the run is done
-"""
+"""The learner: takes a request, trains, and leaves an adapter. Keeps what is slow to load warm between runs."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,60 +23,7 @@ from trainer.material import Material
 from trainer.policy import base
 from trainer.policy.base import Policy
 from trainer.recipe import Recipe
-
-REQUEST, RESULT, PROGRESS = "request.json", "result.json", "progress.json"
-VALUE_HEAD = "value_head.safetensors"
-
-
-@dataclass(frozen=True)
-class Request:
-    """A run as it is asked for; JSON in the run's folder. Paths are absolute.
-
-    ``recent``: policy versions within the lag cap. ``threads`` of torch are part of the request, for the order of
-    sums depends on them. ``reward``: folder of the snapshot that judges; None: there is none yet.
-    """
-
-    run: str
-    folder: str
-    base: str
-    cache: str
-    batch: str
-    recipe: dict[str, Any]
-    seed: int
-    parent: str | None = None
-    value_head: str | None = None
-    reward: str | None = None
-    encoder: str = "minilm"
-    recent: tuple[str, ...] | None = None
-    threads: int = 1
-
-    def save(self) -> None:
-        path = Path(self.folder) / REQUEST
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, folder: Path) -> Request:
-        fields = json.loads((folder / REQUEST).read_text())
-        return cls(**{**fields, "recent": None if fields["recent"] is None else tuple(fields["recent"])})
-
-
-@dataclass(frozen=True)
-class Trained:
-    """How a run ended. ``metrics`` are means over the last epoch's steps, and totals; ``curves`` one point a step."""
-
-    adapter: str
-    metrics: dict[str, float]
-    curves: list[Point] = field(default_factory=list)
-
-    @classmethod
-    def load(cls, folder: Path) -> Trained | None:
-        """None where the run is not done."""
-        path = folder / RESULT
-        if not path.exists():
-            return None
-        fields = json.loads(path.read_text())
-        return cls(fields["adapter"], fields["metrics"], [Point(*point) for point in fields["curves"]])
+from trainer.request import PROGRESS, VALUE_HEAD, Request, Trained, write_json
 
 
 class Training:
@@ -123,7 +57,7 @@ class Training:
 
     def report(self, progress: dict[str, Any]) -> None:
         """What status pages show; not synced, for nothing depends on it."""
-        _write_json(self.folder / PROGRESS, {**progress, "time": time.time()}, durable=False)
+        write_json(self.folder / PROGRESS, {**progress, "time": time.time()}, durable=False)
 
 
 class Learner:
@@ -149,13 +83,13 @@ class Learner:
         recipe = recipes.parse(request.recipe, request.run)
         training = Training(self._engine(request, recipe), recipe, self._sources(request), request.seed, folder)
         recipes.algorithm(recipe)(training)
-        return self._finish(training, time.monotonic() - started)
+        return self._finish(training, Path(request.adapters), time.monotonic() - started)
 
-    def _finish(self, training: Training, seconds: float) -> Trained:
+    def _finish(self, training: Training, adapters: Path, seconds: float) -> Trained:
         training.engine.save_value_head(training.folder / VALUE_HEAD)
-        adapter = training.engine.save_adapter(training.folder / "adapter")
+        adapter = training.engine.save_adapter(adapters)
         result = Trained(adapter, {**summary(training), "seconds": seconds}, training.curves)
-        _write_json(training.folder / RESULT, asdict(result))
+        result.save(training.folder)
         return result
 
     def _engine(self, request: Request, recipe: Recipe) -> TorchEngine:
@@ -218,13 +152,3 @@ def summary(training: Training) -> dict[str, float]:
 
 
 SOURCES = ("logged", "fresh", "corrected", "rated", "believed")
-
-
-def _write_json(path: Path, fields: dict[str, Any], *, durable: bool = True) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        json.dump(fields, file)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.rename(path)

@@ -1,1 +1,1 @@
-"""The learner service: when a policy is trained, on what, and what is announced of it."""
+"""The learner: when to train, one run at a time for each policy, and what became of it."""

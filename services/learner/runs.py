@@ -1,0 +1,244 @@
+"""One training run from order to announcement, on disk and on the log. Steps, each safe to do again after a kill:
+
+1. pin: select the batch (or load the one that was asked for) into ``batches/``, choose parent and reward snapshot
+2. write ``runs/<id>/request.json`` and ``runs/<id>/run.json``: from here on the run is resumed, never forgotten
+3. append Run (running)
+4. train on Ray, from the last checkpoint if there is one
+5. publish to the registry; the adapter lies in ``adapters/<hash>`` since the end of training
+6. append Adapter and Run (published) together: one append, so nobody sees one without the other
+7. write ``runs/<id>/run.json`` (published): the run is over
+
+Killed between 6 and 7, both records are appended again with the same ids and content, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from everloop import wire
+from everloop.config import Config
+from everloop.contract import Contract
+from everloop.errors import ConfigError, ContractError, NotEnoughData
+from everloop.event import BASE
+from everloop.home import Home
+from everloop.log.base import Log, NewRecord
+from everloop.registry import Registry
+from everloop.release import Adapter
+from everloop.run import Run, RunState
+from everloop.topics import ADAPTERS, RUNS
+
+from pipelines.batch import Batch, select
+from pipelines.gold import GoldSet
+from pipelines.store import Store
+from services.learner.facts import Facts
+from services.learner.triggers import Due
+from trainer import publish
+from trainer import recipe as recipes
+from trainer.request import VALUE_HEAD, Request, Trained
+
+RUN = "run.json"
+ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
+
+
+class Runs:
+    """The runs of one installation. ``threads`` of torch for a run."""
+
+    def __init__(self, config: Config, log: Log, registry: Registry, threads: int) -> None:
+        self._config = config
+        self._home = Home(config.home)
+        self._log = log
+        self._registry = registry
+        self._threads = threads
+
+    def begin(self, tenant: str, policy: str, due: Due, facts: Facts, now: float) -> Run:
+        """Steps 1 to 3.
+
+        Raises:
+            NotEnoughData: the window holds less than a batch needs.
+            ConfigError, RegistryError: the recipe is refused, or the parent's files cannot be had.
+        """
+        train = self._config.policy(tenant, policy).train
+        order = due.order or {}
+        seed = int(order["seed"] if order.get("seed") is not None else train.seed)
+        recipe = recipes.load(train.recipe)
+        batch = self._batch(tenant, policy, order.get("batch"), facts)
+        run_id = _run_id(tenant, policy, batch.stem, seed, facts.live, order.get("id") or str(now))
+        folder = self._home.folder("runs", run_id)
+        reward = self._reward(tenant, policy, batch, facts)
+        request = Request(
+            run=run_id,
+            folder=str(folder),
+            adapters=str(self._home.folder("adapters")),
+            base=self._config.policy(tenant, policy).base,
+            cache=str(self._config.cache.absolute()),
+            batch=str(batch),
+            recipe=recipe.model_dump(),
+            seed=seed,
+            parent=self._parent(facts),
+            value_head=self._value_head(facts),
+            reward=None if reward is None else str(reward),
+            encoder=self._config.policy(tenant, policy).reward.encoder,
+            recent=tuple(facts.lives[: train.max_lag + 1]),
+            threads=self._threads,
+        )
+        request.save()
+        run = Run(
+            id=run_id,
+            tenant=tenant,
+            policy=policy,
+            state=RunState.RUNNING,
+            batch=batch.stem,
+            seed=seed,
+            parent=facts.live,
+            trigger=due.reason,
+            publish=order.get("publish") is not False,
+            time=now,
+            **({"command": order["id"]} if order else {}),  # type: ignore[arg-type]
+        )
+        self._keep(run)
+        self._append((RUNS.name, run))
+        return run
+
+    def refuse(self, tenant: str, policy: str, due: Due, facts: Facts, why: str, now: float) -> Run:
+        """Answer an order that cannot become a run with a failed one, so that it is taken and its cause is told."""
+        order = due.order or {}
+        run_id = _run_id(tenant, policy, "", 0, facts.live, str(order.get("id")))
+        run = Run(
+            id=run_id,
+            tenant=tenant,
+            policy=policy,
+            state=RunState.FAILED,
+            batch=str(order.get("batch") or ""),
+            parent=facts.live,
+            trigger=due.reason,
+            reason=why,
+            time=now,
+            command=order.get("id"),  # type: ignore[call-arg]
+        )
+        self._append((RUNS.name, run))
+        return run
+
+    def under_way(self) -> list[Run]:
+        """Runs that a kill interrupted, oldest first."""
+        found = [Run.model_validate_json(path.read_text()) for path in self._home.folder("runs").glob(f"*/{RUN}")]
+        return sorted((run for run in found if run.state not in ENDED), key=lambda run: run.time)
+
+    def finish(self, run: Run, now: float) -> Run:
+        """Steps 5 to 7 for a run whose result is in its folder.
+
+        Raises RegistryError where the registry does not answer: call again later.
+        """
+        folder = self._home.folder("runs", run.id)
+        request, trained = Request.load(folder), Trained.load(folder)
+        if trained is None:
+            raise ContractError(f"run {run.id} has no result in {folder}: it is not done")
+        metrics = {**trained.metrics, "kl": trained.metrics.get("kl_base", 0.0)}
+        if not run.publish:
+            publish.log(self._registry, run, request, trained)
+            says = f"trained adapter {trained.adapter}, which was not to be published"
+            return self._end(run, RunState.FINISHED, says, metrics, now, adapter=trained.adapter)
+        adapter = publish.publish(self._registry, run, request, trained, now)
+        says = f"registered adapter {adapter.hash} as {adapter.uri}"
+        return self._end(run, RunState.PUBLISHED, says, metrics, now, adapter=adapter.hash, announce=adapter)
+
+    def fail(self, run: Run, why: str, now: float) -> Run:
+        """The run cannot go on; nothing of it is announced."""
+        return self._end(run, RunState.FAILED, why, {}, now)
+
+    def _end(
+        self,
+        run: Run,
+        state: RunState,
+        reason: str,
+        metrics: dict[str, float],
+        now: float,
+        *,
+        adapter: str | None = None,
+        announce: Adapter | None = None,
+    ) -> Run:
+        ended = run.model_copy(
+            update={
+                "state": state,
+                "step": run.step + 1,
+                "reason": reason,
+                "metrics": metrics,
+                "adapter": adapter,
+                "time": now,
+            }
+        )
+        made: list[tuple[str, Contract]] = [(ADAPTERS.name, announce)] if announce is not None else []
+        self._append(*made, (RUNS.name, ended))
+        self._keep(ended)
+        return ended
+
+    def _batch(self, tenant: str, policy: str, wanted: str | None, facts: Facts) -> Path:
+        folder = self._home.folder("batches")
+        if wanted is not None:
+            path = folder / f"{wanted}.parquet"
+            if path.parent != folder or not path.is_file():
+                raise NotEnoughData(
+                    f"there is no batch {wanted} in {folder}; 'everloop sql' shows the batch of each run"
+                )
+            return path
+        store = Store(self._home.root / "store", tenant=tenant)
+        try:
+            gold = GoldSet(self._home.root / "gold").keys(tenant, policy)
+            train = self._config.policy(tenant, policy).train
+            version = facts.reward_version or None
+            batch = select(store, tenant, policy, train, gold=gold, reward_version=version)
+        finally:
+            store.close()
+        return batch.save(folder)
+
+    def _parent(self, facts: Facts) -> str | None:
+        """The folder of the live adapter, fetched where it is not in the home; None: the base is live."""
+        from trainer.policy.lora import content_hash
+
+        if facts.live == BASE:
+            return None
+        here = self._home.root / "adapters" / facts.live
+        if here.exists():
+            return str(here)
+        uri = facts.uris.get(facts.live)
+        if uri is None:
+            raise ConfigError(f"the live adapter {facts.live} is neither in {here} nor in the registry by its route")
+        return str(self._registry.fetch(uri, facts.live, here.parent, content_hash))
+
+    def _value_head(self, facts: Facts) -> str | None:
+        made_by = facts.runs.get(facts.live)
+        return None if made_by is None else str(self._home.root / "runs" / made_by / VALUE_HEAD)
+
+    def _reward(self, tenant: str, policy: str, batch: Path, facts: Facts) -> Path | None:
+        """The snapshot that scored the batch, kept with it; the newest where that one was pruned."""
+        scored = Batch.load(batch).reward_version
+        root = self._home.root / "rewards" / tenant / policy
+        for folder in (root / scored, self._home.root / facts.reward_path):
+            if folder.name and (folder / "model.json").exists():
+                return folder
+        return None
+
+    def _keep(self, run: Run) -> None:
+        path = self._home.folder("runs", run.id) / RUN
+        partial = path.with_name(f"{RUN}.{os.getpid()}.partial")
+        with partial.open("w") as file:
+            file.write(run.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+
+    def _append(self, *made: tuple[str, Contract]) -> None:
+        self._log.append([self._record(topic, contract) for topic, contract in made])
+
+    def _record(self, topic: str, contract: Any) -> NewRecord:
+        name = contract.id if isinstance(contract, Run) else contract.hash
+        headers = {"schema": type(contract).__name__, "id": name}
+        return NewRecord(topic, contract.key, wire.encode(contract, self._home.blobs), headers, contract.time)
+
+
+def _run_id(*parts: object) -> str:
+    """The same for the same order: an order that is read twice is one run."""
+    return "run_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
