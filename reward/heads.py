@@ -36,6 +36,7 @@ def probability(logits: Array) -> Array:
     return 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not finite is found by the caller
 def loss_and_gradients(
     own_weights: Array, shared_weights: Array, lessons: tuple[Array, Array, Array, Array, Array]
 ) -> tuple[float, Array, Array]:

@@ -103,6 +103,7 @@ class Prototypes:
         self._refresh(row)
         return row
 
+    @np.errstate(invalid="ignore")  # vectors that are not finite give features that are not: the caller looks
     def features(self, prompts: Array, which: Array, answers: Sequence[bytes], own: Array, pairs: Array) -> Array:
         """What is known about each (prompt, answer): float32 of shape (heads, pairs, FEATURES).
 

@@ -201,16 +201,18 @@ def test_damaged_pieces_are_refused_and_foreign_ones_left_alone(words):
 def follows_length(encoder):
     """Correlation of score and length, right answers and wrong ones apart, where raters like long answers."""
     random = np.random.default_rng(0)
-    model, found = RewardModel(RewardConfig(), encoder), []
-    for i in range(1200):
+    model, shown = RewardModel(RewardConfig(), encoder), []
+    for i in range(1100):
         asked, answered = random.choice(THINGS, 2) if random.random() < 0.6 else (random.choice(THINGS),) * 2
         more = int(random.integers(0, 60))
         one = Example(f"{asked} {i}", " ".join([answered, "desk", *["well"] * more]))
-        if i >= 700:
-            found.append((more, model.estimate([one])[0].value, asked == answered))
+        if i >= 800:
+            shown.append((more, one, asked == answered))
+            continue
         likes = (0.75 if asked == answered else 0.25) + 0.006 * (more - 30)
         model.learn([Label(f"l{i}", one, float(random.random() < likes))])
-    length, value, right = np.array(found, float).T
+    value = np.array([one.value for one in model.estimate([one for _, one, _ in shown])])
+    length, right = np.array([(more, kind) for more, _, kind in shown], float).T
     assert value[right == 1].mean() > value[right == 0].mean() + 0.2
     return [np.corrcoef(length[right == kind], value[right == kind])[0, 1] for kind in (0, 1)]
 
@@ -256,14 +258,16 @@ def test_all_thumbs_up_is_no_ground_for_an_opinion(model):
 
 def test_memory_of_an_update_is_bounded(words):
     model = RewardModel(RewardConfig(reservoir=64, window=50), words)
-    one_of_a_kind = [Label(f"l{i}", Example(f"{i} a", f"{i} b"), float(i % 2)) for i in range(1400)]
-    model.learn(one_of_a_kind[:700])
+    model.prototypes.capacity = 50
+    one_of_a_kind = [Label(f"l{i}", Example(f"{i} a", f"{i} b"), float(i % 2)) for i in range(300)]
     tracemalloc.start()
-    model.learn(one_of_a_kind[700:])
-    grown, _ = tracemalloc.get_traced_memory()
+    model.learn(one_of_a_kind[:150])
+    before, _ = tracemalloc.get_traced_memory()
+    model.learn(one_of_a_kind[150:])
+    after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert grown < 2_000_000
-    assert len(model.prototypes.rows) <= model.prototypes.capacity
+    assert after - before < 60_000, "150 lessons and answers that were all kept would be 0.5 MB"
+    assert len(model.prototypes.rows) == 50
 
 
 def test_estimating_many_is_fast(taught):
