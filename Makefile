@@ -27,6 +27,7 @@ $(STAMP): requirements.lock pyproject.toml sdk/pyproject.toml
 	@if [ -n "$(TORCH_INDEX)" ]; then $(UV) pip install --quiet --python $(BIN)/python --reinstall-package torch --no-deps \
 	  --default-index "$(TORCH_INDEX)" "$$(grep -oE '^torch==[0-9.]+' requirements.lock)"; fi
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e sdk -e .
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # so that no start compiles them again
 	@touch $@
 
 demo: $(STAMP)   ## close the loop on real messages and show the improvement
