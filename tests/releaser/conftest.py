@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ class Engine:
         self.refuses: str | None = None
         self.delay = 0.0
         self.asked = 0
+        self.base = "tiny-k2"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -70,7 +72,7 @@ class Engine:
         return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
-        named = [{"id": "tiny-k2"}, *({"id": name, "parent": "tiny-k2"} for name in self.adapters)]
+        named = [{"id": self.base}, *({"id": name, "parent": self.base} for name in self.adapters)]
         return web.json_response({"data": named})
 
     async def _load(self, request: web.Request) -> web.Response:
@@ -87,7 +89,7 @@ class Engine:
         body = await request.json()
         self.asked += 1
         await asyncio.sleep(self.delay)
-        if body["model"] != "tiny-k2" and body["model"] not in self.adapters:
+        if body["model"] != self.base and body["model"] not in self.adapters:
             return web.json_response({"error": {"message": "no such model", "code": "model_not_found"}}, status=404)
         text = self.right.get(body["model"], lambda _: "other")(body["messages"][-1]["content"])
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
@@ -96,7 +98,7 @@ class Engine:
 
     async def _score(self, request: web.Request) -> web.Response:
         body = await request.json()
-        logprob = -0.1 if body["model"] != "tiny-k2" else -0.4
+        logprob = -0.1 if body["model"] != self.base else -0.4
         rows = [None, *({str(token): {"logprob": logprob}} for token in body["prompt"][1:])]
         return web.json_response({"choices": [{"index": 0, "text": "", "prompt_logprobs": rows}]})
 
@@ -229,3 +231,40 @@ def world(home: Home, engine: Engine) -> Iterator[Callable[..., World]]:
     yield make
     for one in made:
         one.log.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of Kimi K2's architecture that knows next to nothing, made in a moment."""
+    from trainer.policy import tiny_k2
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    small = tiny_k2.Settings(
+        steps=(1, 1), hidden=32, vocabulary=400, dense_width=32, expert_width=16, batch=4, context=64
+    )
+    tiny_k2.build(folder, [("hello there", "greet"), ("bye now", "leave")] * 4, settings=small)
+    return folder
+
+
+@pytest.fixture
+def adapters(tiny_base: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Write some real adapters of that base into a folder; returns their hashes."""
+
+    def make(folder: Path, count: int) -> list[str]:
+        import torch
+
+        from trainer.policy import base, lora
+
+        policy = base.load(str(tiny_base), tmp_path)
+        made = []
+        for seed in range(count):
+            model = lora.attach(policy, 2, 4.0, seed=seed)
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(seed)
+                for name, weights in model.named_parameters():
+                    if "lora_B" in name:
+                        weights.normal_(0.0, 0.02)
+            made.append(lora.save(model, folder))
+        return made
+
+    return make
