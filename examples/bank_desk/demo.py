@@ -31,6 +31,7 @@ from examples.bank_desk.platform import (
     TENANT,
     Platform,
     PlatformFailed,
+    base_name,
     everloop_command,
     write_config,
     write_examples,
@@ -67,9 +68,11 @@ class Demo:
 
     def run(self) -> Outcome:
         """Raises PlatformFailed where a process does not do its part."""
-        with self.phase("base"):
-            base = self._base()
+        name = base_name(self.desk.prior, self.seed)
+        base = self.cache / "bases" / name
         config = write_config(self.home, self.cache, base, max(60, self.messages // RUNS), self.seed)
+        with self.phase("base"):
+            self._build(base, config)
         with Platform(self.home, config) as platform:
             with self.phase("start"):
                 ready = platform.start()
@@ -84,10 +87,14 @@ class Demo:
             self.say(f"Before: {self.measured[0].accuracy:.1%} of {len(self.report)} held-out messages are right\n")
             return self._close(platform, client)
 
-    def _base(self) -> Path:
+    def _build(self, base: Path, config: Path) -> None:
+        if base.exists():
+            self.say("The base model with its small prior is there from an earlier demo")
+            return
+        self.say(f"Building a base model with a small prior, {len(self.desk.prior)} labelled messages …")
         examples = write_examples(self.home / "prior.jsonl", self.desk.prior)
-        said = everloop_command("base", "build", str(examples), "--cache", str(self.cache), "--seed", str(self.seed))
-        return Path(said.strip().splitlines()[-1])
+        words = ("base", "build", base.name, "--examples", str(examples), "--seed", str(self.seed))
+        everloop_command(*words, config=config)
 
     def _measure(self, client: OpenAI, messages: int, version: str) -> None:
         self.measured.append(Measured(messages, version, self._answers(client, self.report)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import selectors
@@ -86,11 +88,18 @@ def write_examples(path: Path, messages: Sequence[Message]) -> Path:
     return path
 
 
+def base_name(messages: Sequence[Message], seed: int) -> str:
+    """A name for the base with this prior: another for other messages, another seed, or another way of building."""
+    builder = importlib.util.find_spec("trainer.policy.tiny_k2")
+    source = Path(builder.origin).read_bytes() if builder and builder.origin else b""
+    parts = json.dumps([list(messages), seed]).encode() + source
+    return f"bank-desk-{hashlib.sha256(parts).hexdigest()[:16]}"
+
+
 def everloop_command(*words: str, config: Path | None = None) -> str:
     """Run one ``everloop`` command to its end; returns what it printed. Raises PlatformFailed where it fails."""
-    name, *rest = words
     where = ["--config", str(config)] if config else []
-    done = subprocess.run([*COMMAND, name, *where, *rest], capture_output=True, text=True, env=environment())
+    done = subprocess.run([*COMMAND, words[0], *where, *words[1:]], capture_output=True, text=True, env=environment())
     if done.returncode != 0:
         raise PlatformFailed(f"'everloop {' '.join(words)}' failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout
