@@ -10,6 +10,7 @@ from typing import Any
 from everloop import errors
 from everloop.errors import AdapterRefused, EverloopError, RegistryError
 
+READER = ("-m", "services.releaser.files")
 LONGEST = 300.0  # seconds for one request: a download, or the making of a small base at its first use
 CRASHES = 3  # of the process over the same request: then the files are to blame
 
@@ -49,7 +50,7 @@ class Porter:
         process = self._process
         if process is None or process.returncode is not None:
             process = self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "services.releaser.files"),
+                *(sys.executable, *READER),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )
