@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from everloop.errors import AdapterRefused, ConfigError
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from trainer.policy import base, lora, targets
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.models
 IDS = torch.arange(5, 65).reshape(3, 20)
 
 
-def with_noise(policy: Policy, groups: tuple[str, ...]) -> lora.PeftModel:
+def with_noise(policy: Policy, groups: tuple[str, ...]) -> PeftModel:
     model = lora.attach(policy, 4, 8, groups, seed=2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -76,7 +77,7 @@ def test_the_same_seed_attaches_the_same_adapter(policy: Policy, tmp_path: Path)
 
 
 def test_peft_itself_reads_what_is_saved(policy: Policy, adapter: Path, untrained: Path) -> None:
-    again = lora.PeftModel.from_pretrained(base.load(str(untrained), untrained.parent).model, adapter)
+    again = PeftModel.from_pretrained(base.load(str(untrained), untrained.parent).model, adapter)
     assert (logits(again.eval()) - logits(lora.merged(policy, adapter))).abs().max() < 1e-5
 
 

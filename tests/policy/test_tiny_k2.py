@@ -93,7 +93,7 @@ TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     ],
 )
 def test_what_the_template_cannot_honour_is_refused(policy: Policy, messages: list, tools: list, word: str) -> None:
-    with pytest.raises(ServingError, match=".*") as refused:
+    with pytest.raises(ServingError) as refused:
         policy.encode_chat(messages, tools)
     assert refused.value.status == 400
     assert word in str(refused.value)

@@ -17,17 +17,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from everloop.errors import AdapterRefused
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trainer.policy import targets
 from trainer.policy.base import Policy
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and an engine that only serves never needs it
+    from peft import PeftModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -80,6 +82,8 @@ def attach(
     ``parent`` is the folder of an adapter to continue from: its rank, alpha and targets then hold instead of the
     arguments. Raises AdapterRefused where the parent does not fit the policy.
     """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
     if parent is not None:
         check(parent, policy)
         fields = _read_config(parent)
@@ -103,6 +107,8 @@ def attach(
 
 def save(model: PeftModel, folder: Path) -> str:
     """Write the adapter as ``folder/<its content hash>`` and return the hash; whole or not at all."""
+    from peft import get_peft_model_state_dict
+
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     fields = {name: getattr(config, name) for name in FIELDS}

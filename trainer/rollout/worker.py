@@ -59,7 +59,7 @@ class Job:
 
 @dataclass
 class Counts:
-    """What the worker has done, for metrics. Written by the worker alone, but for ``refused``."""
+    """What the worker has done, for metrics."""
 
     waiting: int = 0
     running: int = 0
@@ -107,10 +107,16 @@ class Worker:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Stop its answers before their next token. Nothing is told of it any more."""
+        """Give up its place in the queue, or stop its answers before their next token. It is told nothing more."""
         with self._wake:
             job.cancelled = True
-            self._wake.notify()
+            if job not in self._waiting:
+                self._wake.notify()
+                return
+            self._waiting.remove(job)
+            self.counts.waiting = len(self._waiting)
+            self.counts.cancelled += 1
+        job.ended()
 
     def close(self) -> None:
         """End the thread; what runs or waits fails with 503. Blocks until it has ended."""
@@ -141,15 +147,11 @@ class Worker:
             return not self._closed
 
     def _drop_cancelled(self) -> None:
-        with self._wake:
-            gone = [job for job in self._waiting if job.cancelled]
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
-            self.counts.waiting = len(self._waiting)
         running = {id(job): job for job, _ in self._jobs.values() if job.cancelled}
         for job in running.values():
             self._leave(job)
-        for job in (*gone, *running.values()):
-            self.counts.cancelled += 1
+            with self._wake:
+                self.counts.cancelled += 1
             self._end(job, None)
 
     def _leave(self, job: Job) -> None:
@@ -204,10 +206,10 @@ class Worker:
             if answer.finish is not None:
                 self.counts.failed += answer.finish == "broken"
                 del self._jobs[id(answer)]
-        self._tell(told)
         for job in told:
             if all(answer.finish is not None for answer in job.answers):
                 job.ended()
+        self._tell(told)
         if not len(running):
             self._running.pop(key, None)
 
@@ -223,9 +225,9 @@ class Worker:
     def _end(self, job: Job, error: ServingError | None) -> None:
         for answer in job.answers:
             self._jobs.pop(id(answer), None)
+        job.ended()
         if error is not None:
             self._tell({job: [error]})
-        job.ended()
 
     def _tell(self, told: dict[Job, list[News]]) -> None:
         """One wake-up a step and event loop, however many answers took a token."""
