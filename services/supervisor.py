@@ -90,7 +90,9 @@ def services(config: Config) -> list[Service]:
     """
     names = [name for name in ORDER if name != "engine" or config.serving.url == "embedded"]
     ports = {name: _claim(config, name) for name in names}
-    environment = {"EVERLOOP_HOME": str(config.home.absolute())}
+    # The engine is asked to stop after the gateway: each has less than half of the whole time.
+    drain = max(0.45 * config.services.drain - 0.5, 0.5)
+    environment = {"EVERLOOP_HOME": str(config.home.absolute()), "EVERLOOP_SERVICES__DRAIN": f"{drain:.2f}"}
     for name, port in ports.items():
         section, key = PORT_KEYS[name]
         environment[f"EVERLOOP_{section}__{key}".upper()] = str(port)
@@ -244,11 +246,12 @@ class Supervisor:
                     os.waitpid(pid, os.WNOHANG)
 
     def _take_down(self) -> None:
-        """The engine last, since the gateway finishes answers with it; whoever stays until the deadline is killed."""
+        """The engine once the gateway is down, which finishes answers with it; who stays until the end is killed."""
         deadline = time.monotonic() + max(self.drain - 1.0, 0.5)
         first = [child for child in self.children if child.service.name != "engine"]
         self._ask_to_stop(first)
-        self._await(first, time.monotonic() + 0.6 * max(self.drain - 1.0, 0.5))
+        gateway = [child for child in first if child.service.name == "gateway"]
+        self._await(gateway, time.monotonic() + 0.5 * max(self.drain - 1.0, 0.5))
         self._ask_to_stop(self.children)
         self._await(self.children, deadline)
         for child in self.children:

@@ -58,10 +58,10 @@ def _of(said: dict[str, Any], service: str, part: str, key: str) -> dict[str, An
 
 def _release(its: dict[str, Any]) -> Iterator[str]:
     live = its["live"]
-    since = (
-        f" since {_clock(live['since'])}, before it {live['previous'][:12]}" if live["since"] else ", the base model"
-    )
-    yield f"  live          {live['adapter'][:12]}{since}"
+    if live["since"]:
+        yield f"  live          {live['adapter'][:12]} since {_clock(live['since'])}, before it {live['previous'][:12]}"
+    else:
+        yield "  live          the base model"
     progress = its.get("in_progress")
     if progress:
         yield f"  {progress['state']:<13} {progress['adapter'][:12]}: {progress['reason']}"
@@ -109,13 +109,14 @@ def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:
     if not its:
         yield "  next run      " + ("nothing is known yet" if runs else "unknown: the learner does not run")
         return
-    current, waits = its.get("run"), its.get("waits_for")
+    current, last = its.get("running"), its.get("last_run")
     if current:
-        yield f"  training      {_words(current)}"
-    if waits:
-        yield f"  next run      {_words(waits)}"
-    if its.get("last"):
-        yield f"  last run      {_words(its['last'])}"
+        shown = {name: current[name] for name in ("phase", "step", "steps", "trigger") if current.get(name) is not None}
+        yield f"  training      run {current['run']}: {_words(shown)}"
+    yield f"  next run      waits for {its.get('waits_for')}"
+    if last:
+        why = last["reason"] or last["trigger"]
+        yield f"  last run      {last['id']} {last['state']}, {_clock(last['time'])}: {why}"
 
 
 def _words(value: Any) -> str:

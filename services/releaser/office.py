@@ -107,7 +107,7 @@ class Office:
         if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):
             self._note_pause(command)
             paused = command.key in self._paused
-            return self._answer(command, True, f"{command.key}: {'no new canaries' if paused else 'goes on'}")
+            return self._answer(command, True, "paused: no new canaries" if paused else "new canaries may start")
         if command.kind is CommandKind.REGISTER:
             return self._register(order, command, state)
         if command.kind is CommandKind.VETO:

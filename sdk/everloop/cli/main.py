@@ -102,20 +102,27 @@ def _unknown(name: str, commands: Table) -> str:
 def _run(name: str, entry: tuple[str, str], rest: list[str]) -> int:
     line, module_name = entry
     module = import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"everloop {name}", description=module.__doc__ or line)
+    where, words = _where().parse_known_args(rest)
+    parser = argparse.ArgumentParser(prog=f"everloop {name}", description=module.__doc__ or line, parents=[_where()])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="configuration (else EVERLOOP_CONFIG, everloop.toml)"
-    )
-    parser.add_argument("--home", type=Path, metavar="FOLDER", help="where all state lives (else EVERLOOP_HOME)")
     module.add_arguments(parser)
-    options = parser.parse_args(rest)
+    options = parser.parse_args(words, namespace=where)
     # The options are short for the environment, so that services started from here see the same.
     if options.config is not None:
         os.environ["EVERLOOP_CONFIG"] = str(options.config.absolute())
     if options.home is not None:
         os.environ["EVERLOOP_HOME"] = str(options.home.absolute())
     return int(module.run(options))
+
+
+def _where() -> argparse.ArgumentParser:
+    """The options of every command, which may stand anywhere after its name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration (else EVERLOOP_CONFIG, everloop.toml)"
+    )
+    parser.add_argument("--home", type=Path, metavar="FOLDER", help="where all state lives (else EVERLOOP_HOME)")
+    return parser
 
 
 if __name__ == "__main__":
