@@ -31,8 +31,8 @@ def give(
     if options.no_wait:
         print(f"{name}: {kind} is ordered ({command.id})")
         return 0
-    if "releaser" not in here.running():
-        print(f"{name}: {kind} is ordered ({command.id}), and done once the releaser runs: everloop up")
+    if not here.running():
+        print(f"{name}: {kind} is ordered ({command.id}), and done once the platform runs: everloop up")
         return 1
     said = here.answer("releaser", command, options.timeout)
     if said is None:

@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
         command = here.order(
             CommandKind.RETRAIN, tenant, policy, batch=options.batch, seed=options.seed, publish=publish
         )
-        if "learner" not in here.running():
-            print(f"Ordered ({command.id}); it starts once the learner runs: everloop up")
+        if not here.running():
+            print(f"Ordered ({command.id}); it starts once the platform runs: everloop up")
             return 1
         return _follow(options, here, command)
 

@@ -156,7 +156,7 @@ def test_keys_are_made_shown_once_listed_and_revoked(capsys: pytest.CaptureFixtu
 def test_orders_are_in_the_log_while_nobody_runs(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
     status, out, _ = said(capsys, "release", "rollback", "--reason", "it swears", "--live")
     assert status == 1
-    assert "once the releaser runs" in out
+    assert "once the platform runs" in out
     assert said(capsys, "pause", "--no-wait")[0] == 0
     assert said(capsys, "retrain", "--seed", "7", "--no-publish")[0] == 1
     rollback, pause, retrain = here.records(COMMANDS, Command)
