@@ -30,10 +30,10 @@ from everloop.home import Home
 from everloop.log.base import Log
 from everloop.release import Release, ReleaseState
 from everloop.topics import COMMANDS, EPISODES, EVENTS
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from pipelines.gate import Decision
-from pipelines.sequential import Verdict, judge
+from pipelines.sequential import Verdict, judge, units_needed
 from services.releaser.examiner import Examiner
 from services.releaser.journal import Journal, Tail
 from services.releaser.office import Office
@@ -55,7 +55,9 @@ ROUND = 0.1  # seconds that a round waits for an order
 LOOK = 0.25  # seconds between looks at a canary's traffic
 LATER = 5.0  # seconds before something that failed is tried again
 REFRESH = 3600.0
-MOVED = Counter("everloop_release_transitions_total", "Transitions of releases, by the state they led to", ["state"])
+MOVED = Counter("everloop_release_transitions", "Transitions of releases, by the state they led to", ["state"])
+CANARIES = Gauge("everloop_releaser_canaries", "Canaries that run now")
+WAITING = Gauge("everloop_releaser_candidates", "Candidates that wait for their turn, or for a person")
 
 
 @dataclass
@@ -158,6 +160,8 @@ class Releaser:
         wanted: dict[str, Release] = {}
         for state in self.states.values():
             wanted |= state.resident
+        CANARIES.set(sum(state.canary is not None for state in self.states.values()))
+        WAITING.set(sum(state.waiting is not None for state in self.states.values()))
         self.examiner.keep(wanted, {r.adapter for state in self.states.values() for r in state.releases.values()})
 
     def _take_adapters(self, now: float) -> None:
@@ -223,7 +227,9 @@ class Releaser:
             self._result(future, release, work, now)
             return
         marked = release.model_copy(update={"evidence": {**release.evidence, "begins": self.journal.traffic_begins()}})
-        self.write(state, start_canary(state, marked, work.config.canary.plan(), now))
+        plan = work.config.canary.plan()
+        note = f"; about {units_needed(plan)} rated units in each arm show that nothing is lost"
+        self.write(state, start_canary(state, marked, plan, now, note))
 
     def _result(self, future: Future[Any], release: Release, work: Work, now: float) -> Any:
         """What a future gave; None where it failed and will be tried again."""
