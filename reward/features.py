@@ -51,6 +51,16 @@ class Structure:
 
 
 NAMES = ("turn", "tools", "tool_error_share", "tool_errors", "retries", "calls_tool", "cut_off")
+PRIOR = {
+    "turn": -0.5,
+    "tools": -0.5,
+    "tool_error_share": -0.5,
+    "tool_errors": -1.0,
+    "retries": -0.5,
+    "calls_tool": 0.0,
+    "cut_off": -1.0,
+}
+"""Log-odds that each adds to an answer's being good, before anything was learned."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float32]]
 REPLAY = 64  # remembered labels in each step, beside the new one
 RECENT = 512  # half of them are drawn from so many newest
+OWN_RATE, SHARED_RATE = 16.0, 6.0  # times the learning rate: few features are steered faster than many
 DECAY = 1e-4  # of the weights of shared features, a step
 
 
@@ -53,12 +54,12 @@ def loss_and_gradients(
 
 
 class Heads:
-    """Weights (heads, own) and (heads, shared), and AdaGrad's sums beside them. ``prior`` (own,): where they start."""
+    """Weights (heads, own) and (heads, shared), and AdaGrad's sums beside them; ``own`` and ``shared``: the start."""
 
-    def __init__(self, heads: int, prior: Array, shared: int, learning_rate: float) -> None:
+    def __init__(self, heads: int, own: Array, shared: Array, learning_rate: float) -> None:
         self.learning_rate = learning_rate
-        self.own = np.tile(prior.astype(np.float32), (heads, 1))
-        self.shared = np.zeros((heads, shared), np.float32)
+        self.own = np.tile(own.astype(np.float32), (heads, 1))
+        self.shared = np.tile(shared.astype(np.float32), (heads, 1))
         self.own_sums = np.ones_like(self.own)
         self.shared_sums = np.full_like(self.shared, 1e-3)
 
@@ -82,7 +83,7 @@ class Heads:
         self.own -= OWN_RATE * self.learning_rate * by_own / np.sqrt(self.own_sums)
         self.shared_sums += by_shared**2
         self.shared *= 1 - DECAY
-        self.shared -= self.learning_rate * by_shared / np.sqrt(self.shared_sums)
+        self.shared -= SHARED_RATE * self.learning_rate * by_shared / np.sqrt(self.shared_sums)
         return loss
 
     def arrays(self) -> dict[str, Array]:
@@ -93,9 +94,6 @@ class Heads:
             "own_sums": self.own_sums,
             "shared_sums": self.shared_sums,
         }
-
-
-OWN_RATE = 16.0  # the few own features are steered faster than the many shared ones
 
 
 class Reservoir:

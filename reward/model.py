@@ -34,7 +34,7 @@ MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before t
 FEWEST_OF_A_KIND = 5
 MAX_SPREAD = 0.35  # above it the members contradict each other
 KEEP = 0.8  # share of the members that see a label: what makes them differ
-EMPHASIS = 16.0  # of structure and length, a few features beside a thousand: how much faster they are learned
+EMPHASIS = 4.0  # of structure and length, a few features beside a thousand: how much faster they are learned
 SLIPS = 0.05  # share of thumbs that say the opposite of what was meant
 NEVER = -30.0  # logit of an answer that says and does nothing: there is nothing in it to be right
 RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
@@ -106,6 +106,13 @@ def shared_features(prompts: Array, answers: Array, examples: Sequence[Example])
     return np.concatenate([few, product, answers, prompts], axis=1)
 
 
+def shared_prior(size: int) -> Array:
+    """Where the shared weights start: struggle speaks a little against an answer, the rest is not known."""
+    weights = np.zeros(SHARED + 3 * size, np.float32)
+    weights[: len(features.NAMES)] = np.array([features.PRIOR[name] for name in features.NAMES]) / EMPHASIS
+    return weights
+
+
 SHARED = len(features.NAMES) + features.LENGTHS
 LENGTH_COLUMNS = slice(len(features.NAMES), SHARED)
 
@@ -121,7 +128,7 @@ class RewardModel:
         self.config = config
         self.encoder = encoder
         self.prototypes = Prototypes(config.heads, encoder.size)
-        self.heads = Heads(config.heads, PRIOR, SHARED + 3 * encoder.size, config.learning_rate)
+        self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
         self.reservoir = Reservoir(config.reservoir)
         self.calibration = Calibration(config.window)
         self.updates = 0

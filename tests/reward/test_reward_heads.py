@@ -53,7 +53,7 @@ def test_gradients_agree_with_finite_differences():
 
 
 def test_a_member_learns_nothing_from_a_label_that_it_does_not_see():
-    heads = Heads(2, np.zeros(1), 1, 0.1)
+    heads = Heads(2, np.zeros(1), np.zeros(1), 0.1)
     lesson = Lesson(np.ones((2, 1), np.float32), np.zeros(1, np.float32), 1.0, 1.0, np.array([1.0, 0.0], np.float32))
     heads.step([lesson])
     assert heads.own[0, 0] > 0
@@ -61,7 +61,7 @@ def test_a_member_learns_nothing_from_a_label_that_it_does_not_see():
 
 
 def test_a_step_that_would_not_be_finite_is_not_made():
-    heads = Heads(1, np.ones(1), 1, 0.1)
+    heads = Heads(1, np.ones(1), np.zeros(1), 0.1)
     lesson = Lesson(np.full((1, 1), np.inf, np.float32), np.zeros(1, np.float32), 0.0, 1.0, np.ones(1, np.float32))
     assert math.isnan(heads.step([lesson]))
     assert heads.own.tolist() == [[1.0]]

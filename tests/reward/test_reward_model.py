@@ -198,23 +198,22 @@ def test_damaged_pieces_are_refused_and_foreign_ones_left_alone(words):
     assert not durable.restore(RewardModel(RewardConfig(heads=3), words), state.items())
 
 
-def follows_length(encoder):
-    """Correlation of score and length, right answers and wrong ones apart, where raters like long answers."""
+def gain_by_length(encoder):
+    """How much more long answers are worth than short ones of the same content, where raters like long answers."""
     random = np.random.default_rng(0)
-    model, shown = RewardModel(RewardConfig(), encoder), []
-    for i in range(1100):
+    model = RewardModel(RewardConfig(), encoder)
+    for i in range(700):
         asked, answered = random.choice(THINGS, 2) if random.random() < 0.6 else (random.choice(THINGS),) * 2
         more = int(random.integers(0, 60))
-        one = Example(f"{asked} {i}", " ".join([answered, "desk", *["well"] * more]))
-        if i >= 800:
-            shown.append((more, one, asked == answered))
-            continue
+        answer = " ".join([answered, "desk", *["well"] * more])
         likes = (0.75 if asked == answered else 0.25) + 0.006 * (more - 30)
-        model.learn([Label(f"l{i}", one, float(random.random() < likes))])
-    value = np.array([one.value for one in model.estimate([one for _, one, _ in shown])])
-    length, right = np.array([(more, kind) for more, _, kind in shown], float).T
-    assert value[right == 1].mean() > value[right == 0].mean() + 0.2
-    return [np.corrcoef(length[right == kind], value[right == kind])[0, 1] for kind in (0, 1)]
+        model.learn([Label(f"l{i}", Example(f"{asked} {i}", answer), float(random.random() < likes))])
+    grid = [(asked, answered, more) for asked in THINGS for answered in THINGS for more in (2, 4, 6, 50, 54, 58)]
+    shown = [Example(f"{asked} now", " ".join([one, "desk", *["well"] * more])) for asked, one, more in grid]
+    value = np.array([estimate.value for estimate in model.estimate(shown)]).reshape(6, 6, 6)
+    right = np.eye(6, dtype=bool)
+    assert value[right].mean() > value[~right].mean() + 0.2
+    return value[:, :, 3:].mean() - value[:, :, :3].mean()
 
 
 def test_length_is_corrected_for(words, monkeypatch):
@@ -224,10 +223,11 @@ def test_length_is_corrected_for(words, monkeypatch):
         def encode(self, texts):
             return super().encode([text.replace(" well", "") for text in texts])
 
-    corrected = follows_length(Attentive())
+    corrected = gain_by_length(Attentive())
     monkeypatch.setattr("reward.model.LENGTH_COLUMNS", slice(0, 0))
-    as_rated = follows_length(Attentive())
-    assert max(map(abs, corrected)) < 0.1 < 0.2 < min(as_rated)
+    as_rated = gain_by_length(Attentive())
+    assert abs(corrected) < as_rated / 3
+    assert as_rated > 0.06
 
 
 def test_the_null_answer_never_wins(taught):
