@@ -5,10 +5,8 @@ one, and one tenant's from another's, without asking a database.
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import os
-import secrets
 
 EPISODE = "ep_"
 RESPONSE = "chatcmpl-"
@@ -37,7 +35,7 @@ class Ids:
 
     def _keyed(self, size: int, *parts: str | bytes) -> bytes:
         message = b"\0".join(p.encode() if isinstance(p, str) else p for p in parts)
-        return hmac.new(self._secret, message, hashlib.sha256).digest()[:size]
+        return hmac.digest(self._secret, message, "sha256")[:size]
 
     def pseudonym(self, tenant: str, kind: str, name: str) -> str:
         """The keyed hash of a person's name within a tenant. ``kind``: "subject" or "rater"; the two never match."""
@@ -47,7 +45,7 @@ class Ids:
         return EPISODE + _text(body + self._keyed(4, "episode", tenant, body))
 
     def new_episode(self, tenant: str) -> str:
-        return self._episode(tenant, secrets.token_bytes(16))
+        return self._episode(tenant, os.urandom(16))
 
     def episode_named(self, tenant: str, name: str) -> str:
         """The episode that an agent calls ``name``: one of our ids as it is, any other name by keyed hash.

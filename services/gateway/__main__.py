@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 from collections.abc import AsyncIterator
 
@@ -79,6 +80,8 @@ def main() -> int:
     except EverloopError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1
+    gc.freeze()  # what was made so far stays
+    gc.set_threshold(50_000, 20, 50)  # an answer is hundreds of small objects, gone with it: no need to look so often
     try:
         return service.run()
     finally:

@@ -90,8 +90,10 @@ class Calls:
     async def _answer(self, request: web.Request, ask: Ask, turn: Turn, promise: Promise) -> web.StreamResponse:
         stream = _Stream(request, ask, turn) if ask.stream else None
         try:
+            if stream is None:
+                return await self._whole(ask, turn, promise)
             async with asyncio.timeout(self._longest):
-                return await (self._whole(ask, turn, promise) if stream is None else self._stream(stream, promise))
+                return await self._stream(stream, promise)
         except (ServingError, LogError) as error:
             if isinstance(error, ServingError) and error.status >= 500:
                 await self._unanswered(ask, turn, stream, str(error), "error")

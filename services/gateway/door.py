@@ -61,6 +61,8 @@ class Door:
         length = request.content_length
         if length is not None and length > self._limit:
             raise self._too_large()
+        if request.content.is_eof():  # it came with its head, as small ones do
+            return self._checked(request.content.read_nowait())
         try:
             async with asyncio.timeout(self._read_seconds):
                 return await self._read(request)
@@ -82,6 +84,11 @@ class Door:
                 raise self._too_large()
             blocks.append(block)
         return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+    def _checked(self, body: bytes) -> bytes:
+        if len(body) > self._limit:
+            raise self._too_large()
+        return body
 
     def _too_large(self) -> Refused:
         return _closing(

@@ -21,8 +21,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import orjson
@@ -79,6 +78,33 @@ class Entry:
 Promise = Callable[[Finished, "asyncio.Future[None]"], None]
 
 
+class Answering:
+    """Gives the promise of one answer. Without a promise by the end of the context, the request failed.
+
+    A promise is kept once the answer's events are durable, even if its client has left by then.
+    """
+
+    __slots__ = ("_entry", "_name", "_retries")
+
+    def __init__(self, retries: Retries, name: str, entry: Entry) -> None:
+        self._retries = retries
+        self._name = name
+        self._entry = entry
+
+    def __enter__(self) -> Promise:
+        return self._promise
+
+    def __exit__(self, *error: object) -> None:
+        if not self._entry.promised:
+            self._retries.over(self._name, self._entry, None)
+
+    def _promise(self, finished: Finished, stored: asyncio.Future[None]) -> None:
+        self._entry.promised = True
+        stored.add_done_callback(
+            lambda stored: self._retries.over(self._name, self._entry, finished if _good(stored) else None)
+        )
+
+
 class Retries:
     """Answers of late, by mark. Used by the event loop alone; what is kept is bounded in bytes and time."""
 
@@ -118,26 +144,13 @@ class Retries:
                 return finished
         return None
 
-    @contextmanager
-    def answering(self, mark: Mark) -> Iterator[Promise]:
-        """The time in which a request is answered: repeats of it wait. Without a promise by its end, it failed.
+    def answering(self, mark: Mark) -> Answering:
+        """The time in which a request is answered, as a context: repeats of it wait."""
+        entry = self._under_way[mark.name] = Entry(mark.body, asyncio.get_running_loop().create_future())
+        return Answering(self, mark.name, entry)
 
-        The promise is kept once the answer's events are durable, even if its client has left by then.
-        """
-        entry = Entry(mark.body, asyncio.get_running_loop().create_future())
-        self._under_way[mark.name] = entry
-
-        def promise(finished: Finished, stored: asyncio.Future[None]) -> None:
-            entry.promised = True
-            stored.add_done_callback(lambda stored: self._over(mark.name, entry, finished if _good(stored) else None))
-
-        try:
-            yield promise
-        finally:
-            if not entry.promised:
-                self._over(mark.name, entry, None)
-
-    def _over(self, name: str, entry: Entry, finished: Finished | None) -> None:
+    def over(self, name: str, entry: Entry, finished: Finished | None) -> None:
+        """Settle an entry: its answer stands, or None, and whoever waits begins anew."""
         if self._under_way.get(name) is entry:
             del self._under_way[name]
         if finished is not None:

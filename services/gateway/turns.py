@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import secrets
 import time
 from dataclasses import dataclass
@@ -74,6 +76,7 @@ class Turns:
         self._ids = ids
         self._routes = routes
         self._conversations = conversations
+        self._unique = random.Random(os.urandom(32))  # call ids must differ, not be secret: no system call each
 
     def begin(self, request: web.Request, key: Key, ask: Ask, mark: str, size: int) -> Turn:
         """A call that will be recorded. ``mark`` names the request for its retries; ``size`` is its body's bytes."""
@@ -84,7 +87,7 @@ class Turns:
         conversation = Conversation(key.tenant, ask.policy, subject, ask.messages)
         episode = self._episode(request, key, conversation, config, began)
         assignment = self._assignment(key, ask, episode, subject, config, began)
-        response = self._ids.response(key.tenant, episode, secrets.token_bytes(8))
+        response = self._ids.response(key.tenant, episode, self._unique.randbytes(8))
         call = self._ids.call_of(response)
         if config.explore and ask.pin is None and point("explore", call) < config.explore:
             explore(ask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from everloop.serving.base import Route
 IDLE = 4.0  # seconds a connection is kept: less than the five after which uvicorn closes it
 CONNECT = 5.0
 JSON = {"Content-Type": "application/json"}
+PROCESS = os.urandom(8).hex()
+REQUESTS = itertools.count()
 
 
 class HttpServing:
@@ -134,7 +137,7 @@ class _asked:
             raise self._failed(error) from error
 
     async def _send(self) -> aiohttp.ClientResponse:
-        headers = {**JSON, "X-Request-Id": os.urandom(16).hex()}
+        headers = {**JSON, "X-Request-Id": f"{PROCESS}-{next(REQUESTS):x}"}
         return await self._serving._opened().request(
             self._method, self._serving.url + self._path, data=self._body, headers=headers
         )
