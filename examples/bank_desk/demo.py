@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -134,14 +135,17 @@ class Demo:
         """Serve messages while the platform learns; returns where the loop stands when all is sent."""
         end = time.monotonic() + LOOP_LIMIT
         now = self._standing(platform)
+        served, since = traffic.served, 0
         while time.monotonic() < end:
-            step = plan(now.stage, traffic.served.messages, self.messages, len(self.promoted))
+            step = plan(now.stage, served.messages, served.messages - since, self.messages, len(self.promoted))
             if step.done:
                 break
             traffic.send(step.messages)
             time.sleep(step.wait)
             before, now = now, self._standing(platform)
-            if now.decision is not None and (before.decision is None or now.decision != before.decision):
+            if now.stage is not before.stage:
+                since = served.messages
+            if now.decision is not None and now.decision != before.decision:
                 self._cycle(now, now.decision, traffic, client)
         everloop.flush(10)
         return self._standing(platform)
@@ -210,6 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command; ``options.home`` is the demo's home, wiped at the start. 0: the loop closed, and it is better."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the platform goes down too
     try:
         return _run(options, options.home or Path(".everloop/demo"), Path(".everloop/cache"))
     except (DataError, PlatformFailed) as error:

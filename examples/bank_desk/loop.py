@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 PROMOTED = frozenset({"live", "retired"})
 REFUSED = frozenset({"rejected", "rolled_back", "vetoed"})
 CHUNK, TRICKLE = 48, 4
-BREATH = 1.0  # seconds between trickles, which leave the cores to the training
+TRICKLES = 120  # messages at most while others need the cores
+BREATH = 1.0  # seconds between trickles
 BEYOND = 1.25  # share of the planned messages that a canary under way may still take
 
 
@@ -100,10 +101,10 @@ class Next(NamedTuple):
     done: bool = False
 
 
-def plan(stage: Stage, sent: int, planned: int, promoted: int) -> Next:
-    """What to do next, from where the loop stands and how many messages were sent of those planned.
+def plan(stage: Stage, sent: int, in_stage: int, planned: int, promoted: int) -> Next:
+    """What to do next, from where the loop stands and how many messages were sent: of those planned, in this stage.
 
-    Messages come fast while the next run or a canary waits for them, and slowly while others need the cores. What
+    Messages come fast while the next run or a canary waits for them, and few come while others need the cores. What
     is planned may be passed, by a quarter at most, where a canary is under way or nothing was promoted yet.
     """
     left = planned - sent
@@ -113,5 +114,5 @@ def plan(stage: Stage, sent: int, planned: int, promoted: int) -> Next:
     if sent >= planned * BEYOND:
         return Next(done=True)
     if stage in (Stage.TRAINING, Stage.EXAMINING):
-        return Next(TRICKLE, BREATH)
+        return Next(TRICKLE if in_stage < TRICKLES else 0, BREATH)
     return Next(min(CHUNK, left) if left > 0 else CHUNK)

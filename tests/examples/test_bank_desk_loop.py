@@ -54,18 +54,21 @@ def test_a_decision_says_who_made_it(state: str, evidence: dict[str, Any], gate:
 
 
 @pytest.mark.parametrize(
-    ("stage", "sent", "promoted", "then"),
+    ("stage", "sent", "in_stage", "promoted", "then"),
     [
-        (Stage.GATHERING, 0, 0, Next(CHUNK)),
-        (Stage.GATHERING, 2990, 0, Next(10)),
-        (Stage.GATHERING, 3000, 0, Next(done=True)),
-        (Stage.TRAINING, 0, 0, Next(TRICKLE, BREATH)),
-        (Stage.TRAINING, 3000, 0, Next(TRICKLE, BREATH)),  # nothing promoted yet: give it a chance
-        (Stage.TRAINING, 3000, 1, Next(done=True)),
-        (Stage.CANARY, 3000, 1, Next(CHUNK)),  # a canary without messages decides nothing
-        (Stage.CANARY, 3750, 1, Next(done=True)),
-        (Stage.EXAMINING, 3750, 0, Next(done=True)),
+        (Stage.GATHERING, 0, 0, 0, Next(CHUNK)),
+        (Stage.GATHERING, 2990, 900, 0, Next(10)),
+        (Stage.GATHERING, 3000, 900, 0, Next(done=True)),
+        (Stage.TRAINING, 700, 0, 0, Next(TRICKLE, BREATH)),
+        (Stage.TRAINING, 900, 200, 0, Next(0, BREATH)),  # enough: the rest is for the canary
+        (Stage.TRAINING, 3000, 0, 0, Next(TRICKLE, BREATH)),  # nothing promoted yet: give it a chance
+        (Stage.TRAINING, 3000, 0, 1, Next(done=True)),
+        (Stage.CANARY, 3000, 500, 1, Next(CHUNK)),  # a canary without messages decides nothing
+        (Stage.CANARY, 3750, 500, 1, Next(done=True)),
+        (Stage.EXAMINING, 3750, 9, 0, Next(done=True)),
     ],
 )
-def test_messages_come_where_somebody_waits_for_them(stage: Stage, sent: int, promoted: int, then: Next) -> None:
-    assert plan(stage, sent, 3000, promoted) == then
+def test_messages_come_where_somebody_waits_for_them(
+    stage: Stage, sent: int, in_stage: int, promoted: int, then: Next
+) -> None:
+    assert plan(stage, sent, in_stage, 3000, promoted) == then
