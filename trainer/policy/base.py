@@ -89,6 +89,7 @@ def load(name: str, cache: Path, *, dtype: torch.dtype = torch.float32) -> Polic
     except (OSError, ValueError) as error:
         raise ConfigError(f"base model {name!r} cannot be loaded from {folder}: {error}") from None
     model.eval().requires_grad_(False)
+    tokenizer.clean_up_tokenization_spaces = False  # ids and text must agree to the byte
     stop_ids = _stop_ids(folder, model, tokenizer)
     end_id = chat.end_id(tokenizer, stop_ids)
     return Policy(name, folder, model, tokenizer, _context(model), stop_ids, end_id)

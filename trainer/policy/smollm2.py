@@ -6,6 +6,7 @@ are unpacked once into a Hugging Face folder of safetensors below the cache.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -42,9 +43,11 @@ def _gguf() -> Path:
 
 def _unpack(gguf: Path, folder: Path) -> None:
     """Write the folder, whole or not at all, with weights in float32."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # a progress bar that none can turn off
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)  # the reader takes the wrong one
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # else the folder would be read as GGUF again
     model.hf_quantizer = None
