@@ -44,8 +44,10 @@ WORKERS = 16
 MOST_MEASURED = 800  # held-out messages of the report; fewer where there are fewer
 LOOP_LIMIT = 270.0  # seconds that messages may take
 FEWEST_MESSAGES = 500
-RUNS = 4  # training runs that the messages are meant for
-COLUMNS = "cycle  version   messages  up/down    corr  AUC   cal.err  steps  KL     gate     canary       held-out"
+RUNS = 3  # parts that the messages come in: each starts a training run, the last one is for the canary
+COLUMNS = (
+    "         cycle  live      messages  thumbs     corr  AUC   cal.err  steps  KL     gate     canary       held-out"
+)
 
 
 class Demo:
@@ -60,6 +62,7 @@ class Demo:
         self.promoted: list[Promotion] = []
         self.refused: list[Decision] = []
         self.report = desk.report[:MOST_MEASURED]
+        self.began = time.monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -145,6 +148,7 @@ class Demo:
             before, now = now, self._standing(platform)
             if now.stage is not before.stage:
                 since = served.messages
+                self.say(f"{time.monotonic() - self.began:5.0f} s  {since:,} messages served; now {now.stage}")
             if now.decision is not None and now.decision != before.decision:
                 self._cycle(now, now.decision, traffic, client)
         everloop.flush(10)
@@ -172,14 +176,14 @@ class Demo:
         number = len(self.promoted) + len(self.refused)
         self.say(cycle_line(number, now, decision, traffic, self.measured[-1].accuracy))
         if decision.state in REFUSED:
-            self.say(f"       {decision.reason}")
+            self.say(f"{'':<16}{decision.reason}")
 
 
 def cycle_line(number: int, now: Standing, decision: Decision, traffic: Traffic, accuracy: float) -> str:
     """One row below COLUMNS."""
     served = traffic.served
     return (
-        f"{number:<7}{now.live[:8]:<10}{served.messages:<10}{f'{served.up}/{served.down}':<11}"
+        f"{number:>14}  {now.live[:8]:<10}{served.messages:<10}{f'{served.up}/{served.down}':<11}"
         f"{len(served.corrected):<6}{_number(now.auc):<6}{_number(now.calibration_error):<9}"
         f"{'-' if now.steps is None else now.steps:<7}{_number(now.kl, 3):<7}"
         f"{decision.gate:<9}{decision.canary or '-':<13}{accuracy:.1%}"

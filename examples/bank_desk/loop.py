@@ -14,10 +14,12 @@ BEYOND = 1.25  # share of the planned messages that a canary under way may still
 
 
 class Stage(StrEnum):
-    GATHERING = "gathering"  # messages for the next run
-    TRAINING = "training"
-    EXAMINING = "examining"  # the gate asks its held-out questions, the engine loads the adapter
-    CANARY = "canary"
+    """What the loop is at; the value says it to people."""
+
+    GATHERING = "messages for the next training run"
+    TRAINING = "a training run, beside the traffic"
+    EXAMINING = "the gate asks its held-out questions"
+    CANARY = "half of the traffic goes to the candidate, half to the version that is live"
 
 
 class Decision(NamedTuple):
@@ -41,7 +43,6 @@ class Standing(NamedTuple):
     calibration_error: float | None
     steps: int | None
     kl: float | None
-    waits: str
 
 
 def standing(policy: str, releaser: dict[str, Any], learner: dict[str, Any], scorer: dict[str, Any]) -> Standing | None:
@@ -61,7 +62,6 @@ def standing(policy: str, releaser: dict[str, Any], learner: dict[str, Any], sco
         calibration_error=reward.get("calibration_error"),
         steps=None if metrics.get("steps") is None else int(metrics["steps"]),
         kl=metrics.get("kl"),
-        waits=str(learning.get("waits_for") or ""),
     )
 
 
