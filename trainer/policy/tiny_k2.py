@@ -65,7 +65,7 @@ class Settings:
     dense_width: int = 384
     expert_width: int = 128
     context: int = 512
-    passes: float = 9.25
+    passes: float = 9.0
     steps: tuple[int, int] = (80, 400)
     batch: int = 32
     learning_rate: float = 3e-3
