@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from everloop.config import ServingConfig
 from everloop.errors import Overloaded, ServingError
+from everloop.event import Sampling
 
 from trainer.policy.base import Policy
 from trainer.rollout.embedded import EmbeddedServing
+from trainer.rollout.running import Answer
+from trainer.rollout.worker import Job, Worker
 
 pytestmark = pytest.mark.models
 CHAT = "chat/completions"
@@ -71,6 +75,31 @@ async def test_who_leaves_stops_the_generation(serving: EmbeddedServing, policy:
     await serving.complete(CHAT, ask(policy, max_tokens=1))
     assert serving.counts.sampled_tokens == sampled + 1
     assert all(resident.uses == 0 for resident in serving.residents.bases)
+
+
+async def test_a_request_that_is_too_large_for_any_batch_is_refused(serving: EmbeddedServing, policy: Policy) -> None:
+    with pytest.raises(ServingError, match="at most 4 answers") as refused:
+        await serving.complete(CHAT, ask(policy, n=5))
+    assert refused.value.status == 400
+
+
+async def test_memory_is_bounded_by_what_answers_may_become(policy: Policy) -> None:
+    worker = Worker(rows=64, queue=64, tokens=100)
+    serving = EmbeddedServing([policy], ServingConfig(threads=1))
+    resident = serving.residents.lease(policy.name)
+    loop = asyncio.get_running_loop()
+    jobs = []
+    for _ in range(5):  # each may become 50 tokens long: two at a time
+        answer = Answer((5,) * 10, Sampling(temperature=0), 40, frozenset(), random.Random(0))
+        jobs.append(Job(resident, [answer], True, loop))
+        worker.submit(jobs[-1])
+    most = 0
+    for job in jobs:
+        while (await job.news.get()).finish is None:
+            most = max(most, worker.counts.running)
+    assert most == 2
+    await asyncio.to_thread(worker.close)
+    await serving.close()
 
 
 async def test_a_seeded_answer_does_not_depend_on_the_batch(serving: EmbeddedServing, policy: Policy) -> None:

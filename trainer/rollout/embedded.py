@@ -20,7 +20,7 @@ from trainer.rollout import request as requests
 from trainer.rollout.reply import Reply
 from trainer.rollout.request import Request
 from trainer.rollout.residents import Resident, Residents
-from trainer.rollout.running import check_decodable
+from trainer.rollout.running import Answer, check_decodable
 from trainer.rollout.words import Words
 from trainer.rollout.worker import Counts, Job, News, Sampled, Worker
 
@@ -106,10 +106,7 @@ class EmbeddedServing:
 
     def _job(self, request: Request, resident: Resident, each_token: bool) -> Job:
         answers = request.answers(resident.policy)
-        if len(answers) > self._worker.rows:
-            raise ServingError(
-                f"n is above {self._worker.rows}, the rows of a batch here", status=400, code="invalid_value"
-            )
+        self._check_size(answers)
         if request.sampling.stop:
             for answer in answers:
                 words = Words(resident.policy.decode, request.sampling.stop)
@@ -117,6 +114,16 @@ class EmbeddedServing:
         job = Job(resident, answers, each_token, asyncio.get_running_loop())
         job.ended = lambda: self.residents.release(resident)
         return job
+
+    def _check_size(self, answers: list[Answer]) -> None:
+        rows, tokens = len(answers), len(answers) * answers[0].longest
+        if rows > self._worker.rows or tokens > self._worker.tokens:
+            raise ServingError(
+                f"this engine decodes at most {self._worker.rows} answers of together {self._worker.tokens} tokens at "
+                f"once; n, prompt and max_tokens ask for {rows} of together {tokens}",
+                status=400,
+                code="invalid_value",
+            )
 
     def _stop(self, job: Job) -> None:
         """Where the answer is not whole, nobody waits for it any more."""

@@ -51,6 +51,11 @@ class Answer:
     alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: str | None = None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer, at most."""
+        return len(self.prompt) + self.max_tokens
+
     def take(self, token: int, logprob: float, raw: float) -> None:
         """Note a sampled token, and whether it was the last."""
         self.ids.append(token)

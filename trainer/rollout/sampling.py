@@ -13,6 +13,7 @@ import torch
 from everloop.event import Sampling
 
 NEVER = float("-inf")
+COLDEST = 1e-5  # a temperature below it is taken as it, or logits would overflow
 
 
 def processed(logits: torch.Tensor, rows: Sequence[Sampling], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -21,7 +22,7 @@ def processed(logits: torch.Tensor, rows: Sequence[Sampling], outputs: Sequence[
     ``logits`` has shape (rows, vocabulary); ``outputs`` are the ids that each row has sampled so far.
     """
     shaped = _penalised(logits.float(), rows, outputs)
-    temperatures = [row.temperature or 1.0 for row in rows]
+    temperatures = [max(row.temperature, COLDEST) if row.temperature else 1.0 for row in rows]
     if any(t != 1.0 for t in temperatures):
         shaped = shaped / torch.tensor(temperatures)[:, None]
     shaped = _min_p(shaped, rows)

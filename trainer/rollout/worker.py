@@ -74,13 +74,17 @@ class Counts:
 
 
 class Worker:
-    """``rows`` answers run at once, ``queue`` requests may wait; at most ``prefill`` prompt tokens join at a step."""
+    """``rows`` answers run at once, ``queue`` requests may wait; at most ``prefill`` prompt tokens join at a step.
 
-    def __init__(self, rows: int, queue: int, *, prefill: int = 4096, threads: int = 0) -> None:
+    ``tokens`` bounds memory: rows times the longest that any may become. (SmolLM2 keeps 46 kB a token.)
+    """
+
+    def __init__(self, rows: int, queue: int, *, prefill: int = 4096, tokens: int = 65_536, threads: int = 0) -> None:
         self.rows = rows
+        self.tokens = tokens
         self.counts = Counts()
         self._queue = queue
-        self._prefill = prefill
+        self.prefill = prefill
         self._threads = threads
         self._waiting: deque[Job] = deque()
         self._jobs: dict[int, tuple[Job, int]] = {}  # by id of a running answer: its job, its index
@@ -161,17 +165,13 @@ class Worker:
             del self._running[key]
 
     def _admit(self) -> None:
-        """Take in what waits, in order, as far as rows and this step's prompt tokens go; always one if none runs."""
+        """Take in what waits, in order, as far as there is room; always one if none runs."""
         taken: dict[int, list[Job]] = {}
-        rows, tokens = len(self._jobs), 0
+        room = _Room(self, [answer for job, index in self._jobs.values() for answer in (job.answers[index],)])
         with self._wake:
-            while self._waiting:
-                job = self._waiting[0]
-                rows += len(job.answers)
-                tokens += len(job.answers[0].prompt)
-                if (taken and tokens > self._prefill) or (rows > self.rows and rows > len(job.answers)):
-                    break
-                taken.setdefault(id(job.resident.module), []).append(self._waiting.popleft())
+            while self._waiting and room.take(self._waiting[0].answers):
+                job = self._waiting.popleft()
+                taken.setdefault(id(job.resident.module), []).append(job)
             self.counts.waiting = len(self._waiting)
         for key, jobs in taken.items():
             self._begin(key, jobs)
@@ -235,6 +235,28 @@ class Worker:
             its = [(job, news) for job, news in told.items() if job.loop is loop]
             with contextlib.suppress(RuntimeError):  # that loop has ended, and with it everybody who listened
                 loop.call_soon_threadsafe(_deliver, its)
+
+
+class _Room:
+    """What of the worker's room is left while requests are admitted."""
+
+    def __init__(self, worker: Worker, running: list[Answer]) -> None:
+        self._worker = worker
+        self._rows = len(running)
+        self._longest = max((answer.longest for answer in running), default=0)
+        self._prompts = 0
+
+    def take(self, answers: list[Answer]) -> bool:
+        """Whether these answers to one prompt still fit; if so their room is taken. Where nothing runs they do."""
+        rows = self._rows + len(answers)
+        longest = max(self._longest, answers[0].longest)
+        prompts = self._prompts + len(answers[0].prompt)
+        worker = self._worker
+        full = rows > worker.rows or rows * longest > worker.tokens or (self._prompts and prompts > worker.prefill)
+        if self._rows and full:
+            return False
+        self._rows, self._longest, self._prompts = rows, longest, prompts
+        return True
 
 
 def _sampled(index: int, answer: Answer) -> Sampled:
