@@ -16,8 +16,24 @@ def _text(raw: bytes) -> str:
     return base64.b32encode(raw).decode().rstrip("=").lower()
 
 
+_LETTERS = b"abcdefghijklmnopqrstuvwxyz234567"
+_DIGITS = bytes(b"0123456789abcdefghijklmnopqrstuv"[_LETTERS.index(c)] if c in _LETTERS else 33 for c in range(256))
+
+
 def _raw(text: str) -> bytes:
-    return base64.b32decode(text.upper() + "=" * (-len(text) % 8))
+    """The bytes behind ``_text``. Raises ValueError for any other text: one value has one text.
+
+    By way of an integer of base 32: several times as fast as ``base64.b32decode``, which is written in Python.
+    """
+    bits = 5 * len(text)
+    digits = text.encode("ascii", "replace").translate(_DIGITS)
+    if not digits or b"!" in digits:
+        raise ValueError("not an id: letters that no id has")
+    value = int(digits, 32)
+    raw = (value >> bits % 8).to_bytes(bits // 8, "big")
+    if value & ((1 << bits % 8) - 1) or bits % 8 >= 5:
+        raise ValueError("not an id: no such length or ending")
+    return raw
 
 
 def unique(prefix: str) -> str:

@@ -93,11 +93,11 @@ class Gateway:
 
     def _calling(self, path: Any) -> Handler:
         async def call(request: web.Request) -> web.StreamResponse:
-            self.metrics.in_flight.inc()
+            self.metrics.under_way += 1
             try:
                 return await self._calls.answer(request, path)
             finally:
-                self.metrics.in_flight.dec()
+                self.metrics.under_way -= 1
 
         return call
 

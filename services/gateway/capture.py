@@ -87,7 +87,6 @@ class Capture:
 
         What comes in while the log is busy goes to it together, as one append.
         """
-        self._metrics.captured(len(records), sum(len(record.value or b"") for record in records))
         loop = asyncio.get_running_loop()
         stored: asyncio.Future[None] = loop.create_future()
         self._waiting.append((records, stored))
@@ -106,8 +105,10 @@ class Capture:
     def _hand_over(self) -> None:
         waiting, self._waiting = self._waiting, []
         loop = asyncio.get_running_loop()
+        records = [record for records, _ in waiting for record in records]
+        self._metrics.captured(len(records), sum(len(record.value or b"") for record in records))
         try:
-            done = self._log.append_soon([record for records, _ in waiting for record in records])
+            done = self._log.append_soon(records)
         except LogError as error:
             _settle(waiting, error)
             return

@@ -24,7 +24,9 @@ class Metrics:
         self.feedback = counter("feedback_total", "Feedback accepted.", "kind")
         self.tokens = counter("tokens_total", "Tokens of captured calls.", "kind")
         self.disconnects = counter("disconnects_total", "Clients that left before their answer.")
-        self.in_flight = Gauge("everloop_gateway_in_flight_requests", "Calls under way.", registry=registry)
+        self.under_way = 0
+        in_flight = Gauge("everloop_gateway_in_flight_requests", "Calls under way.", registry=registry)
+        in_flight.set_function(lambda: self.under_way)
         self.route_epoch = Gauge("everloop_gateway_route_epoch", "Newest epoch of any route.", registry=registry)
         self.duration = Histogram(
             "everloop_gateway_request_duration_seconds",
