@@ -72,7 +72,7 @@ def gathered(training: Training, number: int) -> Material:
     best = gather.believed([*rollouts, *gather.proposed(sources, recipe)], recipe)
     answers = [*best, *gather.remembered(sources, recipe)]
     if recipe.ppo.coefficient > 0:
-        answers += rollouts
+        answers += rollouts if recipe.ppo.fresh else []
         answers += gather.logged(sources, recipe) if recipe.ppo.logged else []
     if recipe.reward.shuffled:
         answers = shuffled(answers, _seed(training.seed, number, "shuffle"))
@@ -129,7 +129,7 @@ def _column(answers: Sequence[Answer], members: Sequence[int], name: str) -> NDA
 
 
 def minibatches(material: Material, recipe: Recipe, seed: int, number: int) -> list[list[int]]:
-    """Indices of groups, a list a step, all epochs of a round: in random order, rows of like length together."""
+    """Indices of groups, a list a step, all epochs of a round: in random order, those of like length together."""
     chance = np.random.default_rng(_seed(seed, number, "order"))
     size = recipe.optimizer.minibatch
     lengths = [len(g[0].sample.prompt) + sum(len(a.sample.completion) for a in g) for g in material.groups]
@@ -141,7 +141,7 @@ def minibatches(material: Material, recipe: Recipe, seed: int, number: int) -> l
             alike = sorted(order[start : start + 8 * size], key=lambda i: lengths[i])
             batches += [alike[at : at + size] for at in range(0, len(alike), size)]
         steps += [batches[i] for i in chance.permutation(len(batches)).tolist()]
-    return steps
+    return steps[: recipe.optimizer.steps or None]
 
 
 def rate(done: float, recipe: Recipe) -> float:

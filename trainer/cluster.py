@@ -14,11 +14,15 @@ cluster elsewhere the run's folder, the batch and the adapters must lie on stora
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +104,8 @@ class Cluster:
             options |= {"address": self._config.address}
             del options["include_dashboard"]
         try:
-            ray.init(**options)
+            with _own_sigterm():
+                ray.init(**options)
         except Exception as error:  # Ray raises a dozen unrelated types here
             raise ClusterFailed(f"Ray at {self._config.address!r} did not start: {error}") from error
         niceness = 5 if self._config.address == "local" else 0
@@ -117,7 +122,7 @@ class Cluster:
         try:
             return int(ray.get(self._actor.warm.remote(base, cache, encoder)))
         except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
+            raise error.cause from None
         except ray.exceptions.RayError as error:
             raise ClusterFailed(f"the learner's worker did not come up: {error}") from None
 
@@ -139,7 +144,7 @@ class Cluster:
             try:
                 return ray.get(task)  # type: ignore[no-any-return]
             except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise ClusterFailed(f"run {request.run}: its worker died over and over: {error}") from None
         raise Interrupted(f"run {request.run} goes on at the next start")
@@ -149,9 +154,25 @@ class Cluster:
         import ray
 
         self._actor = None
-        ray.shutdown()
+        with _own_sigterm():
+            ray.shutdown()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for a crash and ends the process by it; this gives the signal back to whoever had it.
+
+    By the C library's call, for Python lets the main thread alone set handlers.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    held = ctypes.create_string_buffer(512)  # struct sigaction, larger than any
+    libc.sigaction(signal.SIGTERM, None, held)
+    try:
+        yield
+    finally:
+        libc.sigaction(signal.SIGTERM, held, None)
 
 
 def _scratch() -> Path:

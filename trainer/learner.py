@@ -101,6 +101,7 @@ class Learner:
             head_rate=recipe.optimizer.head_rate,
             weight_decay=recipe.optimizer.weight_decay,
             clip_norm=recipe.optimizer.clip_norm,
+            precision=recipe.optimizer.precision,
         )
         return TorchEngine(
             self._policy(request.base, request.cache),
@@ -135,9 +136,9 @@ class Learner:
 
 
 def summary(training: Training) -> dict[str, float]:
-    """What people want to know of a run: steps, the last epoch's means, and what it learned from."""
+    """What people want to know of a run: steps, the means of their last quarter, and what it learned from."""
     steps = training.position.taken
-    tail = max(1, steps // max(1, training.recipe.optimizer.epochs * training.recipe.optimizer.rounds))
+    tail = max(1, steps // 4)
     sums: dict[str, list[float]] = {}
     for name, step, value in training.curves:
         if step > steps - tail:

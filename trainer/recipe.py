@@ -40,7 +40,8 @@ class RolloutRecipe(Section):
 
 class PpoRecipe(Section):
     coefficient: float = Field(default=1.0, ge=0, description="0: no policy gradient at all")
-    logged: bool = Field(default=True, description="whether calls of the batch enter, beside fresh rollouts")
+    logged: bool = Field(default=True, description="whether calls of the batch enter")
+    fresh: bool = Field(default=True, description="whether fresh rollouts enter")
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
     truncate: float = Field(default=2.0, ge=1, description="largest proximal / behaviour ratio")
@@ -77,13 +78,17 @@ class ReplayRecipe(Section):
 class OptimizerRecipe(Section):
     learning_rate: float = Field(default=2e-3, gt=0)
     head_rate: float = Field(default=1e-2, gt=0, description="of the value head")
-    epochs: int = Field(default=3, ge=1, description="passes over the material of a round")
+    epochs: int = Field(default=3, ge=1, description="passes over the material of a round, at most")
+    steps: int = Field(default=0, ge=0, description="optimizer steps a round, at most; 0: as many as the epochs have")
     rounds: int = Field(default=1, ge=1, description="times that fresh rollouts are drawn; each has its epochs")
     minibatch: int = Field(default=64, ge=1, description="prompts a step")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the run")
     final: float = Field(default=0.1, ge=0, le=1, description="share of the learning rate at the end, by a cosine")
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of matrix products; auto: bfloat16 where the processor multiplies it natively"
+    )
 
 
 class Recipe(Section):
@@ -108,12 +113,16 @@ class Recipe(Section):
             raise ValueError("rollouts.prompts: nobody rates fresh rollouts; use reward.source = 'model', or 0 prompts")
         if self.ppo.coefficient == 0 and self.replay.coefficient == 0:
             raise ValueError("ppo.coefficient and replay.coefficient are both 0: there is nothing to learn from")
-        if fresh and self.ppo.coefficient == 0 and self.replay.believed == 0:
-            raise ValueError("rollouts.prompts: nothing reads the rollouts; give ppo.coefficient or replay.believed")
+        if fresh and not (self.ppo.coefficient and self.ppo.fresh) and self.replay.believed == 0:
+            raise ValueError(
+                "rollouts.prompts: nothing reads the rollouts; let them into PPO, or give replay.believed a weight"
+            )
         if not fresh and self.replay.believed > 0:
             raise ValueError("replay.believed takes the best rollout, and rollouts.prompts is 0")
-        if not fresh and self.ppo.coefficient > 0 and not self.ppo.logged:
-            raise ValueError("ppo.logged is false and rollouts.prompts is 0: PPO has no samples")
+        if self.ppo.coefficient > 0 and not self.ppo.logged and not (fresh and self.ppo.fresh):
+            raise ValueError(
+                "PPO has no samples: neither logged calls nor fresh rollouts enter; set its coefficient to 0"
+            )
         if not fresh and self.optimizer.rounds > 1:
             raise ValueError("optimizer.rounds draws fresh rollouts anew, and rollouts.prompts is 0: use epochs")
         return self

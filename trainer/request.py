@@ -61,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a run ended. ``metrics`` are means over the last epoch's steps, and totals; ``curves`` one point a step."""
+    """How a run ended. ``metrics``: means over the last quarter of the steps, and totals; ``curves``: every step."""
 
     adapter: str
     metrics: dict[str, float]

@@ -1,0 +1,185 @@
+"""What a batch gives to learn from: who may enter PPO, what replay takes, and how rollouts are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.batch import Batch, BatchItem
+from reward.features import Example
+from reward.model import Estimate
+from trainer import gather, recipe
+from trainer.gather import Sources
+from trainer.material import Answer
+from trainer.packing import Sample
+from trainer.policy.base import Policy
+from trainer.sampling import Rollout, Sampling
+
+pytestmark = pytest.mark.models
+
+
+def item(episode: str, turn: int = 0, turns: int = 1, **changes: Any) -> BatchItem:
+    made = BatchItem(
+        episode=episode,
+        version=1,
+        call=f"{episode}-{turn}",
+        subject=None,
+        prompt_messages=[{"role": "user", "content": f"my {episode} is gone"}],
+        answer="lost_card",
+        correction=None,
+        reward=0.5,
+        mask=True,
+        source="model",
+        label=None,
+        tokens=np.asarray([5, 6, turn + 10, 7, 2], np.int32),
+        logprobs=np.asarray([0, 0, 0, -0.5, -0.1], np.float32),
+        span=(3, 5),
+        policy_version="base",
+        temperature=1.0,
+        trainable=True,
+        turn=turn,
+        turns=turns,
+    )
+    return replace(made, **changes)
+
+
+class Judge:
+    """Believes in answers that say 'card'; near in meaning is what has the same letters."""
+
+    class encoder:
+        name, size, version = "letters", 26, "1"
+
+        @staticmethod
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            counts = np.asarray([[text.count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+            return counts / np.linalg.norm(counts, axis=1, keepdims=True).clip(1e-6)
+
+    def estimate(self, examples: Sequence[Example]) -> list[Estimate]:
+        return [
+            Estimate(0.9, 0.0, 0.8, True) if "card" in e.answer else Estimate(0.1, 0.0, -0.8, True) for e in examples
+        ]
+
+
+class Sampler:
+    """Gives every prompt the same two rollouts."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def rollouts(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        self.asked = list(prompts)
+        good, bad = (tuple(self.policy.encode_answer(text)) for text in ("lost_card", "refund"))
+        return [
+            [
+                Rollout(good, np.zeros(len(good), np.float32), 3, True),
+                Rollout(bad, np.zeros(len(bad), np.float32), 1, True),
+            ]
+            for _ in prompts
+        ]
+
+
+def sources(policy: Policy, items: list[BatchItem], **changes: Any) -> Sources:
+    return replace(Sources(Batch("t", "p", "v1", items), policy, Judge()), **changes)
+
+
+def made(**fields: Any) -> recipe.Recipe:
+    return recipe.parse({"name": "x", **fields}, "test")
+
+
+WITH_ROLLOUTS = {"rollouts": {"prompts": 10, "samples": 4}}
+
+
+def test_the_turns_of_an_episode_share_one_weight(policy: Policy):
+    answers = gather.logged(sources(policy, [item("a", 0, 2), item("a", 1, 2), item("b")]), made())
+    assert [answer.weight for answer in answers] == [0.5, 0.5, 1.0]
+    assert answers[0].sample == Sample((5, 6, 10), (7, 2))
+    assert answers[0].behaviour == pytest.approx([-0.5, -0.1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainable": False},
+        {"temperature": 0.0},
+        {"mask": False},
+        {"tokens": None, "logprobs": None, "span": None},
+        {"policy_version": "old"},
+    ],
+)
+def test_what_ppo_must_not_take(policy: Policy, changes: dict[str, Any]):
+    given = sources(policy, [item("a", **changes), item("b")], recent=frozenset({"base"}))
+    assert [answer.episode for answer in gather.logged(given, made())] == ["b"]
+
+
+def test_on_feedback_alone_only_rated_answers_enter_with_what_people_said(policy: Policy):
+    plain = made(reward={"source": "feedback"})
+    given = sources(policy, [item("a", label=1.0), item("b", label=0.0), item("c")], judge=None)
+    assert [answer.reward for answer in gather.logged(given, plain)] == [1.0, -1.0]
+
+
+def test_replay_takes_corrections_and_good_ratings_as_far_as_they_are_believed(policy: Policy):
+    items = [
+        item("a", correction="stolen_card", label=0.0),
+        item("b", label=1.0),
+        item("c", label=1.0, answer="refund"),
+        item("d", label=0.0),
+        item("e", label=1.0, tokens=None, logprobs=None, span=None),
+    ]
+    answers = gather.remembered(sources(policy, items), made())
+    assert [(a.episode, a.source, a.replay) for a in answers] == [
+        ("a", "corrected", 1.0),
+        ("b", "rated", 0.9),
+        ("c", "rated", 0.1),
+        ("e", "rated", 0.9),
+    ]
+    assert answers[0].sample.completion == tuple(policy.encode_answer("stolen_card"))
+    assert answers[3].sample.prompt == tuple(policy.encode_chat(items[4].prompt_messages))
+
+
+def test_rollouts_are_judged_counted_and_of_last_turns_alone(policy: Policy):
+    engine = Sampler(policy)
+    given = sources(policy, [item("a", 0, 2), item("a", 1, 2), item("b", 1)])
+    answers = gather.fresh(given, made(**WITH_ROLLOUTS), engine, seed=0)
+    assert engine.asked == [(5, 6, 11)]
+    assert [(a.text, a.reward, a.weight, a.count, a.synthetic) for a in answers] == [
+        ("lost_card", 0.8, 0.75, 3, True),
+        ("refund", -0.8, 0.25, 1, True),
+    ]
+
+
+def test_nobody_judges_nothing_is_learned_from_rollouts(policy: Policy):
+    class Silent(Judge):
+        def estimate(self, examples: Sequence[Example]) -> list[Estimate]:
+            return [Estimate(0.5, 0.0, 0.0, False) for _ in examples]
+
+    given = sources(policy, [item("a")], judge=Silent())
+    answers = gather.fresh(given, made(**WITH_ROLLOUTS), Sampler(policy), seed=0)
+    assert {a.weight for a in answers} == {0.0}
+    believing = made(**WITH_ROLLOUTS, replay={"believed": 1.0})
+    assert gather.believed(answers, believing) == []
+
+
+def test_the_best_answer_of_each_prompt_is_replayed_if_it_is_believed(policy: Policy):
+    believing = made(**WITH_ROLLOUTS, replay={"believed": 0.5, "belief": 0.6})
+    one = Answer(Sample((1,), (7,)), "fresh", "a", belief=0.7, weight=0.5)
+    other = Answer(Sample((1,), (8,)), "fresh", "a", belief=0.9, weight=0.5)
+    weak = Answer(Sample((2,), (8,)), "fresh", "b", belief=0.5, weight=1.0)
+    found = gather.believed([one, other, weak], believing)
+    assert [(a.sample, a.source, a.weight) for a in found] == [(other.sample, "believed", 0.0)]
+    assert found[0].replay == pytest.approx(0.45)
+
+
+def test_answers_of_near_prompts_are_proposed_and_judged(policy: Policy):
+    proposing = made(**WITH_ROLLOUTS, replay={"believed": 1.0, "proposals": 1})
+    items = [
+        item("zebra", reward=0.9, answer="card_of_zebra"),
+        item("xxxxx", reward=0.9, answer="other"),
+        item("zebras", reward=-0.9, tokens=np.asarray([5, 9, 9, 7, 2], np.int32)),
+    ]
+    found = gather.proposed(sources(policy, items), proposing)
+    newest = next(answer for answer in found if answer.episode == "zebras")
+    assert (newest.text, newest.belief, newest.weight) == ("card_of_zebra", 0.9, 0.0)
