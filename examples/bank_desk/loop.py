@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 PROMOTED = frozenset({"live", "retired"})
 REFUSED = frozenset({"rejected", "rolled_back", "vetoed"})
+SERVICES = ("releaser", "learner", "scorer", "assembler")
+BEHIND = (("assembler", "assemble"), ("scorer", "score"))  # services and the handlers in them
 CHUNK, TRICKLE = 48, 4
+MOST_BEHIND = 500  # records; a message makes about six
 TRICKLES = 120  # messages at most while others need the cores
 BREATH = 1.0  # seconds between trickles
 BEYOND = 1.25  # share of the planned messages that a canary under way may still take
@@ -34,7 +37,10 @@ class Decision(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """The loop at one moment. ``live`` is an adapter's hash or "base"; numbers are None while they are unknown."""
+    """The loop at one moment. ``live`` is an adapter's hash or "base"; numbers are None while they are unknown.
+
+    ``backlog`` counts records that assembler and scorer have still to take.
+    """
 
     stage: Stage
     live: str
@@ -43,15 +49,16 @@ class Standing(NamedTuple):
     calibration_error: float | None
     steps: int | None
     kl: float | None
+    backlog: int
 
 
-def standing(policy: str, releaser: dict[str, Any], learner: dict[str, Any], scorer: dict[str, Any]) -> Standing | None:
-    """From three status payloads; None while the releaser does not answer: then nothing is known."""
-    releases = releaser.get("policies", {}).get(policy)
+def standing(policy: str, said: dict[str, dict[str, Any]]) -> Standing | None:
+    """From the services' status payloads; None while the releaser does not answer: then nothing is known."""
+    releases = said["releaser"].get("policies", {}).get(policy)
     if releases is None:
         return None
-    learning = learner.get("policies", {}).get(policy, {})
-    reward = scorer.get("rewards", {}).get(policy, {})
+    learning = said["learner"].get("policies", {}).get(policy, {})
+    reward = said["scorer"].get("rewards", {}).get(policy, {})
     running, last = learning.get("running"), learning.get("last_run") or {}
     metrics = last.get("metrics") or {}
     return Standing(
@@ -62,6 +69,7 @@ def standing(policy: str, releaser: dict[str, Any], learner: dict[str, Any], sco
         calibration_error=reward.get("calibration_error"),
         steps=None if metrics.get("steps") is None else int(metrics["steps"]),
         kl=metrics.get("kl"),
+        backlog=sum(int(said[name].get(part, {}).get("lag") or 0) for name, part in BEHIND),
     )
 
 
@@ -101,12 +109,14 @@ class Next(NamedTuple):
     done: bool = False
 
 
-def plan(stage: Stage, sent: int, in_stage: int, planned: int, promoted: int) -> Next:
+def plan(now: Standing, sent: int, in_stage: int, planned: int, promoted: int) -> Next:
     """What to do next, from where the loop stands and how many messages were sent: of those planned, in this stage.
 
-    Messages come fast while the next run or a canary waits for them, and few come while others need the cores. What
-    is planned may be passed, by a quarter at most, where a canary is under way or nothing was promoted yet.
+    Messages come fast while the next run or a canary waits for them, though not faster than they are scored, and
+    few come while others need the cores. What is planned may be passed, by a quarter at most, where a canary is
+    under way or nothing was promoted yet.
     """
+    stage = now.stage
     left = planned - sent
     unfinished = stage is Stage.CANARY or (promoted == 0 and stage is not Stage.GATHERING)
     if left <= 0 and not unfinished:
@@ -115,4 +125,6 @@ def plan(stage: Stage, sent: int, in_stage: int, planned: int, promoted: int) ->
         return Next(done=True)
     if stage in (Stage.TRAINING, Stage.EXAMINING):
         return Next(TRICKLE if in_stage < TRICKLES else 0, BREATH)
+    if now.backlog > MOST_BEHIND:
+        return Next(wait=BREATH / 4)
     return Next(min(CHUNK, left) if left > 0 else CHUNK)

@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 
-from examples.bank_desk.loop import BREATH, CHUNK, TRICKLE, Next, Stage, plan, standing
+from examples.bank_desk.loop import BREATH, CHUNK, SERVICES, TRICKLE, Next, Stage, Standing, plan, standing
 
 
-def releaser(**said: Any) -> dict[str, Any]:
-    policy = {"live": {"adapter": "base"}, "in_progress": None, "waiting": [], "last_decision": None, **said}
-    return {"policies": {"bank/desk": policy}}
+def statuses(releases: dict[str, Any] | None, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {name: {} for name in SERVICES} | others
+    if releases is not None:
+        policy = {"live": {"adapter": "base"}, "in_progress": None, "waiting": [], "last_decision": None, **releases}
+        found["releaser"] = {"policies": {"bank/desk": policy}}
+    return found
+
+
+def at(stage: Stage, backlog: int = 0) -> Standing:
+    return Standing(stage, "base", None, None, None, None, None, backlog)
 
 
 def decided(state: str, **evidence: Any) -> dict[str, Any]:
@@ -19,7 +26,7 @@ def decided(state: str, **evidence: Any) -> dict[str, Any]:
 
 
 def test_nothing_is_known_while_the_releaser_is_silent() -> None:
-    assert standing("bank/desk", {}, {}, {}) is None
+    assert standing("bank/desk", statuses(None)) is None
 
 
 @pytest.mark.parametrize(
@@ -33,9 +40,23 @@ def test_nothing_is_known_while_the_releaser_is_silent() -> None:
     ],
 )
 def test_the_stage_follows_what_is_under_way(said: dict[str, Any], running: Any, stage: Stage) -> None:
-    found = standing("bank/desk", releaser(**said), {"policies": {"bank/desk": {"running": running}}}, {})
+    found = standing("bank/desk", statuses(said, learner={"policies": {"bank/desk": {"running": running}}}))
     assert found is not None
-    assert (found.stage, found.live, found.auc) == (stage, "base", None)
+    assert found == at(stage)
+
+
+def test_numbers_come_from_their_services() -> None:
+    found = standing(
+        "bank/desk",
+        statuses(
+            {},
+            learner={"policies": {"bank/desk": {"last_run": {"metrics": {"steps": 12.0, "kl": 0.5}}}}},
+            scorer={"rewards": {"bank/desk": {"auc": 0.9, "calibration_error": 0.05}}, "score": {"lag": 3}},
+            assembler={"assemble": {"lag": 4}},
+        ),
+    )
+    assert found is not None
+    assert found[3:] == (0.9, 0.05, 12, 0.5, 7)
 
 
 @pytest.mark.parametrize(
@@ -47,28 +68,29 @@ def test_the_stage_follows_what_is_under_way(said: dict[str, Any], running: Any,
     ],
 )
 def test_a_decision_says_who_made_it(state: str, evidence: dict[str, Any], gate: str, canary: str) -> None:
-    found = standing("bank/desk", releaser(last_decision=decided(state, **evidence)), {}, {})
+    found = standing("bank/desk", statuses({"last_decision": decided(state, **evidence)}))
     assert found is not None
     assert found.decision is not None
     assert (found.decision.gate, found.decision.canary) == (gate, canary)
 
 
 @pytest.mark.parametrize(
-    ("stage", "sent", "in_stage", "promoted", "then"),
+    ("now", "sent", "in_stage", "promoted", "then"),
     [
-        (Stage.GATHERING, 0, 0, 0, Next(CHUNK)),
-        (Stage.GATHERING, 2990, 900, 0, Next(10)),
-        (Stage.GATHERING, 3000, 900, 0, Next(done=True)),
-        (Stage.TRAINING, 700, 0, 0, Next(TRICKLE, BREATH)),
-        (Stage.TRAINING, 900, 200, 0, Next(0, BREATH)),  # enough: the rest is for the canary
-        (Stage.TRAINING, 3000, 0, 0, Next(TRICKLE, BREATH)),  # nothing promoted yet: give it a chance
-        (Stage.TRAINING, 3000, 0, 1, Next(done=True)),
-        (Stage.CANARY, 3000, 500, 1, Next(CHUNK)),  # a canary without messages decides nothing
-        (Stage.CANARY, 3750, 500, 1, Next(done=True)),
-        (Stage.EXAMINING, 3750, 9, 0, Next(done=True)),
+        (at(Stage.GATHERING), 0, 0, 0, Next(CHUNK)),
+        (at(Stage.GATHERING, backlog=900), 600, 600, 0, Next(0, BREATH / 4)),  # more would come before it is scored
+        (at(Stage.GATHERING), 2990, 900, 0, Next(10)),
+        (at(Stage.GATHERING), 3000, 900, 0, Next(done=True)),
+        (at(Stage.TRAINING), 700, 0, 0, Next(TRICKLE, BREATH)),
+        (at(Stage.TRAINING), 900, 200, 0, Next(0, BREATH)),  # enough: the rest is for the canary
+        (at(Stage.TRAINING), 3000, 0, 0, Next(TRICKLE, BREATH)),  # nothing promoted yet: give it a chance
+        (at(Stage.TRAINING), 3000, 0, 1, Next(done=True)),
+        (at(Stage.CANARY), 3000, 500, 1, Next(CHUNK)),  # a canary without messages decides nothing
+        (at(Stage.CANARY), 3750, 500, 1, Next(done=True)),
+        (at(Stage.EXAMINING), 3750, 9, 0, Next(done=True)),
     ],
 )
 def test_messages_come_where_somebody_waits_for_them(
-    stage: Stage, sent: int, in_stage: int, promoted: int, then: Next
+    now: Standing, sent: int, in_stage: int, promoted: int, then: Next
 ) -> None:
-    assert plan(stage, sent, in_stage, 3000, promoted) == then
+    assert plan(now, sent, in_stage, 3000, promoted) == then
