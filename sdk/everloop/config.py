@@ -257,7 +257,7 @@ class PolicyConfig(Section):
     base: str = Field(default="smollm2", description="'smollm2', 'tiny-k2', or a Hugging Face folder or id")
     explore: float = Field(default=0.0, ge=0, le=1, description="share of calls sampled at temperature 1")
     max_tokens: int = Field(default=256, ge=1, description="of an answer, where the request says none")
-    temperature: float | None = Field(default=None, ge=0, description="None: what the request says, else 1.0")
+    temperature: float | None = Field(default=0.3, ge=0, description="where the request says none; None: 1.0")
     idle: float = Field(
         default=900,
         gt=0,
