@@ -155,6 +155,12 @@ class Installation:
                         except ContractError:
                             continue
 
+    def engine_url(self) -> str:
+        """Where the engine answers now. Raises NothingRuns where it is our own and does not run."""
+        if self.config.serving.url != "embedded":
+            return self.config.serving.url
+        return self.need("engine", "adapters are asked through it").url
+
     def need(self, service: str, why: str) -> Running:
         """Raises NothingRuns where the service does not run."""
         running = self._running(service)

@@ -252,7 +252,7 @@ class Supervisor:
         self._ask_to_stop(first)
         gateway = [child for child in first if child.service.name == "gateway"]
         self._await(gateway, time.monotonic() + 0.5 * max(self.drain - 1.0, 0.5))
-        self._ask_to_stop(self.children)
+        self._ask_to_stop([child for child in self.children if child not in first])  # a second signal cuts short
         self._await(self.children, deadline)
         for child in self.children:
             if child.process is not None:

@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         tenant, policy = here.policy(options.policy)
-        here.need("engine" if here.config.serving.url == "embedded" else "releaser", "adapters are asked through it")
+        engine = here.engine_url()
         adapters = {a.hash: a for a in here.records(ADAPTERS, Adapter) if a.key == f"{tenant}/{policy}"}
         pair = [_named(here, name, adapters, f"{tenant}/{policy}") for name in (options.a, options.b)]
-        result = asyncio.run(_compare(here, tenant, policy, pair, adapters, options.split))
+        result = asyncio.run(_compare(here, engine, tenant, policy, pair, adapters, options.split))
     if options.json:
         print(json.dumps(result))
         return 0
@@ -57,7 +57,7 @@ def _named(here: Installation, name: str, adapters: dict[str, Adapter], key: str
 
 
 async def _compare(
-    here: Installation, tenant: str, policy: str, pair: list[str], adapters: dict[str, Adapter], split: Any
+    here: Installation, engine: str, tenant: str, policy: str, pair: list[str], adapters: dict[str, Adapter], split: Any
 ) -> dict[str, Any]:
     from pipelines.gate import gain_bounds
     from pipelines.gold import GoldSet
@@ -68,7 +68,7 @@ async def _compare(
     items = GoldSet(here.home.root / "gold").items(tenant, policy, split)
     if not items:
         raise NotEnoughData(f"{tenant}/{policy} has no gold items in split {split}: everloop gold import")
-    examiner = Examiner(here.config, HttpServing(here.config.serving.base_url))
+    examiner = Examiner(here.config, HttpServing(engine))
     try:
         answers = []
         for name in pair:

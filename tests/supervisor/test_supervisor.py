@@ -31,6 +31,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
     def log_message(self, *a): pass
 print("pid", os.getpid(), flush=True)
+if mode == "counts":
+    import threading, time
+    def ask(*_):
+        print("asked", os.getpid(), flush=True)
+        threading.Thread(target=lambda: (time.sleep(1), os._exit(0))).start()
+    signal.signal(signal.SIGTERM, ask)
 http.server.ThreadingHTTPServer.allow_reuse_address = True
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 """
@@ -56,9 +62,9 @@ print("DOWN", flush=True)
 class Up:
     """A supervisor in a process of its own, with what it has said so far."""
 
-    def __init__(self, root: Path, *modes: str, drain: float = 4) -> None:
+    def __init__(self, root: Path, *modes: str, drain: float = 4, names: tuple[str, ...] = ("s0", "s1")) -> None:
         self.root = root
-        wanted = [(f"s{i}", free_port(), mode) for i, mode in enumerate(modes)]
+        wanted = [(name, free_port(), mode) for name, mode in zip(names, modes, strict=False)]
         self.output = root / "console"
         root.mkdir(parents=True, exist_ok=True)
         with self.output.open("w") as file:
@@ -132,6 +138,16 @@ def test_a_service_that_ignores_the_stop_is_killed_in_time(start: Callable[..., 
     assert time.monotonic() - begun < 2.5
     assert up.says("did not stop in time")
     assert not alive(up.pids("s0")[0])
+
+
+@pytest.mark.processes
+def test_a_service_that_finishes_its_work_is_asked_once(start: Callable[..., Up], until: Callable[..., Any]) -> None:
+    """A second signal means: end at once."""
+    up = start("counts", "counts", "good", names=("gateway", "learner", "engine"))
+    until(lambda: up.says("ALL READY"))
+    up.process.terminate()
+    assert up.process.wait(timeout=10) == 0
+    assert len(up.pids("gateway", "asked")) == len(up.pids("learner", "asked")) == 1
 
 
 @pytest.mark.processes
