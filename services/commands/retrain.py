@@ -1,7 +1,7 @@
 """Start a training run now, whatever its triggers wait for; or repeat an earlier one.
 
 The same batch and seed give the same adapter: 'everloop retrain --batch <id> --seed <n> --no-publish' repeats a run
-and leaves the release alone. Batch ids and seeds are in 'everloop sql "select run, batch, seed from runs"'.
+and leaves the release alone. Batch ids and seeds are in 'everloop sql "select id, batch, seed from runs"'.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from typing import Any
 
@@ -53,6 +54,7 @@ class Porter:
                 *(sys.executable, *READER),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # the cores belong to the engine and the trainer
             )
         assert process.stdin is not None
         assert process.stdout is not None
