@@ -149,7 +149,7 @@ def _command(facts: Facts, command: Command) -> None:
     elif command.kind is CommandKind.RESUME:
         facts.paused = False
     elif command.kind is CommandKind.RETRAIN:
-        facts.orders.append({"id": command.id, "time": command.time, **command.arguments})
+        facts.orders.append({"id": command.id, "time": command.time, "by": command.by, **command.arguments})
 
 
 def _run(facts: Facts, run: Run) -> None:
