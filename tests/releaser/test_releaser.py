@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from everloop.errors import RegistryError
+from everloop.release import Release, ReleaseState
 from everloop.run import CommandKind
-from everloop.topics import COMMANDS
+from everloop.topics import COMMANDS, RELEASES
 
 from services.gateway.upstream import HttpServing
 from services.releaser.examiner import Examiner
@@ -287,4 +288,49 @@ def test_an_order_that_is_read_twice_is_done_once(world: MakeWorld, start: Start
     until(lambda: w.live() == "a")
     w.append(COMMANDS, command)
     until(lambda: running.answer(command).get("says") == "done before")
+    assert w.live() == "a"
+
+
+def test_a_person_promotes_where_the_canary_may_not(world: MakeWorld, start: Start, until: Until) -> None:
+    w = world(canary={**CANARY, "automatic": False})
+    w.gold()
+    running = start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "canary")
+    w.traffic(400, {"canary": 0.8, "control": 0.6})
+    until(lambda: "Waits for a person" in str((running.policy().get("in_progress") or {}).get("waits")))
+    assert w.state("a") == "canary"
+    progress = running.policy()["in_progress"]
+    assert progress["interval"]["low"] > -0.15
+    assert "rated units" in progress["decides"]
+    w.order(CommandKind.PROMOTE)
+    until(lambda: w.state("a") == "live")
+
+
+def test_the_registry_s_alias_follows_what_is_live(
+    world: MakeWorld, start: Start, until: Until, brought: list[dict[str, Any]]
+) -> None:
+    w = world()
+    running = start(w)
+    running.releaser._mirror_at = 0.0
+    adapter = w.announce("a")
+    w.order(CommandKind.PROMOTE, release="a")
+    until(lambda: {"do": "mirror", "tenant": "default", "policy": "assistant", "uri": adapter.uri} in brought)
+    w.order(CommandKind.ROLLBACK)
+    until(lambda: {"do": "mirror", "tenant": "default", "policy": "assistant", "uri": None} in brought)
+
+
+def test_what_stands_for_long_is_written_again_before_the_log_forgets_it(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    w = world()
+    release = Release(id="rel_old", tenant="default", policy="assistant", adapter="a", uri="u", time=1.0)
+    for state in ("gated", "canary", "live"):
+        w.append(RELEASES, release)
+        release = release.to(ReleaseState(state), "Long ago.", 2.0)
+    w.append(RELEASES, release)
+    w.home.folder("adapters", "a")
+    start(w)
+    until(lambda: len(w.releases()) == 5)
+    assert w.releases()[-1] == release
     assert w.live() == "a"
