@@ -25,7 +25,7 @@ from examples.bank_desk import data, report
 from examples.bank_desk.agent import DeskAgent, ask
 from examples.bank_desk.customer import Customer
 from examples.bank_desk.data import DataError, Desk, Message
-from examples.bank_desk.loop import PROMOTED, REFUSED, SERVICES, Decision, Standing, plan, standing
+from examples.bank_desk.loop import PROMOTED, REFUSED, SERVICES, Aim, Decision, Sent, Stage, Standing, plan, standing
 from examples.bank_desk.measure import Measured, measure, paired_bootstrap
 from examples.bank_desk.platform import (
     POLICY,
@@ -55,8 +55,8 @@ class Demo:
     """One demo from start to end. ``say`` prints a line of progress."""
 
     def __init__(self, desk: Desk, home: Path, cache: Path, messages: int, seed: int, say: Any = print) -> None:
-        self.desk, self.home, self.cache = desk, home, cache
-        self.messages, self.seed = messages, seed
+        self.desk, self.home, self.cache, self.seed = desk, home, cache, seed
+        self.aim = Aim(messages, max(60, messages // RUNS))
         self.say = say
         self.seconds: dict[str, float] = {}
         self.measured: list[Measured] = []
@@ -75,7 +75,7 @@ class Demo:
         """Raises PlatformFailed where a process does not do its part."""
         name = base_name(self.desk.prior, self.seed)
         base = self.cache / "bases" / name
-        config = write_config(self.home, self.cache, base, max(60, self.messages // RUNS), self.seed)
+        config = write_config(self.home, self.cache, base, self.aim.a_run, self.seed)
         with self.phase("base"):
             self._build(base, config)
         with Platform(self.home, config) as platform:
@@ -137,19 +137,20 @@ class Demo:
 
     def _loop(self, platform: Platform, traffic: Traffic, client: OpenAI) -> Standing:
         """Serve messages while the platform learns; returns where the loop stands when all is sent."""
-        began = time.monotonic()
-        now = self._standing(platform)
-        served, since = traffic.served, 0
+        began, served = time.monotonic(), traffic.served
+        now, stage_from, run_from = self._standing(platform), 0, 0
         while time.monotonic() - began < (LOOP_LIMIT if self.promoted else LONGEST_LOOP):
-            step = plan(now, served.messages, served.messages - since, self.messages, len(self.promoted))
+            sent = Sent(served.messages, served.messages - run_from, served.messages - stage_from)
+            step = plan(now, sent, self.aim, len(self.promoted))
             if step.done:
                 break
             traffic.send(step.messages)
             time.sleep(step.wait)
             before, now = now, self._standing(platform)
             if now.stage is not before.stage:
-                since = served.messages
-                self.say(f"{time.monotonic() - self.began:5.0f} s  {since:,} messages served; now {now.stage}")
+                stage_from = served.messages
+                run_from = stage_from if now.stage is Stage.TRAINING else run_from
+                self.say(f"{time.monotonic() - self.began:5.0f} s  {stage_from:,} messages served; now {now.stage}")
             if now.decision is not None and now.decision != before.decision:
                 self._cycle(now, now.decision, traffic, client)
         everloop.flush(10)

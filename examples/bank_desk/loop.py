@@ -101,6 +101,21 @@ def _verdict(state: str) -> str:
     return "promoted" if state in PROMOTED else "rolled back" if state == "rolled_back" else state
 
 
+class Sent(NamedTuple):
+    """Messages sent: in all, since the last training run began, and since the loop came to where it stands."""
+
+    total: int
+    since_run: int
+    in_stage: int
+
+
+class Aim(NamedTuple):
+    """``messages`` planned in all; ``a_run``: scored messages that start a training run."""
+
+    messages: int
+    a_run: int
+
+
 class Next(NamedTuple):
     """Send so many messages, then wait so many seconds; ``done``: the loop has run its course."""
 
@@ -109,22 +124,21 @@ class Next(NamedTuple):
     done: bool = False
 
 
-def plan(now: Standing, sent: int, in_stage: int, planned: int, promoted: int) -> Next:
-    """What to do next, from where the loop stands and how many messages were sent: of those planned, in this stage.
+def plan(now: Standing, sent: Sent, aim: Aim, promoted: int) -> Next:
+    """What to do next, from where the loop stands, what was sent, and how many releases were promoted.
 
-    Messages come fast while the next run or a canary waits for them, though not faster than they are scored, and
-    few come while others need the cores. What is planned may be passed, by a quarter at most, where a canary is
-    under way or nothing was promoted yet.
+    Messages come fast while the next run or a canary needs them, though not faster than they are scored, and few
+    come while others need the cores. What is planned may be passed, by a quarter at most, where a canary is under
+    way or nothing was promoted yet.
     """
-    stage = now.stage
-    left = planned - sent
-    unfinished = stage is Stage.CANARY or (promoted == 0 and stage is not Stage.GATHERING)
-    if left <= 0 and not unfinished:
+    left = aim.messages - sent.total
+    unfinished = now.stage is Stage.CANARY or (promoted == 0 and now.stage is not Stage.GATHERING)
+    if (left <= 0 and not unfinished) or sent.total >= aim.messages * BEYOND:
         return Next(done=True)
-    if sent >= planned * BEYOND:
-        return Next(done=True)
-    if stage in (Stage.TRAINING, Stage.EXAMINING):
-        return Next(TRICKLE if in_stage < TRICKLES else 0, BREATH)
+    if now.stage in (Stage.TRAINING, Stage.EXAMINING):
+        return Next(TRICKLE if sent.in_stage < TRICKLES else 0, BREATH)
+    if now.stage is Stage.GATHERING and sent.since_run >= aim.a_run:
+        return Next(min(TRICKLE, left), BREATH)  # enough: the learner is about to begin
     if now.backlog > MOST_BEHIND:
         return Next(wait=BREATH / 4)
     return Next(min(CHUNK, left) if left > 0 else CHUNK)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from examples.bank_desk.loop import BREATH, CHUNK, SERVICES, TRICKLE, Next, Stage, Standing, plan, standing
+from examples.bank_desk.loop import BREATH, CHUNK, SERVICES, TRICKLE, Aim, Next, Sent, Stage, Standing, plan, standing
 
 
 def statuses(releases: dict[str, Any] | None, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -75,22 +75,21 @@ def test_a_decision_says_who_made_it(state: str, evidence: dict[str, Any], gate:
 
 
 @pytest.mark.parametrize(
-    ("now", "sent", "in_stage", "promoted", "then"),
+    ("now", "sent", "promoted", "then"),
     [
-        (at(Stage.GATHERING), 0, 0, 0, Next(CHUNK)),
-        (at(Stage.GATHERING, backlog=900), 600, 600, 0, Next(0, BREATH / 4)),  # more would come before it is scored
-        (at(Stage.GATHERING), 2990, 900, 0, Next(10)),
-        (at(Stage.GATHERING), 3000, 900, 0, Next(done=True)),
-        (at(Stage.TRAINING), 700, 0, 0, Next(TRICKLE, BREATH)),
-        (at(Stage.TRAINING), 900, 200, 0, Next(0, BREATH)),  # enough: the rest is for the canary
-        (at(Stage.TRAINING), 3000, 0, 0, Next(TRICKLE, BREATH)),  # nothing promoted yet: give it a chance
-        (at(Stage.TRAINING), 3000, 0, 1, Next(done=True)),
-        (at(Stage.CANARY), 3000, 500, 1, Next(CHUNK)),  # a canary without messages decides nothing
-        (at(Stage.CANARY), 3750, 500, 1, Next(done=True)),
-        (at(Stage.EXAMINING), 3750, 9, 0, Next(done=True)),
+        (at(Stage.GATHERING), Sent(0, 0, 0), 0, Next(CHUNK)),
+        (at(Stage.GATHERING, backlog=900), Sent(600, 600, 600), 0, Next(0, BREATH / 4)),  # faster than it is scored
+        (at(Stage.GATHERING), Sent(1000, 1000, 1000), 0, Next(TRICKLE, BREATH)),  # enough for a run, which must begin
+        (at(Stage.GATHERING), Sent(2990, 900, 900), 0, Next(10)),
+        (at(Stage.GATHERING), Sent(3000, 900, 900), 0, Next(done=True)),
+        (at(Stage.TRAINING), Sent(1000, 0, 0), 0, Next(TRICKLE, BREATH)),
+        (at(Stage.TRAINING), Sent(1200, 200, 200), 0, Next(0, BREATH)),  # enough: the rest is for the canary
+        (at(Stage.TRAINING), Sent(3000, 0, 0), 0, Next(TRICKLE, BREATH)),  # nothing promoted yet: give it a chance
+        (at(Stage.TRAINING), Sent(3000, 0, 0), 1, Next(done=True)),
+        (at(Stage.CANARY), Sent(3000, 800, 500), 1, Next(CHUNK)),  # a canary without messages decides nothing
+        (at(Stage.CANARY), Sent(3750, 800, 500), 1, Next(done=True)),
+        (at(Stage.EXAMINING), Sent(3750, 800, 9), 0, Next(done=True)),
     ],
 )
-def test_messages_come_where_somebody_waits_for_them(
-    now: Standing, sent: int, in_stage: int, promoted: int, then: Next
-) -> None:
-    assert plan(now, sent, in_stage, 3000, promoted) == then
+def test_messages_come_where_somebody_waits_for_them(now: Standing, sent: Sent, promoted: int, then: Next) -> None:
+    assert plan(now, sent, Aim(3000, 1000), promoted) == then
