@@ -26,7 +26,7 @@ from trainer import advantages, gather, losses
 from trainer.engine import Engine, Objective, Outputs
 from trainer.gather import Sources
 from trainer.losses import Loss, PolicyTerms
-from trainer.material import Answer, Material, estimated
+from trainer.material import Answer, Material
 from trainer.recipe import Recipe
 
 
@@ -72,7 +72,7 @@ def gathered(training: Training, number: int) -> Material:
     best = gather.believed([*rollouts, *gather.proposed(sources, recipe)], recipe)
     answers = [*best, *gather.remembered(sources, recipe)]
     if recipe.ppo.coefficient > 0:
-        answers += rollouts if recipe.ppo.fresh else []
+        answers += gather.informative(rollouts, recipe) if recipe.ppo.fresh else []
         answers += gather.logged(sources, recipe) if recipe.ppo.logged else []
     if recipe.reward.shuffled:
         answers = shuffled(answers, _seed(training.seed, number, "shuffle"))
@@ -81,9 +81,19 @@ def gathered(training: Training, number: int) -> Material:
             "there is nothing to learn from yet: no answer was rated or corrected, and the reward model has heard too "
             "little to judge any; feedback brings both"
         )
-    material = Material.of(answers)
-    said = engine.estimates(material.samples)
-    return weighed(estimated(material, said.logprobs, said.base, said.values), recipe)
+    return weighed(estimated(Material.of(answers), engine), recipe)
+
+
+def estimated(material: Material, engine: Engine) -> Material:
+    """What the policy and its base say at the start of the round of every answer in PPO."""
+    groups = [[answer for answer in group if answer.weight > 0] for group in material.groups]
+    said = engine.estimates([[answer.sample for answer in group] for group in groups if group])
+    told = iter(zip(said.logprobs, said.base, said.values.tolist(), strict=True))
+    answers = []
+    for answer in material.answers:
+        proximal, base, value = next(told) if answer.weight > 0 else (answer.proximal, answer.base, answer.value)
+        answers.append(replace(answer, proximal=proximal, base=base, value=value))
+    return material.changed(answers)
 
 
 def shuffled(answers: Sequence[Answer], seed: int) -> list[Answer]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +39,7 @@ class TrainingDiverged(EverloopError):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """``tokens`` bounds the padded tokens of one forward; ``head_rate`` is the value head's own learning rate.
-
-    ``precision`` is that of matrix products; weights and optimizer are float32 always. The policy at the start of a
-    round is read in the same precision, so that the ratio of PPO begins at 1; what rounding makes of the difference
-    to serving is corrected like any other mismatch with the behaviour policy.
-    """
+    """``tokens`` bounds the padded tokens of one forward; ``head_rate`` is the value head's own learning rate."""
 
     rank: int = 32
     alpha: float = 64
@@ -55,7 +50,6 @@ class EngineSettings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     tokens: int = 8192
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
 
 
 class TorchEngine:
@@ -91,8 +85,6 @@ class TorchEngine:
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
-        native = torch.cpu._is_avx512_bf16_supported()
-        self._narrow = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
         self._trees: dict[int, tuple[Group, packing.Tree]] = {}
 
     def rollouts(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Rollout]]:
@@ -160,9 +152,6 @@ class TorchEngine:
     def save_value_head(self, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in self._head.state_dict().items()}, path)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast("cpu", torch.bfloat16) if self._narrow else nullcontext()
-
     def _tree(self, group: Group) -> packing.Tree:
         """The tree of a group, made once: the same groups come back every epoch."""
         held = self._trees.get(id(group))
@@ -187,11 +176,11 @@ class TorchEngine:
 
     def _forward(self, groups: Sequence[Group], *, base: bool = False) -> Outputs:
         packed = packing.pack(groups, [self._tree(group) for group in groups])
-        with self._model.disable_adapter() if base else nullcontext(), self._autocast():
+        with self._model.disable_adapter() if base else nullcontext():
             hidden = self._inner.model(
                 input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False
             ).last_hidden_state
-        flat = hidden.float().reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1])
         values = self._head(flat[packed.at[:, 0]].detach().float()).squeeze(-1)
         return Outputs(_logprobs(flat, self._inner.get_output_embeddings(), packed), values, packed.present)
 

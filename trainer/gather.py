@@ -188,6 +188,19 @@ def _judged(answers: Sequence[Answer], items: dict[str, BatchItem], judge: Judge
     ]
 
 
+def informative(rollouts: Sequence[Answer], recipe: Recipe) -> list[Answer]:
+    """Rollouts of prompts whose answers differ in reward: where all are equally good, no advantage is left.
+
+    Dynamic sampling as in DAPO (Yu et al. 2025, arXiv:2503.14476), with a bound for rewards that are not 0 or 1.
+    """
+    rewards: dict[tuple[int, ...], list[float]] = {}
+    for answer in rollouts:
+        if answer.weight > 0:
+            rewards.setdefault(answer.sample.prompt, []).append(answer.reward)
+    spread = {prompt: max(its) - min(its) for prompt, its in rewards.items()}
+    return [a for a in rollouts if a.weight > 0 and spread[a.sample.prompt] >= recipe.rollouts.spread]
+
+
 def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
     """For each recent prompt, the good answers of the prompts nearest to it in meaning, as something to judge.
 

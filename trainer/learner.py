@@ -101,7 +101,6 @@ class Learner:
             head_rate=recipe.optimizer.head_rate,
             weight_decay=recipe.optimizer.weight_decay,
             clip_norm=recipe.optimizer.clip_norm,
-            precision=recipe.optimizer.precision,
         )
         return TorchEngine(
             self._policy(request.base, request.cache),

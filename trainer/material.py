@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,12 +97,6 @@ class Material:
         for row in pq.read_table(path).to_pylist():
             groups.setdefault(row.pop("group"), []).append(_answer(row))
         return cls([groups[at] for at in sorted(groups)])
-
-
-def estimated(material: Material, proximal: Sequence[Floats], base: Sequence[Floats], values: Floats) -> Material:
-    """The material with what the models say of it now, one entry an answer in order."""
-    told = zip(material.answers, proximal, base, values.tolist(), strict=True)
-    return material.changed([replace(a, proximal=p, base=b, value=v) for a, p, b, v in told])
 
 
 _ARRAYS = ("behaviour", "proximal", "base")

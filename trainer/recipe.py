@@ -36,6 +36,9 @@ class RolloutRecipe(Section):
     prompts: int = Field(default=0, ge=0, description="newest distinct prompts of the batch; 0: no fresh rollouts")
     samples: int = Field(default=8, ge=2, description="answers a prompt, at temperature 1")
     max_tokens: int = Field(default=32, ge=1)
+    spread: float = Field(
+        default=0.2, ge=0, le=2, description="prompts whose answers' rewards differ by less teach PPO nothing: left out"
+    )
 
 
 class PpoRecipe(Section):
@@ -86,9 +89,6 @@ class OptimizerRecipe(Section):
     final: float = Field(default=0.1, ge=0, le=1, description="share of the learning rate at the end, by a cosine")
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="of matrix products; auto: bfloat16 where the processor multiplies it natively"
-    )
 
 
 class Recipe(Section):

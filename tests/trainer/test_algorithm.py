@@ -113,6 +113,19 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     assert moved[20].reward == 0.0
 
 
+def test_estimates_go_to_the_answers_in_ppo_and_to_no_other():
+    class Counting(Table):
+        def estimates(self, groups: Any) -> Estimates:
+            rows = [np.asarray([float(i)], np.float32) for i in range(sum(map(len, groups)))]
+            return Estimates(rows, rows, np.arange(len(rows), dtype=np.float32))
+
+    replayed = Answer(Sample((1,), (8, 2)), "believed", "1", replay=1.0)
+    other = Answer(Sample((5,), (8, 2)), "rated", "5", replay=1.0)
+    told = algorithm.estimated(Material.of([replayed, fresh(1, 9, 0.0, 4), other, fresh(2, 9, 0.0, 4)]), Counting())
+    assert [a.proximal.tolist() for a in told.answers] == [[], [0.0], [], [1.0]]
+    assert [a.value for a in told.answers] == [0.0, 0.0, 0.0, 1.0]
+
+
 class Table:
     """An engine whose policy is one number a step."""
 

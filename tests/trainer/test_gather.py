@@ -183,3 +183,11 @@ def test_answers_of_near_prompts_are_proposed_and_judged(policy: Policy):
     found = gather.proposed(sources(policy, items), proposing)
     newest = next(answer for answer in found if answer.episode == "zebras")
     assert (newest.text, newest.belief, newest.weight) == ("card_of_zebra", 0.9, 0.0)
+
+
+def test_prompts_whose_answers_are_equally_good_teach_ppo_nothing():
+    def rollout(prompt: int, reward: float) -> Answer:
+        return Answer(Sample((prompt,), (7,)), "fresh", str(prompt), reward=reward, weight=0.5)
+
+    alike, apart = [rollout(1, 0.5), rollout(1, 0.6)], [rollout(2, 0.5), rollout(2, -0.5)]
+    assert gather.informative([*alike, *apart], made(rollouts={"spread": 0.2, "prompts": 2})) == apart

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.material import Answer, Material, estimated
+from trainer.material import Answer, Material
 from trainer.packing import Sample
 
 
@@ -36,10 +36,3 @@ def test_it_survives_a_round_trip(tmp_path: Path):
             same = np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
             assert same, name
     assert [path.name for path in tmp_path.iterdir()] == ["round-0.parquet"]
-
-
-def test_estimates_go_to_their_answers_in_order():
-    rows = [np.asarray([float(i)], np.float32) for i in range(3)]
-    told = estimated(some(), rows, rows, np.asarray([3.0, 4.0, 5.0], np.float32))
-    assert [float(answer.proximal[0]) for answer in told.answers] == [0.0, 1.0, 2.0]
-    assert [answer.value for answer in told.answers] == [3.0, 4.0, 5.0]
