@@ -59,10 +59,9 @@ def standing(policy: str, said: dict[str, dict[str, Any]]) -> Standing | None:
         return None
     learning = said["learner"].get("policies", {}).get(policy, {})
     reward = said["scorer"].get("rewards", {}).get(policy, {})
-    running, last = learning.get("running"), learning.get("last_run") or {}
-    metrics = last.get("metrics") or {}
+    metrics = (learning.get("last_run") or {}).get("metrics") or {}
     return Standing(
-        stage=_stage(releases, running),
+        stage=_stage(releases, learning),
         live=releases["live"]["adapter"],
         decision=_decision(releases.get("last_decision")),
         auc=reward.get("auc"),
@@ -73,13 +72,16 @@ def standing(policy: str, said: dict[str, dict[str, Any]]) -> Standing | None:
     )
 
 
-def _stage(releases: dict[str, Any], running: object) -> Stage:
+def _stage(releases: dict[str, Any], learning: dict[str, Any]) -> Stage:
     under_way = releases.get("in_progress")
     if under_way is not None:
         return Stage.CANARY if under_way["state"] == "canary" else Stage.EXAMINING
-    if releases.get("waiting"):
-        return Stage.EXAMINING
-    return Stage.TRAINING if running else Stage.GATHERING
+    if learning.get("running"):
+        return Stage.TRAINING
+    last = learning.get("last_run") or {}
+    known = {releases["live"]["adapter"], (releases.get("last_decision") or {}).get("adapter")}
+    announced = last.get("state") == "published" and last.get("adapter") not in known
+    return Stage.EXAMINING if releases.get("waiting") or announced else Stage.GATHERING
 
 
 def _decision(decided: dict[str, Any] | None) -> Decision | None:
