@@ -18,6 +18,7 @@ from everloop.log import open_log
 from prometheus_client import REGISTRY
 
 from services.gateway.app import Gateway
+from services.gateway.scribe import Scribe
 from services.gateway.upstream import HttpServing
 from services.service import Service
 
@@ -47,25 +48,25 @@ class EngineWatch:
             await asyncio.sleep(EVERY)
 
 
-def engine_url(config: Config) -> str:
-    serving = config.serving
-    if serving.url != "embedded":
-        return serving.url
-    host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
-    return f"http://[{host}]:{serving.port}" if ":" in host else f"http://{host}:{serving.port}"
-
-
 def build(config: Config) -> tuple[Service, Gateway]:
     """The service, wired and not yet running. Raises EverloopError where the log or the hook cannot be opened."""
     service = Service("gateway", config, config.gateway.port, host=config.gateway.host)
-    serving = HttpServing(engine_url(config), timeout=config.gateway.timeout)
-    gateway = Gateway(config, service.home, open_log(config), serving, REGISTRY)
+    serving = HttpServing(config.serving.base_url, timeout=config.gateway.timeout, brief=True)
+    scribe = Scribe()
+    gateway = Gateway(config, service.home, open_log(config), serving, scribe, REGISTRY)
     gateway.prepare()
     gateway.add_to(service.app)
     watch = EngineWatch(serving)
-    service.app.cleanup_ctx.append(watch.during)
+
+    async def writing(app: web.Application) -> AsyncIterator[None]:
+        await scribe.start()
+        yield
+        await scribe.close()
+
+    service.app.cleanup_ctx.extend([writing, watch.during])
     service.loop("routes", lambda: gateway.routes.follow(service.stop))
     service.ready("engine", lambda: watch.trouble)
+    service.ready("log", lambda: scribe.trouble)
     service.ready("routes", lambda: gateway.routes.trouble)
     service.describe("gateway", gateway.status)
     return service, gateway

@@ -27,6 +27,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused, from_log
 from services.gateway.retries import Recovered, Retries
 from services.gateway.routes import Routes
+from services.gateway.scribe import Appends
 from services.gateway.tokens import Tokens
 from services.gateway.turns import Turns
 
@@ -37,10 +38,19 @@ HEADROOM = 4096  # bytes of a record that are not its body
 
 
 class Gateway:
-    """Everything that answers, wired to one log and one engine. ``serving`` belongs to the running event loop."""
+    """Everything that answers, wired to one log and one engine.
+
+    ``appends`` writes events where the log itself does not. ``serving`` and ``appends`` belong to the event loop.
+    """
 
     def __init__(
-        self, config: Config, home: Home, log: Log, serving: Serving, registry: CollectorRegistry | None = None
+        self,
+        config: Config,
+        home: Home,
+        log: Log,
+        serving: Serving,
+        appends: Appends | None = None,
+        registry: CollectorRegistry | None = None,
     ) -> None:
         self.config = config
         self.serving = serving
@@ -57,7 +67,7 @@ class Gateway:
         self._recovered = Recovered(ids, home.blobs)
         self._log = log
         self._replays = hook is None  # what was redacted cannot be given again
-        capture = Capture(log, home.blobs, inline, hook, self.metrics)
+        capture = Capture(appends or log, home.blobs, inline, hook, self.metrics)
         turns = Turns(config, ids, self.routes, self.conversations)
         self._calls = Calls(config, self._door, turns, serving, capture, Retries(secret), self._recovered, self.metrics)
         shared = (self.conversations, capture, self.metrics)

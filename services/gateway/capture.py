@@ -17,7 +17,7 @@ from typing import Any
 
 from everloop.errors import ConfigError, LogError
 from everloop.event import Event
-from everloop.log.base import Log, NewRecord
+from everloop.log.base import NewRecord
 from everloop.topics import EVENTS
 from everloop.wire import BlobStore, seal
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from services.gateway.answer import Answer, Choice
 from services.gateway.ask import Ask
 from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused
+from services.gateway.scribe import Appends
 from services.gateway.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,12 @@ class Capture:
     """Makes events durable. Used by the event loop; the log does its waiting in its own thread."""
 
     def __init__(
-        self, log: Log, blobs: BlobStore, inline_bytes: int, hook: Callable[[Fields], Fields] | None, metrics: Metrics
+        self,
+        log: Appends,
+        blobs: BlobStore,
+        inline_bytes: int,
+        hook: Callable[[Fields], Fields] | None,
+        metrics: Metrics,
     ) -> None:
         self._log = log
         self._blobs = blobs
@@ -69,6 +75,7 @@ class Capture:
         self._hook = hook
         self._metrics = metrics
         self._waiting: Waiting = []
+        self._busy = False
 
     async def records(self, turn: Turn, ask: Ask, answer: Answer, error: str | None = None) -> list[NewRecord]:
         """The events of one request, sealed: one call each choice. Raises Refused (500) where redaction fails."""
@@ -90,7 +97,8 @@ class Capture:
         loop = asyncio.get_running_loop()
         stored: asyncio.Future[None] = loop.create_future()
         self._waiting.append((records, stored))
-        if len(self._waiting) == 1:
+        if not self._busy:
+            self._busy = True
             loop.call_soon(self._hand_over)
         return stored
 
@@ -103,6 +111,7 @@ class Capture:
         self.store(records).add_done_callback(lambda stored: self._count_lost(stored, len(records)))
 
     def _hand_over(self) -> None:
+        """Give the log what waits, as one append; what comes meanwhile goes with the next."""
         waiting, self._waiting = self._waiting, []
         loop = asyncio.get_running_loop()
         records = [record for records, _ in waiting for record in records]
@@ -110,9 +119,24 @@ class Capture:
         try:
             done = self._log.append_soon(records)
         except LogError as error:
-            _settle(waiting, error)
+            self._settle(waiting, error)
             return
-        done.add_done_callback(lambda done: _tell(loop, waiting, done.exception()))
+        done.add_done_callback(lambda done: self._tell(loop, waiting, done.exception()))
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, waiting: Waiting, error: BaseException | None) -> None:
+        """Called in the log's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
+            loop.call_soon_threadsafe(self._settle, waiting, error)
+
+    def _settle(self, waiting: Waiting, error: BaseException | None) -> None:
+        for _, stored in waiting:
+            if error is None:
+                stored.set_result(None)
+            else:
+                stored.set_exception(error)
+        self._busy = bool(self._waiting)
+        if self._busy:
+            self._hand_over()
 
     def _count_lost(self, stored: asyncio.Future[None], records: int) -> None:
         error = stored.exception()
@@ -130,21 +154,6 @@ class Capture:
             {"schema": "Event", "id": event["id"], **headers},
             event["time"],
         )
-
-
-def _tell(loop: asyncio.AbstractEventLoop, waiting: Waiting, error: BaseException | None) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
-        loop.call_soon_threadsafe(_settle, waiting, error)
-
-
-def _settle(waiting: Waiting, error: BaseException | None) -> None:
-    for _, stored in waiting:
-        if stored.done():
-            continue
-        if error is None:
-            stored.set_result(None)
-        else:
-            stored.set_exception(error)
 
 
 def call_event(turn: Turn, ask: Ask, answer: Answer, choice: Choice, latency: float, error: str | None) -> Fields:

@@ -2,7 +2,7 @@
 
 ::
 
-    releaser ──▶ ``routes``   ──read every 20 ms──▶ follow(), own thread ──replaces──▶ Routes._table, ._adapters
+    releaser ──▶ ``routes``   ──read every 50 ms──▶ follow(), own thread ──replaces──▶ Routes._table, ._adapters
     learner  ──▶ ``adapters`` ──┘                                                          │
                                                       event loop: reads them, never waits ◀┘
 
@@ -23,7 +23,7 @@ from everloop.topics import ADAPTERS, ROUTES
 from everloop.wire import BlobStore, decode
 
 logger = logging.getLogger(__name__)
-EVERY = 0.02  # seconds between looks: a route is followed well within 100 ms
+EVERY = 0.05  # seconds between looks: a route is followed within 100 ms
 
 
 class Assignment(NamedTuple):

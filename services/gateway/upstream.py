@@ -9,48 +9,37 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import orjson
 from everloop.errors import AdapterRefused, Overloaded, ServingError, UnknownAdapter
 from everloop.serving.base import Route
 
-IDLE = 4.0  # seconds a connection is kept: less than the five after which uvicorn closes it
-CONNECT = 5.0
-JSON = {"Content-Type": "application/json"}
+from services.gateway import brief
+from services.gateway.http1 import CONNECT, Broken, Client, Connection, Expired, Framing
+
+AFTERWARDS = 1.0  # seconds after [DONE] in which the engine may end its stream, so that the connection can be kept
 PROCESS = os.urandom(8).hex()
 REQUESTS = itertools.count()
 
 
 class HttpServing:
-    """An engine at ``url``. Implements ``everloop.serving.base.Serving``; made and used inside one event loop."""
+    """An engine at ``url``. Implements ``everloop.serving.base.Serving``; made and used inside one event loop.
 
-    def __init__(self, url: str, *, timeout: float = 300.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=CONNECT)
-        self._session: aiohttp.ClientSession | None = None
+    ``brief``: log-probabilities that come without alternatives may be given in the older route's form, as
+    ``{"token_logprobs": [...]}``, which is read in less time.
+    """
 
-    @property
-    def url(self) -> str:
-        return self._url
-
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
-                timeout=self._timeout,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            )
-        return self._session
+    def __init__(self, url: str, *, timeout: float = 300.0, brief: bool = False) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.client = Client(self.url, timeout)
+        self._brief = brief
 
     async def complete(self, route: Route, body: dict[str, Any]) -> dict[str, Any]:
-        async with _asked(self, "POST", f"/v1/{route}", body) as response:
-            raw = await response.read()
-            if response.status != 200:
-                raise _refusal(response, raw)
+        async with _asked(self, "POST", f"/v1/{route}", body) as answered:
+            raw = await answered.body()
+            if answered.framing.status != 200:
+                raise _refusal(answered.framing, raw)
         try:
-            answer = orjson.loads(raw)
+            answer = brief.loads(raw) if self._brief and "top_logprobs" not in body else orjson.loads(raw)
             answer["choices"][0]
         except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
             raise ServingError("the engine's answer is not a completion", code="upstream_garbled") from None
@@ -58,10 +47,10 @@ class HttpServing:
 
     async def stream(self, route: Route, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        async with _asked(self, "POST", f"/v1/{route}", asked) as response:
-            if response.status != 200:
-                raise _refusal(response, await response.read())
-            async for chunk in _chunks(response):
+        async with _asked(self, "POST", f"/v1/{route}", asked) as answered:
+            if answered.framing.status != 200:
+                raise _refusal(answered.framing, await answered.body())
+            async for chunk in _chunks(answered):
                 yield chunk
 
     async def load(self, name: str, folder: Path) -> None:
@@ -78,89 +67,78 @@ class HttpServing:
             raise ServingError(f"the engine could not unload adapter {name}: {said}")
 
     async def adapters(self) -> frozenset[str]:
-        async with _asked(self, "GET", "/v1/models", None) as response:
-            raw = await response.read()
-            if response.status != 200:
-                raise _refusal(response, raw)
+        async with _asked(self, "GET", "/v1/models", None) as answered:
+            raw = await answered.body()
+            if answered.framing.status != 200:
+                raise _refusal(answered.framing, raw)
         return frozenset(model["id"] for model in orjson.loads(raw)["data"] if model.get("parent"))
 
     async def healthy(self) -> bool:
         try:
-            async with asyncio.timeout(CONNECT), _asked(self, "GET", "/health", None) as response:
-                return response.status == 200
+            async with asyncio.timeout(CONNECT), _asked(self, "GET", "/health", None) as answered:
+                await answered.body()
+                return answered.framing.status == 200
         except (ServingError, TimeoutError):
             return False
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        self.client.close()
 
     async def _order(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
-        async with _asked(self, "POST", path, body) as response:
-            return response.status, _message(await response.read())
+        async with _asked(self, "POST", path, body) as answered:
+            return answered.framing.status, _message(await answered.body())
 
 
 class _asked:
     """One request to the engine, as a context: errors of the wire become ServingError, wherever they come up.
 
-    A kept connection may be closed by the engine just as it is used: tried once more, for nothing was sampled.
     Headers of the agent's request never go on; the request id is our own.
     """
 
-    __slots__ = ("_body", "_method", "_path", "_response", "_serving")
+    __slots__ = ("_body", "_connection", "_method", "_path", "_serving")
 
     def __init__(self, serving: HttpServing, method: str, path: str, body: dict[str, Any] | None) -> None:
         self._serving = serving
         self._method = method
         self._path = path
         try:
-            self._body = None if body is None else orjson.dumps(body)
+            self._body = b"" if body is None else orjson.dumps(body)
         except orjson.JSONEncodeError as error:
             raise ServingError(f"the request cannot be sent: {error}", status=400, code="invalid_value") from None
 
-    async def __aenter__(self) -> aiohttp.ClientResponse:
+    async def __aenter__(self) -> Connection:
+        request_id = f"{PROCESS}-{next(REQUESTS):x}"
         try:
-            try:
-                self._response = await self._send()
-            except aiohttp.ServerDisconnectedError:
-                self._response = await self._send()
-        except (aiohttp.ClientError, TimeoutError) as error:
+            self._connection = await self._serving.client.ask(self._method, self._path, self._body, request_id)
+        except OSError as error:
             raise self._failed(error) from error
-        return self._response
+        return self._connection
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self._response.release()
-            return
-        self._response.close()  # an answer that is not read to its end: the engine stops generating
-        if isinstance(error, aiohttp.ClientError | TimeoutError):
+        self._serving.client.give_back(self._connection)
+        if isinstance(error, OSError):
             raise self._failed(error) from error
 
-    async def _send(self) -> aiohttp.ClientResponse:
-        headers = {**JSON, "X-Request-Id": f"{PROCESS}-{next(REQUESTS):x}"}
-        return await self._serving._opened().request(
-            self._method, self._serving.url + self._path, data=self._body, headers=headers
-        )
-
-    def _failed(self, error: BaseException) -> ServingError:
+    def _failed(self, error: OSError) -> ServingError:
         where = self._serving.url
-        if isinstance(error, aiohttp.ClientConnectorError):
-            return ServingError(f"no engine answers at {where}: {error}", status=503, code="engine_unavailable")
-        if isinstance(error, TimeoutError):
-            return ServingError(f"the engine at {where} took too long", status=504, code="engine_timeout")
-        return ServingError(f"the engine broke off its answer: {error or type(error).__name__}", code="upstream_broken")
+        if isinstance(error, Expired):
+            return ServingError(f"the engine at {where} did not answer: {error}", status=504, code="engine_timeout")
+        if isinstance(error, Broken):
+            return ServingError(str(error), code="upstream_broken")
+        return ServingError(f"no engine answers at {where}: {error}", status=503, code="engine_unavailable")
 
 
-async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(answered: Connection) -> AsyncIterator[dict[str, Any]]:
     """Server-sent events up to ``[DONE]``. Raises ServingError where the stream ends without it."""
     rest = b""
-    async for block in response.content.iter_any():
+    while block := await answered.block():
         *lines, rest = (rest + block).split(b"\n")
         for line in lines:
             if not line.startswith(b"data:"):
                 continue
             data = line[5:].strip()
             if data == b"[DONE]":
+                await answered.end(AFTERWARDS)
                 return
             yield _chunk(data)
     raise ServingError("the engine's stream ended before its answer did", code="upstream_truncated")
@@ -178,13 +156,13 @@ def _chunk(data: bytes) -> dict[str, Any]:
     return chunk
 
 
-def _refusal(response: aiohttp.ClientResponse, raw: bytes) -> ServingError:
+def _refusal(answer: Framing, raw: bytes) -> ServingError:
     """The engine's refusal as the port's errors. Its own faults stay 5xx, the request's stay 4xx."""
     said, code = _message(raw), _code(raw)
-    status = response.status
+    status = answer.status
     if status == 429:
         return Overloaded(
-            said or "the engine's queue is full", retry_after=_seconds(response.headers.get("Retry-After"))
+            said or "the engine's queue is full", retry_after=_seconds(answer.headers.get(b"retry-after"))
         )
     if status == 404:
         return UnknownAdapter(said)
@@ -219,7 +197,7 @@ def _error(raw: bytes) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else body
 
 
-def _seconds(text: str | None) -> float:
+def _seconds(text: bytes | None) -> float:
     try:
         return max(1.0, float(text or 1))
     except ValueError:

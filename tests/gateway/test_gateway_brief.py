@@ -1,0 +1,64 @@
+"""The short way of reading an answer gives what the long way gives, whatever words are in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from services.gateway import brief
+from services.gateway.answer import read_whole
+
+WORDS = st.one_of(
+    st.text(max_size=8), st.sampled_from(['"logprob":-9', "}]}", ']}]},"x":"', '"logprobs":{"content":[', "\\"])
+)
+NUMBERS = st.one_of(st.floats(-100, 0), st.integers(-9, 0), st.sampled_from([-1e-300, -0.0, -9999.0]))
+TOOL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def answer(tokens: list[tuple[str, float]], choices: int, alternatives: bool, tools: bool) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [
+        {"token": word, "logprob": number, "bytes": list(word.encode()), "top_logprobs": []} for word, number in tokens
+    ]
+    if alternatives:
+        content = [{**each, "top_logprobs": [{"token": "x", "logprob": -1.0}]} for each in content]
+    message = {"role": "assistant", "content": "".join(word for word, _ in tokens), "tool_calls": TOOL if tools else []}
+    choice = {"index": 0, "logprobs": {"content": content}, "token_ids": list(range(len(tokens))), "message": message}
+    before = dict(sorted(choice.items())) if tools else choice
+    return {"choices": [before] * choices, "prompt_token_ids": [1], "usage": None}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    tokens=st.lists(st.tuples(WORDS, NUMBERS), max_size=6),
+    choices=st.integers(1, 2),
+    alternatives=st.booleans(),
+    tools=st.booleans(),
+)
+@example(tokens=[("}]}", -1.0), ("a", -2.0)], choices=1, alternatives=False, tools=True)
+def test_both_ways_read_the_same(
+    tokens: list[tuple[str, float]], choices: int, alternatives: bool, tools: bool
+) -> None:
+    body = answer(tokens, choices, alternatives, tools)
+    for raw in (orjson.dumps(body), json.dumps(body).encode()):
+        assert read_whole(brief.loads(raw)) == read_whole(orjson.loads(raw))
+
+
+def test_the_short_way_is_taken_where_it_can_be() -> None:
+    body = answer([("a", -0.5), ("b", -0.25)], 1, False, False)
+    assert brief.loads(orjson.dumps(body))["choices"][0]["logprobs"] == {"token_logprobs": [-0.5, -0.25]}
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"logprobs":{"content":[}]}', b'{"choices":[]}', b"7"])
+def test_what_is_no_answer_is_read_as_it_is(raw: bytes) -> None:
+    try:
+        wanted = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        with pytest.raises(orjson.JSONDecodeError):
+            brief.loads(raw)
+    else:
+        assert brief.loads(raw) == wanted
