@@ -4,7 +4,7 @@ The engine spells every sampled token out (text, bytes, alternatives): nine tent
 the record needs one number a token. Hundreds of small objects for each answer are what the gateway's time went to.
 
 Safe because a quote inside a JSON string is escaped: the keys looked for cannot stand in anybody's words. Should the
-cut fall inside a string all the same, quotes no longer pair and the rest is no JSON: then everything is parsed.
+cut end too early (inside a word, or at alternatives of a token), what is left is no JSON: then everything is parsed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-OPENS = b'"logprobs":{"content":['
+OPENS = b'"logprobs":{"content":[{'
 CLOSES = b"}]}"
 LOGPROB = re.compile(rb'"logprob":(-?[0-9][-+.0-9eE]*)')
 
@@ -25,8 +25,8 @@ def loads(raw: bytes) -> Any:
     Raises orjson.JSONDecodeError.
     """
     start = raw.find(OPENS)
-    end = raw.rfind(CLOSES)
-    if start < 0 or end < start:
+    end = raw.find(CLOSES, start)
+    if start < 0 or end < 0:
         return orjson.loads(raw)
     try:
         answer = orjson.loads(b'%b"logprobs":null%b' % (raw[:start], raw[end + len(CLOSES) :]))

@@ -26,7 +26,7 @@ from services.gateway.answer import Answer, Choice
 from services.gateway.ask import Ask
 from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused
-from services.gateway.scribe import Appends
+from services.gateway.scribe import STALLED, Appends
 from services.gateway.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Capture:
         self._metrics = metrics
         self._waiting: Waiting = []
         self._busy = False
+        self._handed = 0.0
 
     async def records(self, turn: Turn, ask: Ask, answer: Answer, error: str | None = None) -> list[NewRecord]:
         """The events of one request, sealed: one call each choice. Raises Refused (500) where redaction fails."""
@@ -96,9 +97,12 @@ class Capture:
         """
         loop = asyncio.get_running_loop()
         stored: asyncio.Future[None] = loop.create_future()
+        if self._busy and time.monotonic() - self._handed > STALLED:
+            stored.set_exception(LogError(f"the log has given no answer for {STALLED:g} s; nothing was written"))
+            return stored
         self._waiting.append((records, stored))
         if not self._busy:
-            self._busy = True
+            self._busy, self._handed = True, time.monotonic()
             loop.call_soon(self._hand_over)
         return stored
 
@@ -113,6 +117,7 @@ class Capture:
     def _hand_over(self) -> None:
         """Give the log what waits, as one append; what comes meanwhile goes with the next."""
         waiting, self._waiting = self._waiting, []
+        self._handed = time.monotonic()
         loop = asyncio.get_running_loop()
         records = [record for records, _ in waiting for record in records]
         self._metrics.captured(len(records), sum(len(record.value or b"") for record in records))

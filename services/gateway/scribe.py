@@ -8,9 +8,9 @@ SQLite takes the interpreter's lock at every row, and the gateway's event loop h
 for the other many times a request. Measured at 16 connections: 1,250 requests a second with the log's writer as a
 thread, 2,000 with it here.
 
-Frames are answered in order. When the gateway ends, however it ends, the scribe finishes what it was sent and ends
-too. When the scribe dies, what was on its way is refused (it may be written yet: ids make a retry harmless), and
-another one is started.
+Frames are answered in order, and the gateway sends the next once it has the answer to the last. When the gateway
+ends, however it ends, the scribe finishes what it was sent and ends too. When the scribe dies, what was on its way
+is refused (it may be written yet: ids make a retry harmless), and another one is started.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from everloop.log.base import Log, NewRecord, Position
 logger = logging.getLogger(__name__)
 SIZE = struct.Struct("<I")
 ERRORS: dict[str, type[LogError]] = {error.__name__: error for error in (LogError, LogFull, RecordTooLarge)}
-STALLED = 20.0  # seconds without a reply, after which new work is refused instead of queued
+STALLED = 20.0  # seconds without an answer, after which new work is refused instead of queued
 PAUSE = 0.5  # seconds between two scribes
 LATEST_END = 30.0
 
@@ -80,9 +80,8 @@ class Scribe(asyncio.Protocol):
 
     def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]:
         """As the log's; the positions are not told. Raises LogError where it cannot be tried now."""
-        trouble = self.trouble
-        if self._transport is None or trouble is not None:
-            raise LogError(f"{trouble}; nothing was written: try again later")
+        if self._transport is None:
+            raise LogError("the log's writing process is not running; nothing was written: try again later")
         future: Future[list[Position]] = Future()
         frame = ormsgpack.packb([tuple(record) for record in records])
         self._sent.append((future, time.monotonic()))
