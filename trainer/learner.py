@@ -72,6 +72,10 @@ class Learner:
         self._policy(name, cache)
         self._encoder(encoder).encode(["warm"])
 
+    def share(self, encoder: Encoder) -> None:
+        """Use an encoder that is loaded already, with what it remembers."""
+        self._encoders[encoder.name] = encoder
+
     def train(self, request: Request) -> Trained:
         """The whole run, from its last checkpoint if it has one. A run that is done gives its result again."""
         folder = Path(request.folder)
