@@ -4,7 +4,8 @@ The engine spells every sampled token out (text, bytes, alternatives): nine tent
 the record needs one number a token. Hundreds of small objects for each answer are what the gateway's time went to.
 
 Safe because a quote inside a JSON string is escaped: the keys looked for cannot stand in anybody's words. Should the
-cut end too early (inside a word, or at alternatives of a token), what is left is no JSON: then everything is parsed.
+cut end too early (inside a word, or at alternatives of a token), what is left is no JSON; should it take in more than
+one choice, there are more numbers than ids: then everything is parsed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def loads(raw: bytes) -> Any:
     Raises orjson.JSONDecodeError.
     """
     start = raw.find(OPENS)
-    end = raw.find(CLOSES, start)
-    if start < 0 or end < 0:
+    end = raw.find(CLOSES, raw.rfind(b'"logprob":'))
+    if start < 0 or end < start:
         return orjson.loads(raw)
     try:
         answer = orjson.loads(b'%b"logprobs":null%b' % (raw[:start], raw[end + len(CLOSES) :]))
