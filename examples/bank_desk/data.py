@@ -39,9 +39,10 @@ class Message(NamedTuple):
 
 
 class Desk(NamedTuple):
-    """``name`` says which data it is; ``note`` says what to do for better data, and is empty where nothing is."""
+    """``name`` says which data it is, ``source`` where it came from; ``note`` says how to get better data, or nothing."""
 
     name: str
+    source: str
     note: str
     topics: tuple[str, ...]
     prior: tuple[Message, ...]
@@ -66,14 +67,13 @@ def load(csv_file: Path | None, cache: Path, seed: int = 0, environment: Mapping
         DataError: the file is not what it should be; the message numbers the rows.
     """
     if csv_file is not None:
-        return split(str(csv_file), "", read_csv(csv_file), seed)
+        return split(read_csv(csv_file), seed, csv_file.name, str(csv_file))
     found = find_banking77(cache, os.environ if environment is None else environment)
     if found is not None:
         train, test = (read_csv(found / name).train for name in BANKING77)
-        return split(f"banking77 ({found})", "", Rows(train, test, [], []), seed)
+        return split(Rows(train, test, [], []), seed, "banking77", str(found))
     train, test = ([Message(*pair) for pair in pairs] for pairs in builtin_desk.messages(seed))
-    name = f"the built-in desk ({len({m.topic for m in train})} topics, generated messages)"
-    return split(name, how_to_download(cache), Rows(train, test, [], []), seed)
+    return split(Rows(train, test, [], []), seed, "built-in desk", "generated messages", how_to_download(cache))
 
 
 def find_banking77(cache: Path, environment: Mapping[str, str]) -> Path | None:
@@ -155,7 +155,7 @@ def _problem(row: dict[str, str]) -> str | None:
     return None if named in CSV_SPLITS else f"split {named!r} is not one of {', '.join(CSV_SPLITS)}"
 
 
-def split(name: str, note: str, rows: Rows, seed: int) -> Desk:
+def split(rows: Rows, seed: int, name: str, source: str, note: str = "") -> Desk:
     """Divide rows by the rules above; a text that is held out is taken from the stream.
 
     Raises DataError where topics or messages are too few or too many to learn and measure.
@@ -172,7 +172,7 @@ def split(name: str, note: str, rows: Rows, seed: int) -> Desk:
     dice.shuffle(train)
     prior, stream = _first_of_each(train, LABELS_A_TOPIC)
     topics = tuple(sorted({message.topic for message in train}))
-    desk = Desk(name, note, topics, tuple(prior), tuple(stream), tuple(gate), tuple(report))
+    desk = Desk(name, source, note, topics, tuple(prior), tuple(stream), tuple(gate), tuple(report))
     _check_size(desk)
     return desk
 

@@ -232,7 +232,7 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
         raise DataError(f"--messages {options.messages}: at least {FEWEST_MESSAGES}, else nothing is decided")
     desk = data.load(options.data, cache, options.seed)
     _wipe(home)
-    _say(f"Data: {desk.name}; {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
+    _say(f"Data: {desk.name} ({desk.source}): {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
     outcome = Demo(desk, home.absolute(), cache.absolute(), options.messages, options.seed, _say).run()
     show(outcome, desk, home.parent / "demo.png", _say)
     if not options.keep:

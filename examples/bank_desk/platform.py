@@ -50,6 +50,7 @@ seed = {seed}
 
 [tenants.{tenant}.policies.{policy}.gate]
 min_gold = 40
+slice_loss = 0.25  # a topic has about 20 held-out messages: what protects is the pooled check (old_skill_loss)
 
 [tenants.{tenant}.policies.{policy}.canary]
 share = 0.5

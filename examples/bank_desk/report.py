@@ -95,12 +95,11 @@ def plot(outcome: Outcome, path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    axes.plot(
-        [point.messages for point in outcome.measured],
-        [100 * point.accuracy for point in outcome.measured],
-        marker="o",
-        color="#1f6feb",
-    )
+    measured = [100 * point.accuracy for point in outcome.measured]
+    served = [point.messages for point in outcome.measured]
+    # What is live changes with a release and not in between: steps, the last of them up to the end.
+    axes.step([*served, outcome.messages], [*measured, measured[-1]], where="post", color="#1f6feb")
+    axes.plot(served, measured, "o", color="#1f6feb")
     for promotion in outcome.promoted:
         axes.axvline(promotion.messages, color="#2da44e", linestyle="--", linewidth=1)
         axes.annotate(
@@ -115,11 +114,11 @@ def plot(outcome: Outcome, path: Path) -> Path:
             color="#2da44e",
         )
     axes.set(
-        title=f"Learning from use: {_short(outcome.data)}",
+        title=f"Learning from use: {outcome.data}",
         xlabel="messages served",
         ylabel=f"right answers on {len(outcome.measured[0].right)} held-out messages, %",
     )
-    axes.set_ylim(*_limits([100 * point.accuracy for point in outcome.measured]))
+    axes.set_ylim(*_limits(measured))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +127,7 @@ def plot(outcome: Outcome, path: Path) -> Path:
     return path
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 60 else name[:57] + "…"
-
-
 def _limits(values: Sequence[float]) -> tuple[float, float]:
     """A tenth of air around the values, within 0 to 100."""
     air = max(5.0, (max(values) - min(values)) / 2)
-    return max(0.0, min(values) - air), min(100.0, max(values) + air)
+    return max(0.0, min(values) - air), min(101.0, max(values) + air)
