@@ -39,7 +39,7 @@ class Message(NamedTuple):
 
 
 class Desk(NamedTuple):
-    """``name`` says which data it is, ``source`` where it came from; ``note`` says how to get better data, or nothing."""
+    """``name`` says which data it is, ``source`` where it lay; ``note`` says how to get better data, or nothing."""
 
     name: str
     source: str

@@ -25,7 +25,19 @@ from examples.bank_desk import data, report
 from examples.bank_desk.agent import DeskAgent, ask
 from examples.bank_desk.customer import Customer
 from examples.bank_desk.data import DataError, Desk, Message
-from examples.bank_desk.loop import PROMOTED, REFUSED, SERVICES, Aim, Decision, Sent, Stage, Standing, plan, standing
+from examples.bank_desk.loop import (
+    PROMOTED,
+    REFUSED,
+    SERVICES,
+    Aim,
+    Decision,
+    Sent,
+    Stage,
+    Standing,
+    plan,
+    since,
+    standing,
+)
 from examples.bank_desk.measure import Measured, measure, paired_bootstrap
 from examples.bank_desk.platform import (
     POLICY,
@@ -146,7 +158,7 @@ class Demo:
                 break
             traffic.send(step.messages)
             time.sleep(step.wait)
-            before, now = now, self._standing(platform)
+            before, now = now, since(now, self._standing(platform))
             if now.stage is not before.stage:
                 stage_from = served.messages
                 run_from = stage_from if now.stage is Stage.TRAINING else run_from

@@ -13,7 +13,7 @@ CHUNK, TRICKLE = 48, 4
 MOST_BEHIND = 500  # records; a message makes about six
 TRICKLES = 120  # messages at most while others need the cores
 BREATH = 1.0  # seconds between trickles
-BEYOND = 1.25  # share of the planned messages that a canary under way may still take
+BEYOND, FAR_BEYOND = 1.25, 1.6  # of the planned messages, for a canary under way; the latter where it is the first
 
 
 class Stage(StrEnum):
@@ -39,7 +39,8 @@ class Decision(NamedTuple):
 class Standing(NamedTuple):
     """The loop at one moment. ``live`` is an adapter's hash or "base"; numbers are None while they are unknown.
 
-    ``backlog`` counts records that assembler and scorer have still to take.
+    ``ended`` is the id of the training run that ended last; ``backlog`` counts records that assembler and scorer
+    have still to take.
     """
 
     stage: Stage
@@ -49,6 +50,7 @@ class Standing(NamedTuple):
     calibration_error: float | None
     steps: int | None
     kl: float | None
+    ended: str | None
     backlog: int
 
 
@@ -59,7 +61,8 @@ def standing(policy: str, said: dict[str, dict[str, Any]]) -> Standing | None:
         return None
     learning = said["learner"].get("policies", {}).get(policy, {})
     reward = said["scorer"].get("rewards", {}).get(policy, {})
-    metrics = (learning.get("last_run") or {}).get("metrics") or {}
+    last = learning.get("last_run") or {}
+    metrics = last.get("metrics") or {}
     return Standing(
         stage=_stage(releases, learning),
         live=releases["live"]["adapter"],
@@ -68,6 +71,7 @@ def standing(policy: str, said: dict[str, dict[str, Any]]) -> Standing | None:
         calibration_error=reward.get("calibration_error"),
         steps=None if metrics.get("steps") is None else int(metrics["steps"]),
         kl=metrics.get("kl"),
+        ended=last.get("id"),
         backlog=sum(int(said[name].get(part, {}).get("lag") or 0) for name, part in BEHIND),
     )
 
@@ -103,6 +107,13 @@ def _verdict(state: str) -> str:
     return "promoted" if state in PROMOTED else "rolled back" if state == "rolled_back" else state
 
 
+def since(before: Standing, now: Standing) -> Standing:
+    """``now``, with what ``before`` knows: a run that began and did not end goes on once the learner is back."""
+    if before.stage is Stage.TRAINING and now.stage is Stage.GATHERING and now.ended in (None, before.ended):
+        return now._replace(stage=Stage.TRAINING, ended=before.ended)
+    return now
+
+
 class Sent(NamedTuple):
     """Messages sent: in all, since the last training run began, and since the loop came to where it stands."""
 
@@ -130,12 +141,12 @@ def plan(now: Standing, sent: Sent, aim: Aim, promoted: int) -> Next:
     """What to do next, from where the loop stands, what was sent, and how many releases were promoted.
 
     Messages come fast while the next run or a canary needs them, though not faster than they are scored, and few
-    come while others need the cores. What is planned may be passed, by a quarter at most, where a canary is under
-    way or nothing was promoted yet.
+    come while others need the cores. What is planned may be passed where a canary is under way or nothing was
+    promoted yet.
     """
     left = aim.messages - sent.total
     unfinished = now.stage is Stage.CANARY or (promoted == 0 and now.stage is not Stage.GATHERING)
-    if (left <= 0 and not unfinished) or sent.total >= aim.messages * BEYOND:
+    if (left <= 0 and not unfinished) or sent.total >= aim.messages * (BEYOND if promoted else FAR_BEYOND):
         return Next(done=True)
     if now.stage in (Stage.TRAINING, Stage.EXAMINING):
         return Next(TRICKLE if sent.in_stage < TRICKLES else 0, BREATH)

@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 
-from examples.bank_desk.loop import BREATH, CHUNK, SERVICES, TRICKLE, Aim, Next, Sent, Stage, Standing, plan, standing
+from examples.bank_desk.loop import (
+    BREATH,
+    CHUNK,
+    SERVICES,
+    TRICKLE,
+    Aim,
+    Next,
+    Sent,
+    Stage,
+    Standing,
+    plan,
+    since,
+    standing,
+)
 
 
 def statuses(releases: dict[str, Any] | None, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -18,7 +31,7 @@ def statuses(releases: dict[str, Any] | None, **others: dict[str, Any]) -> dict[
 
 
 def at(stage: Stage, backlog: int = 0) -> Standing:
-    return Standing(stage, "base", None, None, None, None, None, backlog)
+    return Standing(stage, "base", None, None, None, None, None, None, backlog)
 
 
 def decided(state: str, **evidence: Any) -> dict[str, Any]:
@@ -57,13 +70,21 @@ def test_numbers_come_from_their_services() -> None:
         "bank/desk",
         statuses(
             {},
-            learner={"policies": {"bank/desk": {"last_run": {"metrics": {"steps": 12.0, "kl": 0.5}}}}},
+            learner={"policies": {"bank/desk": {"last_run": {"id": "run_1", "metrics": {"steps": 12.0, "kl": 0.5}}}}},
             scorer={"rewards": {"bank/desk": {"auc": 0.9, "calibration_error": 0.05}}, "score": {"lag": 3}},
             assembler={"assemble": {"lag": 4}},
         ),
     )
     assert found is not None
-    assert found[3:] == (0.9, 0.05, 12, 0.5, 7)
+    assert found[3:] == (0.9, 0.05, 12, 0.5, "run_1", 7)
+
+
+def test_a_run_goes_on_while_the_learner_is_away() -> None:
+    training, back = at(Stage.TRAINING), at(Stage.GATHERING)
+    assert since(training, back).stage is Stage.TRAINING
+    assert since(training._replace(ended="run_1"), back).stage is Stage.TRAINING
+    assert since(training._replace(ended="run_1"), back._replace(ended="run_2")).stage is Stage.GATHERING
+    assert since(at(Stage.CANARY), back).stage is Stage.GATHERING
 
 
 @pytest.mark.parametrize(
@@ -95,7 +116,8 @@ def test_a_decision_says_who_made_it(state: str, evidence: dict[str, Any], gate:
         (at(Stage.TRAINING), Sent(3000, 0, 0), 1, Next(done=True)),
         (at(Stage.CANARY), Sent(3000, 800, 500), 1, Next(CHUNK)),  # a canary without messages decides nothing
         (at(Stage.CANARY), Sent(3750, 800, 500), 1, Next(done=True)),
-        (at(Stage.EXAMINING), Sent(3750, 800, 9), 0, Next(done=True)),
+        (at(Stage.CANARY), Sent(3750, 800, 500), 0, Next(CHUNK)),
+        (at(Stage.EXAMINING), Sent(4800, 800, 9), 0, Next(done=True)),
     ],
 )
 def test_messages_come_where_somebody_waits_for_them(now: Standing, sent: Sent, promoted: int, then: Next) -> None:

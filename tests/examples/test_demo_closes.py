@@ -26,7 +26,7 @@ class Running:
 
     def __init__(self, home: Path, data: Path, output: Path) -> None:
         self.home = home
-        words = ["demo", "--home", str(home), "--data", str(data), "--messages", "1500", "--keep", "--json"]
+        words = ["demo", "--home", str(home), "--data", str(data), "--messages", "2000", "--keep", "--json"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EVERLOOP_")}
         self._output = output
         with output.open("wb") as file:  # in the repository's root: the base model is kept in its cache
