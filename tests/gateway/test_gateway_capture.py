@@ -107,6 +107,18 @@ async def test_a_full_log_refuses_says_why_and_recovers(start: Any, stream: bool
     assert len(bench.events()) == 1
 
 
+async def test_a_disk_that_is_really_full_refuses_and_lets_the_unrecorded_through(start: Any) -> None:
+    bench = await start(log={"url": "sqlite:///log.db?max_bytes=200000"})
+    statuses = []
+    while 503 not in statuses:
+        status, said, _ = await bench.chat("word " * 4000)
+        statuses.append(status)
+        assert len(statuses) < 50
+    assert said["error"]["code"] == "log_full"
+    assert len(bench.events()) == statuses.count(200)
+    assert (await bench.chat(X_Everloop_Capture="off"))[0] == 200
+
+
 async def test_capture_off_leaves_nothing(bench: Any) -> None:
     status, said, headers = await bench.chat(X_Everloop_Capture="off", user="anna", X_Everloop_Episode="mine")
     assert status == 200

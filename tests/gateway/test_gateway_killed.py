@@ -1,4 +1,4 @@
-"""kill -9 of a real gateway process before, during and after answers: what was acknowledged is recorded once."""
+"""A real gateway process: kill -9 before, during and after answers, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Process:
         self._home = home
         self._process: subprocess.Popen[bytes] | None = None
 
-    async def start(self, http: aiohttp.ClientSession) -> None:
+    async def start(self, http: aiohttp.ClientSession, path: str = "/readyz") -> None:
         errors = (self._home / "gateway.log").open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "services.gateway"],
@@ -91,7 +91,7 @@ class Process:
         async with asyncio.timeout(60):
             while True:
                 try:
-                    async with http.get(f"{self.url}/readyz") as response:
+                    async with http.get(self.url + path) as response:
                         if response.status == 200:
                             return
                 except aiohttp.ClientError:
@@ -180,3 +180,35 @@ async def test_what_was_acknowledged_survives_kill_9_exactly_once(home: Home, en
     assert all(each.checked and len(each.completion) == len(WORDS) for each in tokens)
     # The keys make a turn that was durable when its gateway died the answer to its retry, not a second turn.
     assert len(calls) == agent.asked
+
+
+async def test_without_an_engine_it_is_alive_and_not_ready_and_says_what_it_does(home: Home) -> None:
+    process = Process(home.folder(), "http://127.0.0.1:1")
+    key = Keys(home.root / "keys.db").create("default")
+    async with aiohttp.ClientSession() as http:
+        await process.start(http, "/healthz")
+
+        async def get(path: str) -> tuple[int, str]:
+            async with http.get(process.url + path) as response:
+                return response.status, await response.text()
+
+        async with asyncio.timeout(10):
+            while "no engine answers" not in (await get("/readyz"))[1]:
+                await asyncio.sleep(0.05)
+        assert (await get("/readyz"))[0] == 503
+        body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+        headers = {"Authorization": f"Bearer {key}", "X-Everloop-Subject": "anna"}
+        async with http.post(f"{process.url}/v1/chat/completions", json=body, headers=headers) as response:
+            assert response.status == 503
+            assert (await response.json())["error"]["code"] == "engine_unavailable"
+        _, metrics = await get("/metrics")
+        _, status = await get("/status")
+        assert process.end() == 0
+    ours = [line for line in metrics.splitlines() if line.startswith("everloop_gateway_")]
+    assert 'everloop_gateway_requests_total{code="503",route="/v1/chat/completions"} 1.0' in ours
+    assert any(line.startswith("everloop_gateway_route_epoch ") for line in ours)
+    assert "everloop_gateway_dropped_total 0.0" in ours
+    assert not any(word in line for line in ours for word in ("default", "assistant", "anna", "ep_"))
+    assert json.loads(status)["gateway"]["engine"] == "http://127.0.0.1:1"
+    (event,) = recorded(home)
+    assert "no engine answers" in event.payload.error
