@@ -65,7 +65,7 @@ class Runs:
         order = due.order or {}
         seed = int(order["seed"] if order.get("seed") is not None else train.seed)
         recipe = recipes.load(train.recipe)
-        batch = self._batch(tenant, policy, order.get("batch"), facts)
+        batch = self._batch(tenant, policy, order, facts)
         run_id = _run_id(tenant, policy, batch.stem, seed, facts.live, order.get("id") or str(now))
         folder = self._home.folder("runs", run_id)
         reward = self._reward(tenant, policy, batch, facts)
@@ -175,8 +175,9 @@ class Runs:
         self._keep(ended)
         return ended
 
-    def _batch(self, tenant: str, policy: str, wanted: str | None, facts: Facts) -> Path:
-        folder = self._home.folder("batches")
+    def _batch(self, tenant: str, policy: str, order: dict[str, Any], facts: Facts) -> Path:
+        """The pinned batch that is asked for, else a new one. A person may train on less than triggers wait for."""
+        folder, wanted = self._home.folder("batches"), order.get("batch")
         if wanted is not None:
             path = folder / f"{wanted}.parquet"
             if path.parent != folder or not path.is_file():
@@ -189,7 +190,8 @@ class Runs:
             gold = GoldSet(self._home.root / "gold").keys(tenant, policy)
             train = self._config.policy(tenant, policy).train
             version = facts.reward_version or None
-            batch = select(store, tenant, policy, train, gold=gold, reward_version=version)
+            least = 1 if order else train.min_scored
+            batch = select(store, tenant, policy, train, gold=gold, reward_version=version, minimum=least)
         finally:
             store.close()
         return batch.save(folder)
