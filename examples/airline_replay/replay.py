@@ -27,8 +27,6 @@ from examples.airline_replay import evaluation, recorded
 from examples.airline_replay.evaluation import Judged
 from examples.airline_replay.recorded import Recorded, RecordingError
 
-TASKS_A_BLOCK = 5
-
 
 class ReplayFailed(Exception):
     """The platform did not take or score the episodes; says what is missing."""
@@ -118,11 +116,11 @@ def _quoted(names: list[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def replay(episodes: list[Recorded], replayer: Replay, seed: int, say: Any = print) -> tuple[list[Judged], int]:
+def replay(episodes: list[Recorded], replayer: Replay, size: int, seed: int) -> tuple[list[Judged], int]:
     """(episodes with a score said by a model that had learned something, how many came before that)."""
     judged: list[Judged] = []
     skipped = 0
-    for number, tasks in enumerate(evaluation.blocks((one.task for one in episodes), TASKS_A_BLOCK, seed)):
+    for number, tasks in enumerate(evaluation.blocks((one.task for one in episodes), size, seed)):
         own = [one for one in episodes if one.task in tasks]
         scores = replayer.block(own)
         if number == 0:
@@ -132,7 +130,8 @@ def replay(episodes: list[Recorded], replayer: Replay, seed: int, say: Any = pri
                 Judged(one.task, one.outcome, score, one.length, one.tool_calls)
                 for one, score in zip(own, scores, strict=True)
             ]
-        say(f"block {number + 1}: tasks {', '.join(map(str, sorted(tasks)))}: {len(own)} episodes scored, then learned")
+        named = ", ".join(map(str, sorted(tasks)))
+        print(f"block {number + 1}: tasks {named}: {len(own)} episodes scored, then learned", flush=True)
     return judged, skipped
 
 
@@ -145,16 +144,22 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path(".everloop/cache"))
     parser.add_argument("--home", type=Path, help="of the running platform, for 'everloop sql'")
     parser.add_argument("--config", type=Path, help="of the running platform, for 'everloop sql'")
+    parser.add_argument("--tasks", type=int, default=50, help="the first so many tasks, four episodes each")
+    parser.add_argument("--block", type=int, default=5, help="tasks that are scored before any of them is learned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for scores of a block")
     options = parser.parse_args()
     try:
-        episodes = recorded.read(recorded.find(options.file, options.cache))
+        whole = recorded.read(recorded.find(options.file, options.cache))
+        episodes = [one for one in whole if one.task < options.tasks]
         everloop.configure(options.url, options.key, strict=True)
         replayer = Replay(Sql(options.home, options.config), options.policy, options.patience)
-        judged, skipped = replay(episodes, replayer, options.seed)
+        judged, skipped = replay(episodes, replayer, options.block, options.seed)
     except (RecordingError, ReplayFailed) as error:
         print(error, file=sys.stderr)
+        return 1
+    if len({one.outcome for one in judged}) < 2:
+        print("All of these episodes ended alike, so there is nothing to foretell: take more --tasks", file=sys.stderr)
         return 1
     print(evaluation.table(judged, skipped, options.seed))
     print(f"Ask more: everloop sql \"select * from episodes where policy = '{options.policy}' limit 5\"")

@@ -213,7 +213,7 @@ def show(outcome: Outcome, desk: Desk, path: Path, say: Any = print) -> None:
     say(f"Plot: {report.plot(outcome, path)}")
     if desk.note:
         say(desk.note)
-    say(NEXT if outcome.trouble is None else f"FAILED: {outcome.trouble}")
+    say(NEXT if outcome.trouble is None else f"FAILED: {outcome.trouble}. Its state and logs are kept in its home")
 
 
 NEXT = """Next: 'everloop demo --data messages.csv' does the same with your own messages (columns text, category);
@@ -247,7 +247,7 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
     _say(f"Data: {desk.name} ({desk.source}): {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
     outcome = Demo(desk, home.absolute(), cache.absolute(), options.messages, options.seed, _say).run()
     show(outcome, desk, home.parent / "demo.png", _say)
-    if not options.keep:
+    if outcome.trouble is None and not options.keep:
         _wipe(home)
     if options.json:
         _say(json.dumps(report.as_json(outcome)))
