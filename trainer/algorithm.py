@@ -69,8 +69,8 @@ def gathered(training: Training, number: int) -> Material:
     """Everything that a round learns from, with log-probabilities, values and advantages as they are at its start."""
     recipe, engine, sources = training.recipe, training.engine, training.sources
     rollouts = gather.fresh(sources, recipe, engine, seed=_seed(training.seed, number, "rollouts"))
-    best = gather.believed([*rollouts, *gather.proposed(sources, recipe)], recipe)
-    answers = [*best, *gather.remembered(sources, recipe)]
+    told = gather.remembered(sources, recipe)
+    answers = [*told, *gather.believed([*rollouts, *gather.proposed(sources, recipe)], recipe, told)]
     if recipe.ppo.coefficient > 0:
         answers += gather.informative(rollouts, recipe) if recipe.ppo.fresh else []
         answers += gather.logged(sources, recipe) if recipe.ppo.logged else []

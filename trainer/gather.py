@@ -13,12 +13,13 @@ out and counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from everloop.errors import ServingError
+from numpy.typing import NDArray
 
 from pipelines.batch import Batch, BatchItem
 from reward.features import Example, prompt_text
@@ -32,6 +33,8 @@ from trainer.sampling import Sampling
 
 GOOD = 0.75
 """Label from which an answer counts as rated well: a thumb up, or a high rating."""
+KNOWN_ANSWERS = 1000
+"""Most answers that proposals are drawn from; where answers recur at all, there are far fewer."""
 
 
 class Judge(Protocol):
@@ -202,27 +205,49 @@ def informative(rollouts: Sequence[Answer], recipe: Recipe) -> list[Answer]:
 
 
 def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
-    """For each recent prompt, the good answers of the prompts nearest to it in meaning, as something to judge.
+    """For each recent prompt, answers that others were given, as something to judge.
 
-    A policy explores what it already half believes; what was right for a similar prompt may be what it never tries.
-    Nobody sampled these, so they have no say in PPO.
+    A policy explores what it already half believes; what it never tries may be what was right for a similar prompt,
+    or a known answer whose words are near to the prompt's. Nobody sampled these, so they have no say in PPO.
     """
     if recipe.replay.proposals == 0 or recipe.replay.believed == 0 or sources.judge is None:
         return []
     asked = _recent_prompts(sources, recipe.rollouts.prompts)
-    known = _good_answers(sources.batch)
-    if not known or not asked:
-        return []
-    encode = sources.judge.encoder.encode
     texts = [prompt_text(item.prompt_messages) for item in asked.values()]
-    near = encode(texts) @ encode([prompt for prompt, _ in known]).T
-    made = []
-    for (prompt, item), row in zip(asked.items(), near, strict=True):
-        answers = dict.fromkeys(known[i][1] for i in np.argsort(-row, kind="stable")[: 8 * recipe.replay.proposals])
-        for text in list(answers)[: recipe.replay.proposals]:
-            sample = Sample(prompt, tuple(sources.policy.encode_answer(text)))
-            made.append(Answer(sample, "believed", item.episode, turn=item.turn, text=text, synthetic=True))
+    found = _proposals(texts, sources.batch, sources.judge.encoder.encode, recipe.replay.proposals)
+    made = [
+        Answer(
+            Sample(prompt, tuple(sources.policy.encode_answer(text))),
+            "believed",
+            item.episode,
+            turn=item.turn,
+            text=text,
+            synthetic=True,
+        )
+        for (prompt, item), answers in zip(asked.items(), found, strict=True)
+        for text in answers
+    ]
     return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
+
+
+def _proposals(
+    texts: Sequence[str], batch: Batch, encode: Callable[[Sequence[str]], NDArray[np.float32]], most: int
+) -> list[list[str]]:
+    """For each text, up to ``most`` good answers of the nearest prompts, and as many of the nearest known answers."""
+    good, known = _good_answers(batch), _known_answers(batch)
+    if not texts or not known:
+        return [[] for _ in texts]
+    vectors = encode(texts)
+    near_answers = np.argsort(-(vectors @ encode(known).T), axis=1, kind="stable")[:, :most]
+    near_prompts = np.zeros((len(texts), 0), np.int64)
+    if good:
+        near = vectors @ encode([prompt for prompt, _ in good]).T
+        near_prompts = np.argsort(-near, axis=1, kind="stable")[:, : 8 * most]
+    made = []
+    for by_prompt, by_words in zip(near_prompts, near_answers, strict=True):
+        answers = list(dict.fromkeys(good[i][1] for i in by_prompt))[:most]
+        made.append(list(dict.fromkeys([*answers, *(known[i] for i in by_words)])))
+    return made
 
 
 def _good_answers(batch: Batch) -> list[tuple[str, str]]:
@@ -235,14 +260,26 @@ def _good_answers(batch: Batch) -> list[tuple[str, str]]:
     return found
 
 
-def believed(answers: Sequence[Answer], recipe: Recipe) -> list[Answer]:
-    """For the replay term: the answer to each prompt that is believed in most, where the belief is strong enough."""
+def _known_answers(batch: Batch) -> list[str]:
+    """Answers that came more than once, or from a person, the most frequent first."""
+    counts = Counter(item.answer for item in batch.items if item.answer.strip())
+    told = dict.fromkeys(item.correction for item in batch.items if item.correction)
+    often = [answer for answer, count in counts.most_common(KNOWN_ANSWERS) if count > 1]
+    return list(dict.fromkeys([*told, *often]))[:KNOWN_ANSWERS]
+
+
+def believed(answers: Sequence[Answer], recipe: Recipe, told: Sequence[Answer] = ()) -> list[Answer]:
+    """For the replay term: the answer to each prompt that is believed in most, where the belief is strong enough.
+
+    Prompts that a person corrected (among ``told``) are left out: what people said stands above any belief.
+    """
     if recipe.replay.believed == 0 or recipe.replay.coefficient == 0:
         return []
+    settled = {answer.sample.prompt for answer in told if answer.source == "corrected"}
     best: dict[tuple[int, ...], Answer] = {}
     for answer in answers:
         held = best.get(answer.sample.prompt)
-        if held is None or answer.belief > held.belief:
+        if answer.sample.prompt not in settled and (held is None or answer.belief > held.belief):
             best[answer.sample.prompt] = answer
     return [
         replace(a, source="believed", weight=0.0, replay=recipe.replay.believed * a.belief)

@@ -73,8 +73,12 @@ class ReplayRecipe(Section):
     coefficient: float = Field(default=1.0, ge=0)
     corrected: float = Field(default=1.0, ge=0, description="weight of a correction")
     rated: float = Field(default=1.0, ge=0, description="weight of an answer that people rated well")
-    believed: float = Field(default=0.0, ge=0, description="weight of the best rollout, times the belief in it")
-    proposals: int = Field(default=0, ge=0, description="answers of the nearest prompts that stand beside rollouts")
+    believed: float = Field(default=0.0, ge=0, description="weight of the answers that the judge believes in")
+    proposals: int = Field(
+        default=0,
+        ge=0,
+        description="good answers of near prompts, and near known answers, judged beside rollouts; so many of each",
+    )
     belief: float = Field(default=0.5, ge=0, lt=1, description="probability of being good below which none is taken")
 
 

@@ -176,13 +176,29 @@ def test_the_best_answer_of_each_prompt_is_replayed_if_it_is_believed(policy: Po
 def test_answers_of_near_prompts_are_proposed_and_judged(policy: Policy):
     proposing = made(**WITH_ROLLOUTS, replay={"believed": 1.0, "proposals": 1})
     items = [
-        item("zebra", reward=0.9, answer="card_of_zebra"),
+        item("zebra", answer="card_of_zebra", correction="the_card", tokens=np.asarray([5, 8, 8, 7, 2], np.int32)),
         item("xxxxx", reward=0.9, answer="other"),
         item("zebras", reward=-0.9, tokens=np.asarray([5, 9, 9, 7, 2], np.int32)),
     ]
     found = gather.proposed(sources(policy, items), proposing)
     newest = next(answer for answer in found if answer.episode == "zebras")
-    assert (newest.text, newest.belief, newest.weight) == ("card_of_zebra", 0.9, 0.0)
+    assert (newest.text, newest.belief, newest.weight) == ("the_card", 0.9, 0.0)
+
+
+def test_known_answers_are_proposed_where_their_words_are_near(policy: Policy):
+    proposing = made(**WITH_ROLLOUTS, replay={"believed": 1.0, "proposals": 1})
+    known = [item(f"q{i}", reward=-0.9, answer=answer) for i, answer in enumerate(["zebra", "zebra", "once"])]
+    asked = item("zebras", reward=-0.9, answer="wrong", tokens=np.asarray([5, 9, 9, 7, 2], np.int32))
+    found = gather.proposed(sources(policy, [*known, asked]), proposing)
+    assert [answer.text for answer in found if answer.episode == "zebras"] == ["zebra"]
+
+
+def test_a_correction_stands_above_any_belief(policy: Policy):
+    believing = made(**WITH_ROLLOUTS, replay={"believed": 1.0})
+    guess = Answer(Sample((1,), (8,)), "fresh", "a", belief=0.99, weight=1.0)
+    told = Answer(Sample((1,), (9,)), "corrected", "a", replay=1.0)
+    assert gather.believed([guess], believing, [told]) == []
+    assert len(gather.believed([guess], believing, [replace(told, source="rated")])) == 1
 
 
 def test_prompts_whose_answers_are_equally_good_teach_ppo_nothing():
