@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +28,15 @@ def until(condition: Callable[[], T], deadline: float = 10.0, every: float = 0.0
         if time.monotonic() > end:
             pytest.fail(f"not true within {deadline:g} s: {condition}")
         time.sleep(every)
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """A command run inside a test leaves its options in the environment, as for its services: not for other tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(name="until")
