@@ -89,7 +89,8 @@ def services(config: Config) -> list[Service]:
         ConfigError: a port is taken by another program; names the key to change.
     """
     names = [name for name in ORDER if name != "engine" or config.serving.url == "embedded"]
-    ports = {name: _claim(config, name) for name in names}
+    with contextlib.ExitStack() as held:  # all at once: a free port that was let go may be given out again
+        ports = {name: _claim(config, name, held) for name in names}
     # The engine is asked to stop after the gateway: each has less than half of the whole time.
     drain = max(0.45 * config.services.drain - 0.5, 0.5)
     environment = {"EVERLOOP_HOME": str(config.home.absolute()), "EVERLOOP_SERVICES__DRAIN": f"{drain:.2f}"}
@@ -111,20 +112,21 @@ def _url(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def _claim(config: Config, name: str) -> int:
+def _claim(config: Config, name: str, held: contextlib.ExitStack) -> int:
+    """The port of a service, bound in ``held`` until all have theirs."""
     section, key = PORT_KEYS[name]
     host, port = _host(config, name), int(getattr(getattr(config, section), key))
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"the {name} cannot listen on {host}:{port} ({error.strerror}). Stop what uses that port, or choose "
-                f"another: [{section}] {key} = … in everloop.toml, or EVERLOOP_{section.upper()}__{key.upper()}=… "
-                "(0: any free one)"
-            ) from None
-        return int(probe.getsockname()[1])
+    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"the {name} cannot listen on {host}:{port} ({error.strerror}). Stop what uses that port, or choose "
+            f"another: [{section}] {key} = … in everloop.toml, or EVERLOOP_{section.upper()}__{key.upper()}=… "
+            "(0: any free one)"
+        ) from None
+    return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
