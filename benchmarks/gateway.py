@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from everloop.log import connect
 from everloop.wire import decode
 
 from benchmarks._report import aim, parser, publish
+from benchmarks._services import service
 from benchmarks._upstream import TOKENS
 from pipelines.store import Store
 from services.gateway.keys import Keys
@@ -98,32 +98,6 @@ def upstream() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(10)
-
-
-@contextmanager
-def service(name: str, home: Home, engine: str) -> Iterator[str]:
-    """The service's URL, once it is ready."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith("EVERLOOP_")}
-    ports = {"EVERLOOP_GATEWAY__PORT": "0", "EVERLOOP_SERVICES__ASSEMBLER_PORT": "0", "EVERLOOP_LOG_LEVEL": "warning"}
-    environment = {**own, **ports, "EVERLOOP_HOME": str(home.root), "EVERLOOP_SERVING__URL": engine}
-    process = subprocess.Popen([sys.executable, "-m", f"services.{name}"], env=environment)
-    try:
-        yield _url(process, home.root / "run" / f"{name}.json")
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _url(process: subprocess.Popen[bytes], announcement: Path) -> str:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            url = str(json.loads(announcement.read_text())["url"])
-            urllib.request.urlopen(url + "/readyz", timeout=5).close()
-            return url
-        except (OSError, ValueError):
-            time.sleep(0.1)
-    raise SystemExit(f"{announcement.stem} did not start; see what it printed above")
 
 
 class Load:

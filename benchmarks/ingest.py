@@ -17,15 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from everloop.home import Home
 
 from benchmarks._report import aim, parser, publish
+from benchmarks._services import service
 from pipelines.store import Store
 from services.gateway.keys import Keys
 
@@ -34,6 +33,7 @@ MLFLOW_EPISODES, QUICK_MLFLOW_EPISODES = 300, 100
 AGENTS = 2
 SYSTEM = "You answer a bank's customers. Name the topic of the message, then call the tool that routes it. " * 3
 DEADLINE = 300.0
+NO_ENGINE = "http://127.0.0.1:9"  # no model is asked
 
 AGENT = """
 import json, sys, time
@@ -92,46 +92,11 @@ class Measured(NamedTuple):
     queryable: float
 
 
-def environment(home: Home) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("EVERLOOP_")}
-    return {
-        **own,
-        "EVERLOOP_HOME": str(home.root),
-        "EVERLOOP_GATEWAY__PORT": "0",
-        "EVERLOOP_SERVICES__ASSEMBLER_PORT": "0",
-        "EVERLOOP_SERVING__URL": "http://127.0.0.1:9",  # no model is asked
-        "EVERLOOP_LOG_LEVEL": "warning",
-    }
-
-
-@contextmanager
-def service(name: str, home: Home) -> Iterator[str]:
-    """The service's URL, once it answers."""
-    process = subprocess.Popen([sys.executable, "-m", f"services.{name}"], env=environment(home))
-    try:
-        yield _url(process, home.root / "run" / f"{name}.json")
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _url(process: subprocess.Popen[bytes], announcement: Path) -> str:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            url = str(json.loads(announcement.read_text())["url"])
-            urllib.request.urlopen(url + "/healthz", timeout=5).close()
-            return url
-        except (OSError, ValueError):
-            time.sleep(0.1)
-    raise SystemExit(f"{announcement.stem} did not start; see what it printed above")
-
-
 def ingest(episodes: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         home = Home(Path(folder))
-        url = running.enter_context(service("gateway", home))
-        running.enter_context(service("assembler", home))
+        url = running.enter_context(service("gateway", home, NO_ENGINE, answers="/healthz"))
+        running.enter_context(service("assembler", home, NO_ENGINE))
         key = Keys(home.root / "keys.db").create("default")
         share = episodes // AGENTS
         agents = [_agent(url, key, n * share, share) for n in range(AGENTS)]
