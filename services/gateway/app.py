@@ -70,9 +70,9 @@ class Gateway:
         capture = Capture(appends or log, home.blobs, inline, hook, self.metrics)
         turns = Turns(config, ids, self.routes, self.conversations)
         self._calls = Calls(config, self._door, turns, serving, capture, Retries(secret), self._recovered, self.metrics)
-        shared = (self.conversations, capture, self.metrics)
-        self._feedback = FeedbackDesk(config, self._door, ids, tokens, *shared)
-        self._events = EventDesk(config, self._door, ids, *shared)
+        desk = (config, self._door, ids, self.conversations, capture, self.metrics)
+        self._feedback = FeedbackDesk(*desk, tokens)
+        self._events = EventDesk(*desk)
 
     def prepare(self) -> None:
         """What must be known before the first request: routes, and answers that may be asked for again. Blocks."""

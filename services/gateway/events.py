@@ -12,18 +12,14 @@ import time
 from typing import Any
 
 from aiohttp import web
-from everloop.config import Config
 from everloop.event import Event
-from everloop.ids import Ids
 from pydantic import ValidationError
 
 from services.gateway.ask import parse
-from services.gateway.capture import Capture, Fields
-from services.gateway.conversations import Conversations
-from services.gateway.door import Door
-from services.gateway.feedback import batch, checked, unfit
+from services.gateway.capture import Fields
+from services.gateway.desk import Desk, batch, unfit
+from services.gateway.feedback import checked
 from services.gateway.keys import Key
-from services.gateway.metrics import Metrics
 from services.gateway.turns import LATEST, named_episode
 
 ACCEPTED = frozenset({"id", "episode", "policy", "subject", "seq", "time", "payload"})
@@ -31,28 +27,14 @@ KINDS = ("call", "tool", "feedback", "end")
 AT_ONCE = 50  # events checked before others get the loop
 
 
-class EventDesk:
+class EventDesk(Desk):
     """Answers ``/v1/events``. Used by the event loop alone."""
 
-    def __init__(
-        self,
-        config: Config,
-        door: Door,
-        ids: Ids,
-        conversations: Conversations,
-        capture: Capture,
-        metrics: Metrics,
-    ) -> None:
-        self._config = config
-        self._door = door
-        self._ids = ids
-        self._conversations = conversations
-        self._capture = capture
-        self._metrics = metrics
+    __slots__ = ()
 
     async def take(self, request: web.Request) -> web.Response:
-        key = self._door.key(request, "events")
-        raw = await self._door.body(request)
+        key = self.door.key(request, "events")
+        raw = await self.door.body(request)
         body = parse(raw)
         if "events" not in body:
             raise unfit("'events' is missing: send {\"events\": [...]}", "events")
@@ -61,10 +43,10 @@ class EventDesk:
             events.append(self._event(key, item, at))
             if at % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
-        await self._capture.stored(await self._capture.sealed(events, {}, len(raw)))
+        await self.capture.stored(await self.capture.sealed(events, {}, len(raw)))
         for event in events:
             if event["payload"]["kind"] == "feedback":
-                self._metrics.feedback.labels(event["payload"]["feedback"]["kind"]).inc()
+                self.metrics.feedback.labels(event["payload"]["feedback"]["kind"]).inc()
         return web.Response(status=202, body=b'{"accepted":%d}' % len(events), content_type="application/json")
 
     def _event(self, key: Key, item: dict[str, Any], at: int) -> Fields:
@@ -75,14 +57,14 @@ class EventDesk:
             _name(where, name, item.get(name), needed=True)
         for name in ("policy", "subject"):
             _name(where, name, item.get(name), needed=False)
-        episode = named_episode(self._ids, key.tenant, item["episode"])
+        episode = named_episode(self.ids, key.tenant, item["episode"])
         subject = item.get("subject")
         fields = {
             "id": item["id"],
             "tenant": key.tenant,
-            "policy": self._policy(key, item, episode, where),
+            "policy": self.policy(key.tenant, item.get("policy"), episode, where),
             "episode": episode,
-            "subject": self._ids.pseudonym(key.tenant, "subject", subject) if subject else None,
+            "subject": self.ids.pseudonym(key.tenant, "subject", subject) if subject else None,
             "seq": _seq(where, item.get("seq")),
             "time": _time(where, item.get("time")),
             "payload": self._payload(key, item.get("payload"), where),
@@ -93,13 +75,6 @@ class EventDesk:
             problem = error.errors()[0]
             raise unfit(f"{where}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}", "payload") from None
 
-    def _policy(self, key: Key, item: dict[str, Any], episode: str, where: str) -> str:
-        policy = item.get("policy") or self._conversations.policy_of(episode)
-        if policy and policy not in self._config.tenants[key.tenant].policies:
-            known = ", ".join(self._config.tenants[key.tenant].policies)
-            raise unfit(f"{where}: there is no policy {policy[:64]!r}; you have: {known}", "policy")
-        return policy
-
     def _payload(self, key: Key, payload: Any, where: str) -> dict[str, Any]:
         if not isinstance(payload, dict) or payload.get("kind") not in KINDS:
             raise unfit(f"{where}.payload must be an object whose 'kind' is one of: {', '.join(KINDS)}", "payload")
@@ -107,7 +82,7 @@ class EventDesk:
             said = payload.get("feedback")
             if not isinstance(said, dict):
                 raise unfit(f"{where}.payload.feedback must be an object", "payload")
-            feedback = checked(self._ids, key.tenant, {"time": time.time(), **said}, f"{where}.payload.feedback")
+            feedback = checked(self.ids, key.tenant, {"time": time.time(), **said}, f"{where}.payload.feedback")
             return {"kind": "feedback", "feedback": feedback.model_dump()}
         if payload["kind"] == "call":
             ours = {"arm": "live", "release": None, "probability": 1.0}

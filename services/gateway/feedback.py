@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from aiohttp import web
-from everloop.config import Config
 from everloop.feedback import Feedback
 from everloop.ids import Ids, unique
 from pydantic import ValidationError
 
 from services.gateway.ask import parse
-from services.gateway.capture import Capture, choice_call, event_fields
-from services.gateway.conversations import Conversations
-from services.gateway.door import Door, header
+from services.gateway.capture import choice_call, event_fields
+from services.gateway.desk import Desk, batch, unfit
+from services.gateway.door import header
 from services.gateway.keys import Key
-from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused
 from services.gateway.retries import IDEMPOTENCY_KEY
 from services.gateway.tokens import LONGEST, Grant, Tokens
 from services.gateway.turns import named_episode
 
-MOST = 1000
 LONGEST_TEXT = 65_536
 TARGET = frozenset({"response_id", "episode", "call", "choice", "policy"})
 SAID = frozenset({"kind", "value", "text", "chosen", "rejected", "name", "rater", "id", "time", "withdrawn"})
@@ -35,51 +33,36 @@ ACCEPTED = TARGET | SAID
 DEFAULT_TTL = 86_400
 
 
-class FeedbackDesk:
+@dataclass(frozen=True, slots=True)
+class FeedbackDesk(Desk):
     """Answers ``/v1/feedback`` and ``/v1/feedback/tokens``. Used by the event loop alone."""
 
-    def __init__(
-        self,
-        config: Config,
-        door: Door,
-        ids: Ids,
-        tokens: Tokens,
-        conversations: Conversations,
-        capture: Capture,
-        metrics: Metrics,
-    ) -> None:
-        self._config = config
-        self._door = door
-        self._ids = ids
-        self._tokens = tokens
-        self._conversations = conversations
-        self._capture = capture
-        self._metrics = metrics
+    tokens: Tokens
 
     async def give(self, request: web.Request) -> web.Response:
-        rater = self._door.rater(request)
-        raw = await self._door.body(request)
+        rater = self.door.rater(request)
+        raw = await self.door.body(request)
         body = parse(raw)
         items = batch(body, "feedback") if "feedback" in body else [body]
         now = time.time()
         told = [self._told(rater, item, at, request, now) for at, item in enumerate(items)]
-        records = await self._capture.sealed([event for event, _ in told], {}, len(raw))
-        await self._capture.stored(records)
+        records = await self.capture.sealed([event for event, _ in told], {}, len(raw))
+        await self.capture.stored(records)
         for _, feedback in told:
-            self._metrics.feedback.labels(feedback.kind.value).inc()
+            self.metrics.feedback.labels(feedback.kind.value).inc()
         return answered(len(told), [feedback.id for _, feedback in told])
 
     async def grant(self, request: web.Request) -> web.Response:
         """A token that a browser may hold: feedback about one episode, for a while."""
-        key = self._door.key(request, "feedback")
-        body = parse(await self._door.body(request))
+        key = self.door.key(request, "feedback")
+        body = parse(await self.door.body(request))
         ttl = body.get("ttl", DEFAULT_TTL)
         if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 1 <= ttl <= LONGEST:
             raise unfit(f"'ttl' must be a number of seconds from 1 to {LONGEST}", "ttl")
         episode, _ = self._target(key.tenant, body)
         expires = int(time.time() + ttl)
-        grant = Grant(key.tenant, episode, self._conversations.policy_of(episode), expires)
-        return web.json_response({"token": self._tokens.grant(grant), "expires": expires}, dumps=_text)
+        grant = Grant(key.tenant, episode, self.conversations.policy_of(episode), expires)
+        return web.json_response({"token": self.tokens.grant(grant), "expires": expires}, dumps=_text)
 
     def _told(
         self, rater: Key | Grant, item: dict[str, Any], at: int, request: web.Request, now: float
@@ -91,11 +74,8 @@ class FeedbackDesk:
         if isinstance(rater, Grant) and episode != rater.episode:
             raise Refused(404, "this token is for another episode", "episode_not_found")
         feedback = self._feedback(rater.tenant, item, call, at, request, now)
-        policy = item.get("policy") or self._conversations.policy_of(episode)
-        if isinstance(rater, Grant):
-            policy = policy or rater.policy
-        if policy and policy not in self._config.tenants[rater.tenant].policies:
-            raise unfit(f"feedback[{at}]: there is no policy {str(policy)[:64]!r}", "policy")
+        granted = rater.policy if isinstance(rater, Grant) else ""
+        policy = self.policy(rater.tenant, item.get("policy"), episode, f"feedback[{at}]", granted)
         id = same_event(rater.tenant, episode, feedback.id, {**item, "time": item.get("time")})
         payload = {"kind": "feedback", "feedback": feedback.model_dump()}
         return event_fields(rater.tenant, policy, episode, id, feedback.time, payload), feedback
@@ -107,7 +87,7 @@ class FeedbackDesk:
         if "id" not in fields:
             key = header(request, IDEMPOTENCY_KEY)
             fields["id"] = unique("fb_") if key is None else _named("fb_", tenant, key, str(at))
-        return checked(self._ids, tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
+        return checked(self.ids, tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
 
     def _target(self, tenant: str, item: dict[str, Any]) -> tuple[str, str | None]:
         """(episode, call) that an item is about. Raises Refused: 404 for what is not this tenant's."""
@@ -118,9 +98,9 @@ class FeedbackDesk:
         if (response is None) == (episode is None):
             raise unfit("say what it is about: either 'response_id' or 'episode'", "response_id")
         if episode is not None:
-            return named_episode(self._ids, tenant, episode), call
+            return named_episode(self.ids, tenant, episode), call
         try:
-            found, first = self._ids.parse_response(tenant, str(response))
+            found, first = self.ids.parse_response(tenant, str(response))
         except ValueError:
             raise Refused(
                 404,
@@ -154,23 +134,9 @@ def checked(ids: Ids, tenant: str, fields: dict[str, Any], where: str) -> Feedba
     return feedback if rater is None else feedback.model_copy(update={"rater": ids.pseudonym(tenant, "rater", rater)})
 
 
-def batch(body: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The list under ``name``: 1 to 1000 objects. Raises Refused (422)."""
-    items = body[name]
-    if not isinstance(items, list) or not 0 < len(items) <= MOST or not all(isinstance(item, dict) for item in items):
-        raise unfit(f"'{name}' must be a list of 1 to {MOST} objects; send more in several requests", name)
-    if len(body) > 1:
-        raise unfit(f"beside '{name}' nothing else is read; put it into the list's objects", name)
-    return items
-
-
 def same_event(tenant: str, episode: str, id: str, said: dict[str, Any]) -> str:
     """The event id of something with an id of its producer's: the same words again are the same event."""
     return _named("ev_", tenant, episode, id, orjson.dumps(said, option=orjson.OPT_SORT_KEYS).decode())
-
-
-def unfit(message: str, param: str | None = None) -> Refused:
-    return Refused(422, message, "invalid_value", param)
 
 
 def answered(accepted: int, ids: list[str]) -> web.Response:

@@ -75,6 +75,7 @@ async def test_the_same_words_again_are_the_same_event(bench: Any) -> None:
         ({"time": -1}, "time"),
         ({"tiem": 1}, "unknown fields: tiem"),
         ({"policy": "nobody"}, "there is no policy"),
+        ({"policy": ["assistant"]}, "there is no policy"),
         ({"kind": "correction", "text": "x" * 70_000}, "more than 65,536"),
         ({"kind": "correction", "text": ""}, "needs text"),
         ({"rater": ""}, "'rater' must have 1 to 256"),
