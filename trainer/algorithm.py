@@ -29,6 +29,8 @@ from trainer.losses import Loss, PolicyTerms
 from trainer.material import Answer, Material
 from trainer.recipe import Recipe
 
+LEARNED = 0.5  # probability of a whole answer from which on it counts as learned
+
 
 class Training(Protocol):
     """What a run is given. :class:`trainer.learner.Training` keeps checkpoints; a test may bring its own."""
@@ -85,15 +87,19 @@ def gathered(training: Training, number: int) -> Material:
 
 
 def estimated(material: Material, engine: Engine) -> Material:
-    """What the policy and its base say at the start of the round of every answer in PPO."""
-    groups = [[answer for answer in group if answer.weight > 0] for group in material.groups]
+    """What the policy and its base say at the start of the round of every answer in PPO, and of every correction."""
+    groups = [[answer for answer in group if _weighed_up(answer)] for group in material.groups]
     said = engine.estimates([[answer.sample for answer in group] for group in groups if group])
     told = iter(zip(said.logprobs, said.base, said.values.tolist(), strict=True))
     answers = []
     for answer in material.answers:
-        proximal, base, value = next(told) if answer.weight > 0 else (answer.proximal, answer.base, answer.value)
+        proximal, base, value = next(told) if _weighed_up(answer) else (answer.proximal, answer.base, answer.value)
         answers.append(replace(answer, proximal=proximal, base=base, value=value))
     return material.changed(answers)
+
+
+def _weighed_up(answer: Answer) -> bool:
+    return answer.weight > 0 or answer.source == "corrected"
 
 
 def shuffled(answers: Sequence[Answer], seed: int) -> list[Answer]:
@@ -139,19 +145,30 @@ def _column(answers: Sequence[Answer], members: Sequence[int], name: str) -> NDA
 
 
 def minibatches(material: Material, recipe: Recipe, seed: int, number: int) -> list[list[int]]:
-    """Indices of groups, a list a step, all epochs of a round: in random order, those of like length together."""
+    """Indices of groups, a list a step, all epochs of a round: in random order, those of like length together.
+
+    A correction that was not learned yet comes by ``replay.repeats`` times an epoch. More weight on it would do the
+    same with fewer and rougher steps, at the cost of everything else: on banking77, 12 times the weight put 89% of 53
+    corrections right and lost 2 points elsewhere; 8 repeats put all of them right and lost none.
+    """
     chance = np.random.default_rng(_seed(seed, number, "order"))
     size = recipe.optimizer.minibatch
     lengths = [len(g[0].sample.prompt) + sum(len(a.sample.completion) for a in g) for g in material.groups]
+    often = [recipe.replay.repeats if any(map(_not_learned, group)) else 1 for group in material.groups]
     steps: list[list[int]] = []
     for _ in range(recipe.optimizer.epochs):
-        order = chance.permutation(len(material.groups)).tolist()
+        order = chance.permutation(np.repeat(np.arange(len(often)), often)).tolist()
         batches = []
         for start in range(0, len(order), 8 * size):
             alike = sorted(order[start : start + 8 * size], key=lambda i: lengths[i])
             batches += [alike[at : at + size] for at in range(0, len(alike), size)]
         steps += [batches[i] for i in chance.permutation(len(batches)).tolist()]
     return steps[: recipe.optimizer.steps or None]
+
+
+def _not_learned(answer: Answer) -> bool:
+    """Whether the policy would likely not have given this correction when the round began."""
+    return answer.source == "corrected" and math.exp(float(answer.proximal.sum())) < LEARNED
 
 
 def rate(done: float, recipe: Recipe) -> float:

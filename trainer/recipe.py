@@ -72,6 +72,7 @@ class ReplayRecipe(Section):
 
     coefficient: float = Field(default=1.0, ge=0)
     corrected: float = Field(default=1.0, ge=0, description="weight of a correction")
+    repeats: int = Field(default=1, ge=1, description="times that an epoch comes by a correction not learned yet")
     rated: float = Field(default=1.0, ge=0, description="weight of an answer that people rated well")
     believed: float = Field(default=0.0, ge=0, description="weight of the answers that the judge believes in")
     proposals: int = Field(

@@ -71,6 +71,17 @@ def test_every_group_comes_once_an_epoch_and_the_seed_decides_the_order():
     assert algorithm.minibatches(material, bounded, seed=1, number=0) == steps[:4]
 
 
+def test_a_correction_that_is_not_learned_yet_comes_more_often():
+    def corrected(prompt: int, logprob: float) -> Answer:
+        proximal = np.asarray([logprob, 0.0], np.float32)
+        return Answer(Sample((prompt,), (8, 2)), "corrected", str(prompt), replay=1.0, proximal=proximal)
+
+    material = Material([[corrected(1, -2.0)], [corrected(2, -0.1)], [fresh(3, 8, 0.0, 4)]])
+    recipe_ = made(replay={"repeats": 5}, optimizer={"epochs": 1, "minibatch": 4})
+    steps = algorithm.minibatches(material, recipe_, seed=1, number=0)
+    assert sorted(i for step in steps for i in step) == [0] * 5 + [1, 2]
+
+
 def test_the_rate_warms_up_and_falls_to_its_final_share():
     shape = made(optimizer={"warmup": 0.1, "final": 0.2})
     assert algorithm.rate(0.05, shape) == pytest.approx(0.5)
@@ -113,7 +124,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
     assert moved[20].reward == 0.0
 
 
-def test_estimates_go_to_the_answers_in_ppo_and_to_no_other():
+def test_estimates_go_to_the_answers_in_ppo_and_to_corrections_and_to_no_other():
     class Counting(Table):
         def estimates(self, groups: Any) -> Estimates:
             rows = [np.asarray([float(i)], np.float32) for i in range(sum(map(len, groups)))]
@@ -121,9 +132,11 @@ def test_estimates_go_to_the_answers_in_ppo_and_to_no_other():
 
     replayed = Answer(Sample((1,), (8, 2)), "believed", "1", replay=1.0)
     other = Answer(Sample((5,), (8, 2)), "rated", "5", replay=1.0)
-    told = algorithm.estimated(Material.of([replayed, fresh(1, 9, 0.0, 4), other, fresh(2, 9, 0.0, 4)]), Counting())
-    assert [a.proximal.tolist() for a in told.answers] == [[], [0.0], [], [1.0]]
-    assert [a.value for a in told.answers] == [0.0, 0.0, 0.0, 1.0]
+    corrected = Answer(Sample((6,), (8, 2)), "corrected", "6", replay=1.0)
+    given = [replayed, fresh(1, 9, 0.0, 4), other, corrected, fresh(2, 9, 0.0, 4)]
+    told = algorithm.estimated(Material.of(given), Counting())
+    assert [a.proximal.tolist() for a in told.answers] == [[], [0.0], [], [1.0], [2.0]]
+    assert [a.value for a in told.answers] == [0.0, 0.0, 0.0, 1.0, 2.0]
 
 
 class Table:
