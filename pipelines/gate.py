@@ -8,8 +8,12 @@ gold       paired bootstrap: the lower bound of the gain is at or above ``min_ga
 skills     topics learned earlier, in pools of at least 400 items, lose at most ``old_skill_loss``
 slices     no slice loses more than ``slice_loss`` beyond chance
 kl         nats a token to the base, over the candidate's answers, at most ``max_kl``
-behaviour  empty, cut-off, refusing and off-format answers do not become more frequent; length stays
+behaviour  empty, cut-off, refusing and off-format answers do not become more frequent beyond chance, and the mean
+           length changes by no more than ``max_length_change``
 =========  ==========================================================================================
+
+Slices and behaviours are many looks at once: each is tested at its share of the level (Bonferroni), so that either
+check as a whole stops a harmless candidate with probability ``1 - confidence`` at most.
 
 With fewer than ``min_gold`` items nothing is shown: the decision is to *wait* for a person.
 """
@@ -105,7 +109,7 @@ def decide(evidence: Evidence, config: GateConfig, *, seed: int = 0) -> Decision
         _old_skills(evidence, config),
         _slices(evidence, config),
         _kl(evidence, config),
-        _behaviour(evidence, config),
+        _behaviour(evidence, config, seed),
     )
     failed = [check.says for check in checks if not check.passed]
     if failed:
@@ -156,7 +160,7 @@ def _old_skills(evidence: Evidence, config: GateConfig) -> Check:
     for members in pools(evidence):
         gain = float(gains[members].mean())
         # A pool that stays small is held to its upper bound: there one answer is more than the limit.
-        error = 0.0 if members.size >= POOL else _t_bound(gains[members], config.confidence)
+        error = 0.0 if members.size >= POOL else _error(gains[members], config.confidence)
         losses.append((gain + error, gain, int(members.size)))
     if not losses:
         return Check("skills", True, "no topic was learned yet", {"pools": 0})
@@ -191,12 +195,15 @@ def pools(evidence: Evidence) -> list[NDArray[np.intp]]:
     return made
 
 
-def _t_bound(values: Floats, confidence: float) -> float:
-    """Half the width of the one-sided interval of a mean by Student's t; infinite for a single value."""
-    if values.size < 2:
+def _error(gains: Floats, confidence: float) -> float:
+    """Half the width of the one-sided interval of a mean of gains, by Student's t; infinite for a single one.
+
+    A gain of 1 and a loss of 1 are added to the variance: a few equal gains are no certainty.
+    """
+    if gains.size < 2:
         return float("inf")
-    error = float(values.std(ddof=1)) / values.size**0.5
-    return float(stats.t.ppf(confidence, values.size - 1)) * error
+    deviation = float(np.append(gains, (1.0, -1.0)).std(ddof=1))
+    return float(stats.t.ppf(confidence, gains.size - 1)) * deviation / gains.size**0.5
 
 
 def _slices(evidence: Evidence, config: GateConfig) -> Check:
@@ -208,7 +215,7 @@ def _slices(evidence: Evidence, config: GateConfig) -> Check:
     lost = {}
     for name in names:
         own = gains[skills == name]
-        if own.mean() + _t_bound(own, level) < -config.slice_loss:
+        if own.mean() + _error(own, level) < -config.slice_loss:
             lost[name] = float(own.mean())
     worst = min(lost, key=lambda name: lost[name]) if lost else ""
     says = f"slice '{worst}' loses {-100 * lost[worst]:.0f} points" if lost else "no slice lost"
@@ -225,21 +232,33 @@ def _kl(evidence: Evidence, config: GateConfig) -> Check:
     return Check("kl", passed, says, {"mean": mean, "limit": config.max_kl, "known": int(known.size)})
 
 
-def _behaviour(evidence: Evidence, config: GateConfig) -> Check:
+def _behaviour(evidence: Evidence, config: GateConfig, seed: int) -> Check:
+    level = (1 - config.confidence) / (len(BEHAVIOURS) + 1)
     says = []
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {"level": level}
     for name in BEHAVIOURS:
         before, after = evidence.incumbent.flags[name], evidence.candidate.flags[name]
-        numbers[name] = [float(before.mean()), float(after.mean())]
-        rise = after - TOLERANCE * before
-        if rise.mean() > 0 and (after - before).mean() - _t_bound(after - before, config.confidence) > 0:
+        p_value = rise_by_chance(before, after)
+        numbers[name] = [float(before.mean()), float(after.mean()), p_value]
+        if after.mean() > TOLERANCE * before.mean() and p_value < level:
             says.append(f"{name.replace('_', '-')} answers rose from {before.mean():.1%} to {after.mean():.1%}")
-    lengths = float(evidence.incumbent.length.mean()), float(evidence.candidate.length.mean())
-    change = lengths[1] / max(lengths[0], 1e-9) - 1
-    numbers["length"] = list(lengths)
-    if abs(change) > config.max_length_change:
-        says.append(f"answers went from {lengths[0]:.1f} to {lengths[1]:.1f} tokens")
+    before, after = evidence.incumbent.length, evidence.candidate.length
+    _, low, high = gain_bounds(after - before, 1 - level / 2, seed)  # either way
+    numbers["length"] = [float(before.mean()), float(after.mean()), low, high]
+    change = float(after.mean()) / max(float(before.mean()), 1e-9) - 1
+    if abs(change) > config.max_length_change and (low > 0 or high < 0):
+        says.append(f"answers went from {before.mean():.1f} to {after.mean():.1f} tokens")
     return Check("behaviour", not says, "; ".join(says) or "behaviour as before", numbers)
+
+
+def rise_by_chance(before: Floats, after: Floats) -> float:
+    """How probable so many flags more are where nothing became more frequent: McNemar's exact test, one-sided.
+
+    Of the items whose flag (0 or 1) changed, half would have gone either way (McNemar, "Note on the sampling error
+    of the difference between correlated proportions or percentages", Psychometrika 12, 1947).
+    """
+    more, fewer = int((after > before).sum()), int((after < before).sum())
+    return float(stats.binom.sf(more - 1, more + fewer, 0.5))
 
 
 def _points(share: float) -> str:

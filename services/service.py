@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,14 +27,17 @@ from typing import Any
 
 import uvloop
 from aiohttp import web
-from everloop.config import Config
+from everloop.config import Config, load
+from everloop.errors import ConfigError, EverloopError
 from everloop.home import Home
 from prometheus_client import CONTENT_TYPE_LATEST, disable_created_metrics, generate_latest
 
 from services.logs import log_to_stderr
+from services.state import owned
 
 disable_created_metrics()  # one more series for each counter, which nobody reads
 logger = logging.getLogger(__name__)
+USAGE_ERROR = 2
 Trouble = Callable[[], str | None]
 """None where all is well, else one sentence that says what is wrong."""
 
@@ -70,6 +74,16 @@ class Service:
     def loop(self, name: str, run: Callable[[], None]) -> None:
         """Run ``run`` in a thread of its own; it must return soon after ``self.stop`` is set, and not before."""
         self._loops[name] = run
+
+    def alone(self, name: str, run: Callable[[], None]) -> None:
+        """As :meth:`loop`, in one process of a home at a time: a second one waits until the first has ended."""
+
+        def owning() -> None:
+            with owned(self.home.folder("state") / name, self.stop) as mine:
+                if mine:
+                    run()
+
+        self.loop(name, owning)
 
     def check(self, name: str, trouble: Trouble) -> None:
         """Liveness: while ``trouble`` says something, ``/healthz`` answers 503, and a restart is called for."""
@@ -210,6 +224,22 @@ class Service:
                 logger.exception("status of %s", name)
                 status[name] = {"error": repr(error)}
         return status
+
+
+def main(name: str, serve: Callable[[Config], int]) -> int:
+    """A service's ``main``: ``serve`` runs it until it is stopped and returns the exit status.
+
+    What cannot be begun is told in one line on stderr: a configuration that is refused (status 2: starting it again
+    is pointless), or anything else that has a name (status 1).
+    """
+    try:
+        return serve(load())
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except EverloopError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
 
 
 def _health(trouble: dict[str, str]) -> web.Response:

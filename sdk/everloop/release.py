@@ -8,6 +8,7 @@
         └──────── a person ──────┴──────────┴───▶ VETOED         └──▶ ROLLED_BACK                │
                                                                 LIVE ◀──the one after it failed──┘
 
+A gated release is examined again, and gated anew or rejected, where something else went live before its canary.
 The releaser's log (topic ``releases``) is the authority on what is live; MLflow aliases mirror it.
 """
 
@@ -65,7 +66,7 @@ class ReleaseState(StrEnum):
 _S = ReleaseState
 TRANSITIONS: dict[ReleaseState, frozenset[ReleaseState]] = {
     _S.CANDIDATE: frozenset({_S.GATED, _S.REJECTED, _S.VETOED}),
-    _S.GATED: frozenset({_S.CANARY, _S.REJECTED, _S.VETOED}),
+    _S.GATED: frozenset({_S.GATED, _S.CANARY, _S.REJECTED, _S.VETOED}),
     _S.CANARY: frozenset({_S.LIVE, _S.ROLLED_BACK, _S.VETOED}),
     _S.LIVE: frozenset({_S.RETIRED, _S.ROLLED_BACK}),
     _S.RETIRED: frozenset({_S.LIVE}),
@@ -97,7 +98,7 @@ class Release(Contract):
     policy: str
     adapter: str
     uri: str
-    incumbent: str = Field(default=BASE, description="what was live when it became a candidate")
+    incumbent: str = Field(default=BASE, description="what it is or was compared with: what was live then")
     state: ReleaseState = ReleaseState.CANDIDATE
     step: int = 0
     reason: str = Field(default="", description="one sentence: why it is in this state")

@@ -61,8 +61,8 @@ class RewardVersion(Contract):
 
 
 class CommandKind(StrEnum):
-    PAUSE = "pause"  # no new runs, no new canaries; serving goes on
-    RESUME = "resume"
+    PAUSE = "pause"  # no new runs, no new canaries; serving goes on. In the topic ``pauses``: the newest holds
+    RESUME = "resume"  # as above
     RETRAIN = "retrain"  # arguments: batch, seed, publish
     PROMOTE = "promote"  # arguments: release
     ROLLBACK = "rollback"

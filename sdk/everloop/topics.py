@@ -30,9 +30,10 @@ SCORES = Topic("scores", Score, "tenant/episode")  # reward → archive
 REWARDS = Topic("reward-versions", RewardVersion, "tenant/policy", partitioned=False)  # reward → learner, archive
 RUNS = Topic("runs", Run, "tenant/policy", partitioned=False)  # learner → status, archive
 ADAPTERS = Topic("adapters", Adapter, "tenant/policy", partitioned=False)  # learner → releaser, archive
-RELEASES = Topic("releases", Release, "tenant/policy", partitioned=False)  # releaser → status, archive
+RELEASES = Topic("releases", Release, "tenant/policy/release", compacted=True, partitioned=False)  # → status, archive
 ROUTES = Topic("routes", Route, "tenant/policy", compacted=True, partitioned=False)  # releaser → gateways
 COMMANDS = Topic("commands", Command, "tenant/policy", partitioned=False)  # people → learner, releaser, reward
+PAUSES = Topic("pauses", Command, "tenant/policy", compacted=True, partitioned=False)  # people → learner, releaser
 DEAD_LETTERS = Topic("dead-letters", DeadLetter, "handler", partitioned=False)  # every handler → people
 
 TOPICS = {
@@ -48,6 +49,7 @@ TOPICS = {
         RELEASES,
         ROUTES,
         COMMANDS,
+        PAUSES,
         DEAD_LETTERS,
     )
 }

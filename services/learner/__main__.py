@@ -2,8 +2,8 @@
 
 ::
 
-    thread "learn":  scores, reward-versions, routes, releases, adapters, commands, runs ─▶ facts   (facts.py)
-    thread "runner": facts ─▶ decide ─▶ batch ─▶ Ray ─▶ MLflow ─▶ log: runs, adapters              (runner.py)
+    thread "learn":   scores, reward-versions, routes, releases, adapters, commands, pauses, runs ─▶ facts (facts.py)
+    thread "learner": facts ─▶ decide ─▶ batch ─▶ Ray ─▶ MLflow ─▶ log: runs, adapters                    (runner.py)
 
 Only one works on a home; a second one waits until the first has ended.
 """
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from everloop.config import Config, load
-from everloop.errors import ConfigError, EverloopError
+from everloop.config import Config
 from everloop.log import open_log
 from everloop.registry import Registry
 
@@ -21,8 +20,7 @@ from services.learner.board import Board
 from services.learner.facts import FactsHandler
 from services.learner.runner import Runner
 from services.learner.runs import Runs
-from services.service import Service
-from services.state import owned
+from services.service import Service, main
 from services.stream import attach
 from trainer import recipe
 from trainer.cluster import Cluster
@@ -42,13 +40,7 @@ def serve(config: Config) -> int:
     cluster = Cluster(config.ray)
     runs = Runs(config, log, registry, cluster.cpus)
     runner = Runner(config, facts, runs, registry, cluster, board, service.stop, lag=stream.lag)
-
-    def run() -> None:
-        with owned(home.folder("state") / "learner", service.stop) as mine:
-            if mine:
-                runner.run()
-
-    service.loop("runner", run)
+    service.alone("learner", runner.run)
     service.describe("policies", board.policies)
     service.describe("commands", lambda: dict(board.commands))
     service.describe("ray", lambda: {"address": config.ray.address, "ready": runner.ready})
@@ -58,16 +50,5 @@ def serve(config: Config) -> int:
         log.close()
 
 
-def main() -> int:
-    try:
-        return serve(load())
-    except ConfigError as error:
-        print(f"learner: {error}", file=sys.stderr)
-        return 2
-    except EverloopError as error:
-        print(f"learner: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("learner", serve))

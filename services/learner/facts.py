@@ -20,7 +20,7 @@ from everloop.release import Adapter, Release, ReleaseState, Route
 from everloop.run import Command, CommandKind, RewardVersion, Run, RunState
 from everloop.score import Score
 from everloop.stream import State
-from everloop.topics import ADAPTERS, COMMANDS, RELEASES, REWARDS, ROUTES, RUNS, SCORES
+from everloop.topics import ADAPTERS, COMMANDS, PAUSES, RELEASES, REWARDS, ROUTES, RUNS, SCORES
 from everloop.wire import BlobStore
 
 RECENT = 200
@@ -60,7 +60,7 @@ class FactsHandler:
     """Stream handler "learn". ``known`` is for other threads: facts as of the last flush, by "tenant/policy"."""
 
     name = "learn"
-    topics = tuple(topic.name for topic in (SCORES, REWARDS, ROUTES, RELEASES, ADAPTERS, COMMANDS, RUNS))
+    topics = tuple(topic.name for topic in (SCORES, REWARDS, ROUTES, RELEASES, ADAPTERS, COMMANDS, PAUSES, RUNS))
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
@@ -144,12 +144,12 @@ def _adapter(facts: Facts, adapter: Adapter) -> None:
 
 
 def _command(facts: Facts, command: Command) -> None:
-    if command.kind is CommandKind.PAUSE:
-        facts.paused = True
-    elif command.kind is CommandKind.RESUME:
-        facts.paused = False
-    elif command.kind is CommandKind.RETRAIN:
+    if command.kind is CommandKind.RETRAIN:
         facts.orders.append({"id": command.id, "time": command.time, "by": command.by, **command.arguments})
+
+
+def _pause(facts: Facts, command: Command) -> None:
+    facts.paused = command.kind is CommandKind.PAUSE
 
 
 def _run(facts: Facts, run: Run) -> None:
@@ -179,6 +179,7 @@ FOLDS: dict[str, tuple[Any, Any]] = {
     RELEASES.name: (Release, _release),
     ADAPTERS.name: (Adapter, _adapter),
     COMMANDS.name: (Command, _command),
+    PAUSES.name: (Command, _pause),
     RUNS.name: (Run, _run),
 }
 

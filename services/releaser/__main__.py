@@ -2,8 +2,8 @@
 
 ::
 
-    thread "releaser": adapters, commands, events, episodes ─▶ releases, routes      (releaser.py)
-    thread "examiner": registry, file checks, engine, gold questions                 (examiner.py)
+    thread "releaser": adapters, commands, pauses, events, episodes ─▶ releases, routes      (releaser.py)
+    thread "examiner": registry, file checks, engine, gold questions                         (examiner.py)
 
 Only one works on a home; a second one waits until the first has ended.
 """
@@ -13,16 +13,14 @@ from __future__ import annotations
 import sys
 import time
 
-from everloop.config import Config, load
-from everloop.errors import ConfigError, EverloopError
+from everloop.config import Config
 from everloop.log import open_log
 
 from services.gateway.upstream import HttpServing
 from services.releaser.examiner import Examiner
 from services.releaser.releaser import Releaser
 from services.releaser.report import Board
-from services.service import Service
-from services.state import owned
+from services.service import Service, main
 
 STUCK = 60.0  # seconds without a round after which a restart is called for
 
@@ -52,15 +50,13 @@ def serve(config: Config) -> int:
     board = Board()
 
     def run() -> None:
-        with owned(service.home.folder("state") / "releaser", service.stop) as mine:
-            if mine:
-                examiner.start()
-                try:
-                    releaser.run(service.stop, board.update)
-                finally:
-                    examiner.close()
+        examiner.start()
+        try:
+            releaser.run(service.stop, board.update)
+        finally:
+            examiner.close()
 
-    service.loop("releaser", run)
+    service.alone("releaser", run)
     service.check("rounds", Pulse(releaser).trouble)
     service.ready("recovered", lambda: None if releaser.rounds else "the log is being read")
     service.describe("policies", lambda: board.policies)
@@ -72,16 +68,5 @@ def serve(config: Config) -> int:
         log.close()
 
 
-def main() -> int:
-    try:
-        return serve(load())
-    except ConfigError as error:
-        print(f"releaser: {error}", file=sys.stderr)
-        return 2
-    except EverloopError as error:
-        print(f"releaser: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("releaser", serve))

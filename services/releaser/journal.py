@@ -16,7 +16,7 @@ from everloop.errors import ContractError
 from everloop.log.base import Log, NewRecord, Record
 from everloop.release import Adapter, Release, Route
 from everloop.run import Command
-from everloop.topics import ADAPTERS, EPISODES, EVENTS, RELEASES, ROUTES, Topic
+from everloop.topics import ADAPTERS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES, Topic
 from everloop.wire import BlobStore
 
 from services.releaser.state import Change
@@ -26,25 +26,30 @@ C = TypeVar("C", bound=Contract)
 
 
 class Tail:
-    """Reads a topic from given offsets on, outside any group, once each time it is asked."""
+    """Reads a topic from given offsets on, outside any group. ``behind``: the last look left something unread."""
 
     def __init__(self, log: Log, topic: Topic, offsets: dict[int, int] | None = None) -> None:
         self._log = log
         self._topic = topic.name
         count = log.partitions(topic.name)
         self.offsets = {partition: (offsets or {}).get(partition, 0) for partition in range(count)}
+        self.behind = False
 
-    def new(self, most: int = 2000) -> Iterator[Record]:
-        """What was appended since the last time, at most about ``most`` records."""
+    def new(self, most: int = 500) -> list[Record]:
+        """What was appended since the last time, at most ``most`` records of a partition."""
+        found: list[Record] = []
+        self.behind = False
         for partition, offset in self.offsets.items():
             records = self._log.read(self._topic, partition, offset, most)
             if records:
                 self.offsets[partition] = records[-1].offset + 1
-                yield from records
+                self.behind |= len(records) == most
+                found += records
+        return found
 
     def all(self) -> Iterator[Record]:
         """What was appended since the last time, to the present end."""
-        while records := list(self.new()):
+        while records := self.new():
             yield from records
 
 
@@ -67,18 +72,20 @@ class Journal:
         """Adapters announced since the last time; all of them the first time."""
         return self._decoded(Adapter, self._adapters.all())
 
-    def command(self, record: Record) -> Command | None:
-        return next(self._decoded(Command, iter([record])), None)
+    def pauses(self) -> Iterator[Command]:
+        """The newest pause or resume of each policy, and perhaps some before it, oldest first."""
+        return self._decoded(Command, Tail(self.log, PAUSES).all())
 
     def write(self, change: Change) -> None:
         """Append a change; durable on return, all of it or nothing."""
-        route = [] if change.route is None else [self._record(ROUTES, change.route, f"epoch-{change.route.epoch}")]
-        releases = [self._record(RELEASES, r, f"{r.id}-{r.step}") for r in change.releases]
-        if route or releases:
-            self.log.append([*route, *releases])
+        records = [self._record(RELEASES, r, f"{r.key}/{r.id}", f"{r.id}-{r.step}") for r in change.releases]
+        if change.route is not None:
+            records.insert(0, self._record(ROUTES, change.route, change.route.key, f"epoch-{change.route.epoch}"))
+        if records:
+            self.log.append(records)
 
     def announce(self, adapter: Adapter) -> None:
-        self.log.append([self._record(ADAPTERS, adapter, adapter.hash)])
+        self.log.append([self._record(ADAPTERS, adapter, adapter.key, adapter.hash)])
 
     def traffic_begins(self) -> dict[str, dict[str, int]]:
         """Where a canary's traffic begins: the present ends of the topics that tell of it."""
@@ -103,9 +110,9 @@ class Journal:
             logger.warning("%s/%d@%d is passed over: %s", record.topic, record.partition, record.offset, error)
             return None
 
-    def _record(self, topic: Topic, contract: Release | Route | Adapter, id: str) -> NewRecord:
+    def _record(self, topic: Topic, contract: Release | Route | Adapter, key: str, id: str) -> NewRecord:
         headers = {"schema": type(contract).__name__, "id": id}
-        return NewRecord(topic.name, contract.key, wire.encode(contract, self._blobs), headers, contract.time)
+        return NewRecord(topic.name, key, wire.encode(contract, self._blobs), headers, contract.time)
 
     def _decoded(self, contract: type[C], records: Iterator[Record]) -> Iterator[C]:
         for record in records:

@@ -15,19 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from everloop.errors import EverloopError, LogError
-from everloop.log.base import Consumer, Log, Record
+from everloop.log.base import Consumer, Record
 from everloop.run import Command, CommandKind
-from everloop.topics import COMMANDS
 
 from services.releaser import orders
-from services.releaser.journal import Journal, Tail
+from services.releaser.journal import Journal
 from services.releaser.state import PolicyState, S
 
 if TYPE_CHECKING:
     from services.releaser.releaser import Releaser
 
 logger = logging.getLogger(__name__)
-PATIENCE = 2.0  # seconds that a rollback waits for the engine to hold what it leads to; then it goes on without
+PATIENCE = 0.5  # seconds that a rollback waits for the engine to hold what it leads to; then it goes on without
 REMEMBERED = 200
 
 
@@ -45,10 +44,9 @@ class Order:
 class Office:
     """Takes commands from the log. ``answers`` is what became of the newest, by command id, for ``/status``."""
 
-    def __init__(self, releaser: Releaser, log: Log) -> None:
+    def __init__(self, releaser: Releaser) -> None:
         self.answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._releaser = releaser
-        self._log = log
         self._paused: set[str] = set()
         self._orders: list[Order] = []
 
@@ -56,11 +54,9 @@ class Office:
         return key in self._paused
 
     def recover(self, journal: Journal) -> None:
-        """What is paused now: the newest pause or resume of each policy, from the whole log."""
-        for record in Tail(self._log, COMMANDS).all():
-            command = journal.command(record)
-            if command is not None:
-                self._note_pause(command)
+        """What is paused now: the newest pause or resume of each policy, which the log keeps for ever."""
+        for command in journal.pauses():
+            self._note_pause(command)
 
     def _note_pause(self, command: Command) -> None:
         if command.kind is CommandKind.PAUSE:
@@ -71,7 +67,7 @@ class Office:
     def receive(self, consumer: Consumer, wait: float) -> None:
         """Wait up to ``wait`` s for an order."""
         for record in consumer.poll(timeout=wait):
-            self._orders.append(Order(record, self._releaser.journal.command(record)))
+            self._orders.append(Order(record, self._releaser.journal.decode(Command, record)))
 
     def carry_out(self, consumer: Consumer) -> None:
         """Carry out what can be now; commit what is done."""
@@ -82,9 +78,9 @@ class Office:
         while finished < len(self._orders) and self._orders[finished].done:
             finished += 1
         if finished:
-            last = self._orders[finished - 1].record
+            done = (order.record for order in self._orders[:finished])
             try:
-                consumer.commit({(last.topic, last.partition): last.offset + 1})
+                consumer.commit({(record.topic, record.partition): record.offset + 1 for record in done})
             except LogError as error:
                 logger.warning("orders will be read again: %s", error)
             del self._orders[:finished]
@@ -100,8 +96,13 @@ class Office:
             return self._answer(command, True, "done before")
         try:
             return self._carry_out(order, command, state)
+        except LogError:
+            raise  # not written, or perhaps it was: the next process reads the log, and this order again
         except EverloopError as error:
             return self._answer(command, False, str(error))
+        except Exception as error:
+            logger.exception("order %s", command.id)
+            return self._answer(command, False, f"it failed: {error!r}")
 
     def _carry_out(self, order: Order, command: Command, state: PolicyState) -> bool:
         if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):

@@ -28,8 +28,8 @@ from everloop.errors import EverloopError
 from everloop.event import EventKind
 from everloop.home import Home
 from everloop.log.base import Log
-from everloop.release import Release, ReleaseState
-from everloop.topics import COMMANDS, EPISODES, EVENTS
+from everloop.release import Release
+from everloop.topics import COMMANDS, EPISODES, EVENTS, PAUSES
 from prometheus_client import Counter, Gauge
 
 from pipelines.gate import Decision
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 ROUND = 0.1  # seconds that a round waits for an order
 LOOK = 0.25  # seconds between looks at a canary's traffic
 LATER = 5.0  # seconds before something that failed is tried again
-REFRESH = 3600.0
+AT_ONCE = 250  # records of a partition that one look takes: an order must not wait for a long backlog
 MOVED = Counter("everloop_release_transitions", "Transitions of releases, by the state they led to", ["state"])
 CANARIES = Gauge("everloop_releaser_canaries", "Canaries that run now")
 WAITING = Gauge("everloop_releaser_candidates", "Candidates that wait for their turn, or for a person")
@@ -77,12 +77,13 @@ class Work:
 
     config: PolicyConfig
     canary: Canary | None = None
-    examination: tuple[str, Future[Decision]] | None = None
+    examination: tuple[Release, Future[Decision]] | None = None
+    """The release as it is compared: its incumbent is what was live when the examination began."""
     holding: tuple[str, Future[None]] | None = None
     waits: dict[str, str] = field(default_factory=dict)
     """By release: why it does not go on now, in one sentence."""
-    verdicts: dict[str, tuple[int, Decision]] = field(default_factory=dict)
-    """By release: how many gold items there were, and what they led to, where a person has to decide."""
+    undecided: tuple[str, int, str] | None = None
+    """The release that a person has to decide about, how many gold items there were, and what was live."""
     again_at: float = 0.0
 
 
@@ -95,11 +96,9 @@ class Releaser:
         self.journal = Journal(log, Home(config.home).blobs)
         self.states = {f"{t}/{p}": PolicyState(t, p) for t, p in config.policies()}
         self.work = {key: Work(config.policy(s.tenant, s.policy)) for key, s in self.states.items()}
-        self.office = Office(self, log)
+        self.office = Office(self)
         self.rounds = 0
         self._clock = clock
-        self._logged: dict[str, float] = {}
-        self._refresh_at = 0.0
         self._mirror_at = clock() + 30.0
         self._mirrored: dict[str, str | None] = {}
         self._mirroring: dict[str, tuple[str | None, Future[None]]] = {}
@@ -107,7 +106,7 @@ class Releaser:
     def run(self, stop: threading.Event, after_round: Callable[[Releaser], None]) -> None:
         """Until ``stop``. Raises LogError where the log does not take a change: start anew, nothing is lost."""
         self.recover()
-        consumer = self.journal.log.consumer("releaser", [COMMANDS.name])
+        consumer = self.journal.log.consumer("releaser", [COMMANDS.name, PAUSES.name])
         try:
             while not stop.is_set():
                 self.office.receive(consumer, wait=ROUND)
@@ -123,7 +122,6 @@ class Releaser:
         for release in self.journal.releases():
             if release.key in self.states:
                 self.states[release.key].take(release)
-                self._logged[release.id] = release.time
         for route in self.journal.routes():
             if route.key in self.states:
                 self.states[route.key].take_route(route)
@@ -138,7 +136,6 @@ class Releaser:
         for key, state in self.states.items():
             self._advance(state, self.work[key], now)
         self._mirror(now)
-        self._refresh(now)
         self.rounds += 1
 
     def now(self) -> float:
@@ -151,7 +148,6 @@ class Releaser:
         self.journal.write(change)
         state.apply(change)
         for release in change.releases:
-            self._logged[release.id] = self._clock()
             MOVED.labels(release.state.value).inc()
             logger.info("%s: release %s is %s: %s", state_key(state), release.id, release.state, release.reason)
         self._keep()
@@ -179,19 +175,19 @@ class Releaser:
         work.canary = None
         if self.office.paused(state_key(state)) or now < work.again_at:
             return
-        if state.gated is not None:
-            self._try_canary(state, state.gated, work, now)
-        elif state.waiting is not None:
-            self._examine(state, state.waiting, work, now)
+        passed, waiting = state.gated, state.gated or state.waiting
+        if passed is not None and passed.incumbent == state.live_adapter:
+            self._try_canary(state, passed, work, now)
+        elif waiting is not None:  # one that has passed too, where something else is live since
+            self._examine(state, waiting, work, now)
 
     def _examine(self, state: PolicyState, release: Release, work: Work, now: float) -> None:
         gold = self.examiner.gold_count(state.tenant, state.policy)
-        known = work.verdicts.get(release.id)
-        if known is not None and known[0] == gold:
+        if work.undecided == (release.id, gold, state.live_adapter):
             return
-        if work.examination is None or work.examination[0] != release.id:
-            asked = release.model_copy(update={"incumbent": state.live_adapter})
-            work.examination = release.id, self.examiner.examine(asked)
+        compared = release.model_copy(update={"incumbent": state.live_adapter})
+        if work.examination is None or work.examination[0] != compared:
+            work.examination = compared, self.examiner.examine(compared)
             work.waits[release.id] = "It is being examined."
         future = work.examination[1]
         if not future.done():
@@ -199,18 +195,17 @@ class Releaser:
         work.examination = None
         decision = self._result(future, release, work, now)
         if decision is not None:
-            self._decided(state, release, work, decision, gold, now)
+            self._decided(state, compared, work, decision, gold, now)
 
     def _decided(
         self, state: PolicyState, release: Release, work: Work, decision: Decision, gold: int, now: float
     ) -> None:
-        evidence = decision.numbers() | {"against": state.live_adapter}
         if decision.verdict == "pass":
-            self.write(state, gated(release, decision.reason, now, evidence))
+            self.write(state, gated(release, decision.reason, now, decision.numbers()))
         elif decision.verdict == "fail":
-            self.write(state, rejected(release, decision.reason, now, evidence))
+            self.write(state, rejected(release, decision.reason, now, decision.numbers()))
         else:
-            work.verdicts = {release.id: (gold, decision)}
+            work.undecided = release.id, gold, release.incumbent
             work.waits[release.id] = f"Waits for a person ('everloop release promote {release.id}'): {decision.reason}"
             logger.info("%s: release %s: %s", state_key(state), release.id, work.waits[release.id])
 
@@ -254,10 +249,13 @@ class Releaser:
         if now < canary.look_at:
             return
         canary.look_at = now + LOOK
-        self._read(canary)
+        behind = self._read(canary)
         breach = canary.traffic.breach(work.config.canary)
         if breach:
             self._end(state, release, canary, f"Rolled back by a guard: {breach}.", now)
+            return
+        if behind:  # what was not read yet may change the verdict: read on before judging
+            canary.look_at = now
             return
         assigned = sum(canary.traffic.assigned().values())
         verdict = judge(*canary.traffic.arms(), release.plan, seconds=now - release.time, episodes=assigned)
@@ -270,16 +268,18 @@ class Releaser:
         elif verdict.action == "promote":
             work.waits[release.id] = f"Waits for a person ('everloop release promote'): {verdict.reason}"
 
-    def _read(self, canary: Canary) -> None:
-        for record in canary.events.new():
+    def _read(self, canary: Canary) -> bool:
+        """Take what is new, not too much at once; whether there is more."""
+        for record in canary.events.new(AT_ONCE):
             fields = self.journal.unsealed(record)
             payload = fields.get("payload") if fields and not fields.get("synthetic") else None
             if isinstance(payload, dict) and payload.get("kind") == EventKind.CALL:
                 canary.traffic.take_call(payload)
-        for record in canary.episodes.new():
+        for record in canary.episodes.new(AT_ONCE):
             episode = self.journal.decode(Episode, record)
             if episode is not None:
                 canary.traffic.take_episode(episode)
+        return canary.events.behind or canary.episodes.behind
 
     def _end(self, state: PolicyState, release: Release, canary: Canary, reason: str, now: float) -> None:
         self.write(state, roll_back(state, release, reason, now, self._evidence(release, canary)))
@@ -306,20 +306,6 @@ class Releaser:
                     self._mirror_at = now + LATER
             elif under_way is None and self._mirrored.get(key) != uri:
                 self._mirroring[key] = uri, self.examiner.mirror(state.tenant, state.policy, uri)
-
-    def _refresh(self, now: float) -> None:
-        """Releases that stand for long are written again before the log's retention takes them."""
-        if now < self._refresh_at:
-            return
-        self._refresh_at = now + REFRESH
-        old = now - self.config.log.retention_hours * 3600 / 2
-        standing = (ReleaseState.LIVE, ReleaseState.CANARY, ReleaseState.GATED, ReleaseState.CANDIDATE)
-        for state in self.states.values():
-            kept = [*state.among(*standing), *([state.previous] if state.previous else [])]
-            stale = tuple(release for release in kept if self._logged.get(release.id, now) < old)
-            if stale:
-                self.journal.write(Change(stale))
-                self._logged |= {release.id: now for release in stale}
 
 
 def state_key(state: PolicyState) -> str:

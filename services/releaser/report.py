@@ -26,7 +26,8 @@ class Board:
 
     def update(self, releaser: Releaser) -> None:
         """Make a new report where the last one is ``EVERY`` s old, or an order was answered since."""
-        if time.monotonic() < self._again_at and len(releaser.office.answers) == len(self.commands):
+        newest = next(reversed(releaser.office.answers), None)
+        if time.monotonic() < self._again_at and (newest is None or newest in self.commands):
             return
         self._again_at = time.monotonic() + EVERY
         self.policies = report(releaser)

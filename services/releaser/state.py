@@ -161,11 +161,17 @@ def candidate(state: PolicyState, adapter: Adapter, now: float) -> Change:
 
 
 def gated(release: Release, reason: str, now: float, evidence: dict[str, Any]) -> Change:
-    return Change((release.to(S.GATED, reason, now, evidence={**release.evidence, "gate": evidence}),))
+    """``release.incumbent`` is what it was compared with."""
+    return Change((_examined(release, S.GATED, reason, now, evidence),))
 
 
 def rejected(release: Release, reason: str, now: float, evidence: dict[str, Any]) -> Change:
-    return Change((release.to(S.REJECTED, reason, now, evidence={**release.evidence, "gate": evidence}),))
+    return Change((_examined(release, S.REJECTED, reason, now, evidence),))
+
+
+def _examined(release: Release, state: ReleaseState, reason: str, now: float, evidence: dict[str, Any]) -> Release:
+    gate = {**evidence, "against": release.incumbent}
+    return release.to(state, reason, now, evidence={**release.evidence, "gate": gate})
 
 
 def start_canary(state: PolicyState, release: Release, plan: CanaryPlan, now: float, note: str = "") -> Change:

@@ -19,7 +19,7 @@ from everloop.home import Home
 from everloop.log import NewRecord
 from everloop.release import Release, ReleaseState
 from everloop.run import Command, DeadLetter
-from everloop.topics import COMMANDS, DEAD_LETTERS, EVENTS, RELEASES
+from everloop.topics import COMMANDS, DEAD_LETTERS, EVENTS, PAUSES, RELEASES
 
 from services.commands import COMMANDS as TABLE
 from services.installation import Installation
@@ -159,7 +159,8 @@ def test_orders_are_in_the_log_while_nobody_runs(capsys: pytest.CaptureFixture[s
     assert "once the platform runs" in out
     assert said(capsys, "pause", "--no-wait")[0] == 0
     assert said(capsys, "retrain", "--seed", "7", "--no-publish")[0] == 1
-    rollback, pause, retrain = here.records(COMMANDS, Command)
+    rollback, retrain = here.records(COMMANDS, Command)
+    (pause,) = here.records(PAUSES, Command)
     assert (rollback.kind, rollback.arguments) == ("rollback", {"reason": "it swears", "live": True})
     assert pause.kind == "pause"
     assert retrain.arguments == {"seed": 7, "publish": False}

@@ -22,6 +22,7 @@ from pipelines.gate import (
     gain_bounds,
     judge_answers,
     pools,
+    rise_by_chance,
 )
 
 CONFIG = GateConfig()
@@ -135,6 +136,43 @@ def test_behaviour_is_held(options: dict[str, Any], told: str) -> None:
     decision = verdict(before, np.ones(600), **options)
     assert decision.verdict == "fail"
     assert told in decision.reason
+
+
+def test_a_few_answers_that_differ_are_chance() -> None:
+    """Four of fifty, and nothing the other way: with four behaviours and a length to look at, luck does that."""
+    before = np.array([0.0, 1.0] * 25)
+    assert verdict(before, np.ones(50), cut_off=[1.0] * 4 + [0.0] * 46).verdict == "pass"
+    assert verdict(before, np.ones(50), cut_off=[1.0] * 7 + [0.0] * 43).verdict == "fail"
+
+
+def test_a_mean_length_that_one_answer_makes_is_chance() -> None:
+    before, after = answers([0.0, 1.0] * 30), answers(np.ones(60))
+    rambling = Answers(after.right, np.array([400.0] + [5.0] * 59), after.kl, after.flags)
+    assert decide(Evidence(("",) * 60, before, rambling), CONFIG).verdict == "pass"
+    longer = Answers(after.right, np.random.default_rng(0).normal(11, 3, 60), after.kl, after.flags)
+    assert "answers went from 5.0 to" in decide(Evidence(("",) * 60, before, longer), CONFIG).reason
+
+
+def test_a_rise_is_mcnemar_s_exact_test() -> None:
+    before, after = np.zeros(100), np.zeros(100)
+    before[:2], after[2:10] = 1, 1  # eight more, two fewer
+    assert rise_by_chance(before, after) == pytest.approx((45 + 10 + 1) / 2**10)  # 8, 9 or 10 heads of 10
+    assert rise_by_chance(after, before) > 0.9
+    assert rise_by_chance(before, before) == 1.0
+
+
+def test_a_harmless_candidate_is_seldom_stopped_by_slices_or_behaviour() -> None:
+    """Two equal models that err apart, on small slices and with behaviours now and then: luck alone."""
+    stopped = 0
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        skills = tuple(f"topic {i % 20}" for i in range(60))
+        first, second = (random.random((2, 60)) < 0.6).astype(float)
+        flags = [{name: (random.random(60) < 0.1).astype(float) for name in BEHAVIOURS} for _ in range(2)]
+        evidence = Evidence(skills, answers(first, **flags[0]), answers(second, **flags[1]))
+        numbers = decide(evidence, CONFIG).numbers()
+        stopped += not (numbers["slices"]["passed"] and numbers["behaviour"]["passed"])
+    assert stopped / 300 <= 2 * (1 - CONFIG.confidence)
 
 
 def test_one_empty_answer_in_many_is_no_change_of_behaviour() -> None:

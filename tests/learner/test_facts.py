@@ -13,7 +13,7 @@ from everloop.log.base import Record
 from everloop.release import Adapter, Release, ReleaseState, Route
 from everloop.run import Command, CommandKind, RewardVersion, Run, RunState
 from everloop.score import Score
-from everloop.topics import ADAPTERS, COMMANDS, RELEASES, REWARDS, ROUTES, RUNS, SCORES
+from everloop.topics import ADAPTERS, COMMANDS, PAUSES, RELEASES, REWARDS, ROUTES, RUNS, SCORES
 from everloop.wire import BlobStore
 
 from services.learner.facts import RECENT, Facts, FactsHandler
@@ -101,8 +101,8 @@ def test_an_order_stands_until_its_run_comes(fold: Fold):
 
 def test_pause_and_resume(fold: Fold):
     pause, resume = (Command(id=k.value, kind=k, **BY, time=1.0) for k in (CommandKind.PAUSE, CommandKind.RESUME))
-    assert fold.read((COMMANDS, pause)).paused
-    assert not fold.read((COMMANDS, resume)).paused
+    assert fold.read((PAUSES, pause)).paused
+    assert not fold.read((PAUSES, resume)).paused
 
 
 def test_what_is_live_and_what_was(fold: Fold):

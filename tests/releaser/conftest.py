@@ -23,7 +23,7 @@ from everloop.home import Home
 from everloop.log import NewRecord, open_log
 from everloop.release import Adapter, Release, Route
 from everloop.run import Command, CommandKind
-from everloop.topics import ADAPTERS, COMMANDS, EPISODES, EVENTS, RELEASES, ROUTES, Topic
+from everloop.topics import ADAPTERS, COMMANDS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES, Topic
 
 from pipelines.gold import GoldItem, GoldSet
 
@@ -129,7 +129,8 @@ class World:
         self._count = itertools.count()
 
     def append(self, topic: Topic, *contracts: Any) -> None:
-        self.log.append([NewRecord(topic.name, one.key, wire.encode(one)) for one in contracts])
+        keys = [f"{one.key}/{one.id}" if topic is RELEASES else one.key for one in contracts]
+        self.log.append([NewRecord(topic.name, k, wire.encode(o)) for k, o in zip(keys, contracts, strict=True)])
 
     def read(self, topic: Topic, contract: type[Contract]) -> list[Any]:
         return [
@@ -166,12 +167,16 @@ class World:
         ]
         GoldSet(self.home.root / "gold").add(TENANT, POLICY, made)
 
+    def knows(self, name: str, skill: float) -> None:
+        """The engine answers this share of the gold questions right with that adapter."""
+        self.engine.right[name] = answering(skill)
+
     def announce(self, name: str, *, skill: float | None = 1.0, files: bool = True) -> Adapter:
         """A trained adapter; ``skill`` is the share of gold questions that it answers right."""
         if files:
             self.home.folder("adapters", name)
         if skill is not None:
-            self.engine.right[name] = answering(skill)
+            self.knows(name, skill)
         adapter = Adapter(
             hash=name, tenant=TENANT, policy=POLICY, base="tiny-k2", run=f"run-{name}", batch="b",
             uri=f"models:/default.assistant/{len(self.engine.right)}", rank=4, targets=("q",), time=time.time(),
@@ -184,7 +189,7 @@ class World:
             id=f"cmd-{next(self._count)}", kind=kind, tenant=TENANT, policy=POLICY, arguments=arguments, by="ann",
             time=time.time(),
         )  # fmt: skip
-        self.append(COMMANDS, command)
+        self.append(PAUSES if kind in (CommandKind.PAUSE, CommandKind.RESUME) else COMMANDS, command)
         return command
 
     def traffic(self, units: int, liked: dict[str, float], *, error: str | None = None, first: int = 0) -> None:

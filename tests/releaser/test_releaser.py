@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 from everloop.errors import RegistryError
-from everloop.release import Release, ReleaseState
-from everloop.run import CommandKind
-from everloop.topics import COMMANDS, RELEASES
+from everloop.log.sqlite import retention
+from everloop.release import Release, ReleaseState, Route
+from everloop.run import Command, CommandKind
+from everloop.topics import COMMANDS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES
 
 from services.gateway.upstream import HttpServing
 from services.releaser.examiner import Examiner
@@ -320,17 +322,90 @@ def test_the_registry_s_alias_follows_what_is_live(
     until(lambda: {"do": "mirror", "tenant": "default", "policy": "assistant", "uri": None} in brought)
 
 
-def test_what_stands_for_long_is_written_again_before_the_log_forgets_it(
+def test_what_stands_outlives_the_log_s_retention(world: MakeWorld, start: Start, until: Until) -> None:
+    """The live release, a pause, and that an adapter was rejected: all else in their topics was cut long ago."""
+    w = world()
+    live = Release(id="rel_live", tenant="default", policy="assistant", adapter="a", uri="u", time=1.0)
+    for state in ("gated", "canary", "live"):
+        w.append(RELEASES, live)
+        live = live.to(ReleaseState(state), "Long ago.", 2.0)
+    w.append(RELEASES, live)
+    w.home.folder("adapters", "a")
+    w.order(CommandKind.PAUSE)
+    busy = Release(id="rel_busy", tenant="default", policy="other", adapter="b", uri="u", time=1.0)
+    other = Command(id="c", kind=CommandKind.RESUME, tenant="default", policy="other", time=1.0)
+    for _ in range(600):  # more than a block of the log, which goes as a whole
+        w.append(RELEASES, busy)
+        w.append(PAUSES, other)
+    cut_all(w)
+    assert len(w.releases()) < 300
+    assert [r.state for r in w.releases() if r.id == "rel_live"] == ["live"]
+    running = start(w)
+    until(lambda: running.policy().get("paused"))
+    assert running.policy()["live"]["adapter"] == "a"
+    assert w.live() == "a"
+
+
+def cut_all(w: Any) -> None:
+    """What the log's retention does once everything in it is old."""
+    connection = sqlite3.connect(w.home.root / "log.db")
+    with connection:
+        while retention.clean(connection, time.time() + 60.0):
+            pass
+    connection.close()
+
+
+def test_a_verdict_waits_for_all_that_the_log_has(world: MakeWorld, start: Start, until: Until) -> None:
+    """A releaser that was away finds a canary past its time, with evidence that it has not read: it reads first."""
+    w = world(canary={**CANARY, "max_duration": "1s"})
+    begins = {t.name: {str(p): 0 for p in range(w.log.partitions(t.name))} for t in (EVENTS, EPISODES)}
+    release = Release(id="rel_c", tenant="default", policy="assistant", adapter="a", uri="u", time=1.0)
+    canary = release.model_copy(
+        update={"state": ReleaseState.CANARY, "plan": w.config.policy("default", "assistant").canary.plan(),
+                "evidence": {"begins": begins}}
+    )  # fmt: skip
+    w.append(RELEASES, canary)
+    w.append(ROUTES, Route(tenant="default", policy="assistant", epoch=1, release="rel_c", canary="a", share=0.5,
+                           uris={"a": "u"}, time=1.0))  # fmt: skip
+    w.traffic(3000, {"canary": 0.2, "control": 0.7})
+    start(w)
+    until(lambda: w.state("a") == "rolled_back", 30)
+    assert "worse, the upper bound" in w.newest("a").reason
+    assert w.newest("a").evidence["canary"]["canary"]["episodes"] > 1400
+
+
+def test_what_passed_is_examined_again_where_something_else_went_live(
     world: MakeWorld, start: Start, until: Until
 ) -> None:
     w = world()
-    release = Release(id="rel_old", tenant="default", policy="assistant", adapter="a", uri="u", time=1.0)
-    for state in ("gated", "canary", "live"):
-        w.append(RELEASES, release)
-        release = release.to(ReleaseState(state), "Long ago.", 2.0)
-    w.append(RELEASES, release)
+    first = start(w)
+    w.announce("b", skill=1.0)
+    w.order(CommandKind.PROMOTE, release="b")
+    until(lambda: w.live() == "b")
+    first.end()
+    w.gold()
+    w.knows("a", 0.5)
     w.home.folder("adapters", "a")
+    passed = Release(id="rel_p", tenant="default", policy="assistant", adapter="a", uri="u", time=1.0)
+    w.append(RELEASES, passed, passed.to(ReleaseState.GATED, "Passed: better than the base model.", 2.0))
     start(w)
-    until(lambda: len(w.releases()) == 5)
-    assert w.releases()[-1] == release
-    assert w.live() == "a"
+    until(lambda: w.state("a") == "rejected")
+    assert w.newest("a").evidence["gate"]["against"] == "b"
+    assert w.live() == "b"
+
+
+def test_a_candidate_is_compared_with_what_is_live_when_it_is_decided(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    w = world()
+    start(w)
+    w.announce("good", skill=1.0)
+    w.order(CommandKind.PROMOTE, release="good")
+    until(lambda: w.live() == "good")
+    w.gold()
+    w.engine.delay, asked = 0.3, w.engine.asked
+    w.announce("middling", skill=0.5)
+    until(lambda: w.engine.asked > asked)
+    w.order(CommandKind.ROLLBACK)  # while it is compared with what goes now
+    until(lambda: w.state("middling") == "canary", 30)
+    assert w.newest("middling").evidence["gate"]["against"] == "base"
