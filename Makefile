@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(ARGS)
 
-.PHONY: help install demo up test test-fast check format lock bench clean
+.PHONY: help install demo up kafka kafka-stop test test-fast check format lock bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -36,12 +36,18 @@ demo: $(STAMP)   ## close the loop on real messages and show the improvement
 up: $(STAMP)     ## run the platform on embedded defaults, for your own agent
 	@$(BIN)/everloop up $(ARGS)
 
+kafka: $(STAMP)  ## a real Kafka broker on this machine, data below .everloop/kafka
+	@$(BIN)/everloop kafka start $(ARGS)
+
+kafka-stop: $(STAMP) ## end it; its data stay
+	@$(BIN)/everloop kafka stop
+
 test: $(STAMP)   ## every check and every test
 	@$(MAKE) --no-print-directory check
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## the tests that start no outside component
-	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow" $(ARGS)
+	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow and not kafka" $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, layers
 	@$(BIN)/ruff format --check .

@@ -20,5 +20,6 @@ COMMANDS = {
     "compare": ("two adapters on the gold set, side by side", "services.commands.compare"),
     "keys": ("create, list or revoke API keys", "services.commands.keys"),
     "base": ("build a small base model from your own examples", "services.commands.base"),
+    "kafka": ("a real Kafka broker on this machine: start, stop, status", "services.commands.kafka"),
     "mlflow": ("open MLflow on this installation's runs", "services.commands.mlflow"),
 }
