@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from everloop.config import RewardConfig
 from everloop.episode import Episode, Turn
 from everloop.event import Call, Message
@@ -31,7 +32,7 @@ from trainer.learner import Learner
 from trainer.policy import base, lora, tiny_k2
 from trainer.recipe import Recipe
 from trainer.request import VALUE_HEAD, Request, Trained
-from trainer.rollout.engine import Engine
+from trainer.sampling import Rollout, Sampling, rollouts
 
 ANSWER_TOKENS = 24
 
@@ -71,13 +72,12 @@ class DeskLoop:
         self.cache, self.temperature, self.window = cache, temperature, window
         self.base = str(tiny_k2.cached(cache, [tuple(message) for message in desk.prior], seed=seed))
         self.policy = base.load(self.base, cache)
-        self.engine = Engine(self.policy, threads)
         self.customer = Customer(seed)
         self.encoder = encoder
         self.reward = RewardModel(RewardConfig(), encoder)
         self.learner = learner
         self.adapter: Path | None = None
-        self.module: Any = None
+        self.module: Any = self.policy.model
         self.served: list[tuple[BatchItem, Episode]] = []
         self.right = 0
         self._parent_run: Path | None = None
@@ -87,13 +87,7 @@ class DeskLoop:
         prompts = [self.policy.encode_chat([{"role": "user", "content": message.text}]) for message in messages]
         number = len(self.served)
         self.encoder.encode([message.text for message in messages])
-        answers = self.engine.generate(
-            prompts,
-            module=self.module,
-            max_tokens=ANSWER_TOKENS,
-            temperature=self.temperature,
-            seed=self.seed * 1_000_003 + number,
-        )
+        answers = self._said(prompts, self.temperature, self.seed * 1_000_003 + number)
         thumbs: list[float] = []
         for at, (message, prompt, answer) in enumerate(zip(messages, prompts, answers, strict=True)):
             item, episode = self._answered(number + at, message, prompt, answer)
@@ -104,8 +98,15 @@ class DeskLoop:
                 self.reward.learn([lesson])
         return float(np.mean(thumbs)) if thumbs else float("nan")
 
-    def _answered(self, number: int, message: Asked, prompt: list[int], answer: Any) -> tuple[BatchItem, Episode]:
-        text = self.policy.decode(answer.ids)
+    def _said(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int = 0) -> list[Rollout]:
+        """One answer to each prompt, by the adapter that answers now."""
+        torch.set_num_threads(self.threads)
+        once = Sampling(samples=1, max_tokens=ANSWER_TOKENS, temperature=temperature)
+        drawn = rollouts(self.module, prompts, once, stop_ids=self.policy.stop_ids, seed=seed)
+        return [answer for (answer,) in drawn]
+
+    def _answered(self, number: int, message: Asked, prompt: list[int], answer: Rollout) -> tuple[BatchItem, Episode]:
+        text = self.policy.decode(answer.completion)
         opinion = self.customer.judge(number, message.topic, text)
         words = _words(number, opinion)
         name = f"ep_{number:06d}"
@@ -123,9 +124,9 @@ class DeskLoop:
             mask=False,
             source="model",
             label=said.label,
-            tokens=np.asarray([*prompt, *answer.ids], np.int32),
-            logprobs=np.asarray([0.0] * len(prompt) + answer.logprobs, np.float32),
-            span=(len(prompt), len(prompt) + len(answer.ids)),
+            tokens=np.asarray([*prompt, *answer.completion], np.int32),
+            logprobs=np.concatenate([np.zeros(len(prompt), np.float32), answer.logprobs]),
+            span=(len(prompt), len(prompt) + len(answer.completion)),
             policy_version="base" if self.adapter is None else self.adapter.name,
             temperature=self.temperature,
             trainable=self.temperature > 0,
@@ -188,8 +189,7 @@ class DeskLoop:
 
     def greedy(self, messages: Sequence[Asked]) -> list[str]:
         prompts = [self.policy.encode_chat([{"role": "user", "content": message.text}]) for message in messages]
-        answers = self.engine.generate(prompts, module=self.module, max_tokens=ANSWER_TOKENS, temperature=0.0)
-        return [self.policy.decode(answer.ids) for answer in answers]
+        return [self.policy.decode(answer.completion) for answer in self._said(prompts, 0.0)]
 
     def cycle(self, messages: Sequence[Asked]) -> Cycle:
         """Serve, retrain, measure."""

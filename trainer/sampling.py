@@ -1,9 +1,9 @@
-"""Many answers to each of many prompts, from one policy: the sampler of training rollouts.
+"""Many answers to each of many prompts, from one policy: the sampler of training, and of whatever measures a policy.
 
-Serving answers requests as they come; training wants the same few answers of a thousand prompts at once. Each
-prompt is read once, and samples that agree so far go through the model as one: the work grows with the *distinct*
-answers. Every sample draws from its own stream of random numbers, so what it says does not depend on what it is
-batched with, and a rollout can be repeated.
+Serving (:mod:`trainer.rollout`) answers requests as they come; training wants a few answers of a thousand prompts at
+once. Each prompt is read once, and samples that agree so far go through the model as one: the work grows with the
+*distinct* answers. What a token's log-probability is, both ask the same function. Every sample draws from its own
+stream of random numbers, so what it says does not depend on what it is batched with, and it can be repeated.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from everloop import event
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from trainer.rollout.sampling import processed
 
 PROMPTS_AT_ONCE = 128
 
@@ -36,7 +39,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """``samples`` answers a prompt, of at most ``max_tokens`` tokens; nothing is truncated, so the support is known."""
+    """``samples`` answers a prompt, of at most ``max_tokens`` tokens; nothing is truncated, so the support is known.
+
+    ``temperature`` 0 is greedy: all samples are the likeliest answer, with its log-probabilities at temperature 1.
+    """
 
     samples: int
     max_tokens: int
@@ -98,7 +104,9 @@ def _sample(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        parents, grown = _grow(branches, _log_softmax(logits, sampling.temperature), streams, step)
+        logprobs = processed(logits, [event.Sampling(temperature=sampling.temperature)] * len(branches), ()).numpy()
+        chances = _certain(logprobs) if sampling.temperature == 0 else np.exp(logprobs, dtype=np.float64)
+        parents, grown = _grow(branches, logprobs, chances.cumsum(1), streams, step)
         yield from ((b.prompt, b.rollout(finished=True)) for b in grown if b.tokens[-1] in stop_ids)
         kept = [i for i, b in enumerate(grown) if b.tokens[-1] not in stop_ids]
         branches = [grown[i] for i in kept]
@@ -121,16 +129,22 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> NDArray[np.float32]:
-    return torch.log_softmax(logits.float() / temperature, dim=-1).numpy()
+def _certain(logprobs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """All probability on the likeliest token of each row."""
+    chances = np.zeros(logprobs.shape)
+    np.put_along_axis(chances, logprobs.argmax(axis=1, keepdims=True), 1.0, axis=1)
+    return chances
 
 
 def _grow(
-    branches: Sequence[_Branch], logprobs: NDArray[np.float32], streams: Sequence[NDArray[np.float64]], step: int
+    branches: Sequence[_Branch],
+    logprobs: NDArray[np.float32],
+    cumulative: NDArray[np.float64],
+    streams: Sequence[NDArray[np.float64]],
+    step: int,
 ) -> tuple[list[int], list[_Branch]]:
     """Draw the next token of every sample; (row that it grew from, branch), one for each distinct token."""
     parents, grown = [], []
-    cumulative = np.cumsum(np.exp(logprobs, dtype=np.float64), axis=1)
     for row, branch in enumerate(branches):
         drawn = streams[branch.prompt][branch.members, step] * cumulative[row, -1]
         tokens = np.searchsorted(cumulative[row], drawn, side="right")

@@ -10,7 +10,7 @@ from everloop.errors import ConfigError
 
 from trainer.policy import base, smollm2
 from trainer.policy.base import Policy
-from trainer.rollout.engine import Engine
+from trainer.sampling import Sampling, rollouts
 
 pytestmark = pytest.mark.models
 
@@ -22,8 +22,9 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 def test_it_speaks(real: Policy) -> None:
     prompt = real.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
-    (answer,) = Engine(real).generate([prompt], max_tokens=16, temperature=0)
-    assert "Paris" in real.decode(answer.ids)
+    greedy = Sampling(samples=1, max_tokens=16, temperature=0)
+    ((answer,),) = rollouts(real.model, [prompt], greedy, stop_ids=real.stop_ids, seed=0)
+    assert "Paris" in real.decode(answer.completion)
 
 
 def test_its_turn_ends_with_its_own_end_token(real: Policy) -> None:

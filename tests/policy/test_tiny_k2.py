@@ -13,7 +13,7 @@ from everloop.errors import ConfigError, ServingError
 
 from trainer.policy import base, builtin, tiny_k2
 from trainer.policy.base import Policy
-from trainer.rollout.engine import Engine
+from trainer.sampling import Sampling, rollouts
 
 pytestmark = pytest.mark.models
 SMALL = tiny_k2.Settings(hidden=64, heads=2, context=256, steps=(2, 2))
@@ -22,7 +22,11 @@ EXAMPLES = [("Where is it?", "card_arrival"), ("stop the card", "block_card")]
 
 def said(policy: Policy, messages: list[str], temperature: float = 0.0) -> list[str]:
     prompts = [policy.encode_chat([{"role": "user", "content": message}]) for message in messages]
-    return [policy.decode(c.ids) for c in Engine(policy).generate(prompts, max_tokens=16, temperature=temperature)]
+    sampling = Sampling(samples=1, max_tokens=16, temperature=temperature)
+    return [
+        policy.decode(answer.completion)
+        for (answer,) in rollouts(policy.model, prompts, sampling, stop_ids=policy.stop_ids, seed=0)
+    ]
 
 
 def test_the_same_examples_and_seed_give_the_same_weights(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from everloop import event
 
 from trainer.policy.base import Policy
-from trainer.rollout.engine import Engine
+from trainer.rollout.running import Answer, Running
 from trainer.sampling import Sampling, rollouts
 
 pytestmark = pytest.mark.models
@@ -54,12 +57,28 @@ def test_tokens_come_as_often_as_their_probability_says(policy: Policy):
     assert sum(expected.values()) > 0.8
 
 
+def test_greedy_is_the_likeliest_answer_and_what_transformers_generates(policy: Policy):
+    for prompt, found in zip(PROMPTS, draw(policy, PROMPTS, Sampling(5, 6, temperature=0.0)), strict=True):
+        ids = torch.tensor([prompt])
+        expected = policy.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        (answer,) = found
+        assert answer.count == 5
+        assert list(answer.completion) == expected[0, len(prompt) :].tolist()
+
+
 def test_training_sees_the_log_probabilities_that_serving_recorded(policy: Policy):
     from trainer.engine_torch import EngineSettings, TorchEngine
     from trainer.packing import Sample
 
-    served = Engine(policy).generate(PROMPTS, max_tokens=4, seed=5)
-    groups = [(Sample(prompt, tuple(answer.ids)),) for prompt, answer in zip(PROMPTS, served, strict=True)]
+    served = [
+        Answer(prompt, event.Sampling(temperature=1.0), 4, policy.stop_ids, random.Random(i))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    running = Running(policy.model, policy.pad_id)
+    running.admit(served)
+    while len(running):
+        running.step()
+    groups = [(Sample(answer.prompt, tuple(answer.ids)),) for answer in served]
     recomputed = TorchEngine(policy, EngineSettings(rank=2)).estimates(groups).logprobs
     for answer, found in zip(served, recomputed, strict=True):
         assert found == pytest.approx(np.asarray(answer.logprobs), abs=1e-4)
