@@ -27,7 +27,7 @@ from everloop.log.base import NewRecord, Record
 from everloop.stream import State
 
 from pipelines.rows import Row
-from pipelines.tables import BY_TOPIC, NO_TENANT, Table, day_of
+from pipelines.tables import FEEDS, NO_TENANT, Feed, day_of
 
 COMPRESSION = "zstd"
 MAX_BYTES = 64 * 2**20  # of envelopes held in memory before they are written
@@ -36,9 +36,8 @@ MAX_BYTES = 64 * 2**20  # of envelopes held in memory before they are written
 class Held(NamedTuple):
     """A row that waits to be written, where it goes, and what names the record that it came from."""
 
-    table: Table
-    tenant: str
-    day: str
+    feed: Feed
+    folder: Path
     row: Row
     name: str
 
@@ -51,7 +50,7 @@ class Archive:
     """
 
     name = "archive"
-    topics: tuple[str, ...] = tuple(BY_TOPIC)
+    topics: tuple[str, ...] = tuple(FEEDS)
 
     def __init__(self, home: Home, *, max_bytes: int = MAX_BYTES) -> None:
         self._store = home.root / "store"
@@ -64,12 +63,13 @@ class Archive:
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         if record.value is None:
             return []  # a tombstone of a compacted topic: the rows before it stay history
-        table = BY_TOPIC[record.topic]
-        contract = wire.decode(table.contract, record.value, self._blobs)
-        row = table.row(contract, record.value)
+        feed = FEEDS[record.topic]
+        contract = wire.decode(feed.topic.contract, record.value, self._blobs)
+        row = feed.row(contract, record.value)
         row["log_partition"], row["log_offset"] = record.partition, record.offset
         day = day_of(row.get("started") or row.get("time") or record.time)
-        self._held[record.position] = Held(table, _folder_name(row["tenant"]), day, row, _name(record))
+        folder = folder_of(self._store, feed.table.name, row["tenant"], day)
+        self._held[record.position] = Held(feed, folder, row, _name(record))
         self._bytes += len(record.value)
         if self._bytes > self._max_bytes:
             self._write()  # ahead of the commit: at worst rows are there twice
@@ -80,22 +80,22 @@ class Archive:
         return []
 
     def _write(self) -> None:
-        groups: dict[tuple[str, str, str], list[Held]] = defaultdict(list)
+        groups: dict[Path, list[Held]] = defaultdict(list)
         for held in self._held.values():
-            groups[held.table.name, held.tenant, held.day].append(held)
-        for (table, tenant, day), rows in groups.items():
-            folder = self._store / table / f"tenant={tenant}" / f"day={day}"
+            groups[held.folder].append(held)
+        for folder, rows in groups.items():
+            feed = rows[0].feed
             digest = hashlib.blake2b("\n".join(held.name for held in rows).encode(), digest_size=12).hexdigest()
-            made = pa.Table.from_pylist([held.row for held in rows], schema=rows[0].table.schema)
-            write(made, folder / f"{rows[0].table.topic.name}-{digest}.parquet", {"everloop.range": _range(rows)})
+            made = pa.Table.from_pylist([held.row for held in rows], schema=feed.table.schema)
+            write(made, folder / f"{feed.topic.name}-{digest}.parquet", {"everloop.range": _range(rows)})
         self._held, self._bytes = {}, 0
 
 
-def _folder_name(tenant: str) -> str:
-    """Refuses a tenant that is no name: it would become part of a path."""
+def folder_of(store: Path, table: str, tenant: str, day: str) -> Path:
+    """Where the rows of a tenant and day lie. Refuses a tenant that is no name: it would become part of a path."""
     if tenant != NO_TENANT and not re.match(NAME, tenant):
         raise ContractError(f"the tenant {tenant!r} is not a name: lower-case letters, digits and '-', at most 63")
-    return tenant
+    return store / table / f"tenant={tenant}" / f"day={day}"
 
 
 def _name(record: Record) -> str:

@@ -68,18 +68,19 @@ class BatchItem:
     started: float = 0.0
 
 
+NOBODY = ""
 Opinions = dict[tuple[str, str], str]
-"""Whose opinion the reward of (episode, call) is: a reward version, "outcome" or "feedback"."""
+"""Whose opinion the reward of (episode, call) is: a reward version, "outcome", "feedback" or nobody's."""
 
 Rescore = Callable[[Sequence[BatchItem]], Sequence[tuple[float, bool]]]
-"""(reward, mask) of each item by the pinned reward version, for items that an older one had an opinion on."""
+"""(reward, mask) of each item by the pinned reward version, for items that another one had an opinion on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """A pinned batch, items by time and turn. ``left_out`` counts episodes that were not taken, by reason.
 
-    ``scored_by`` counts the opinions in it by reward version: one version where ``select`` could rescore.
+    ``scored_by`` counts whose word the rewards are: ``reward_version``, "feedback" or "outcome", no other version.
     """
 
     tenant: str
@@ -216,14 +217,14 @@ def select(
     Args:
         gold: clusters that must not be trained on: ``GoldSet.keys(tenant, policy)``.
         reward_version: whose opinions count; None: the newest.
-        rescore: asked for the opinion of that version where only another one has spoken; None: the newest
-            opinion stands, whoever's it is, and ``scored_by`` tells.
+        rescore: asked for the opinion of that version where only another one has spoken; None: nobody can be
+            asked, and the opinions of others are masked.
         minimum: episodes below which there is no batch; None: ``train.min_scored``.
 
     Raises:
         NotEnoughData: how many episodes are missing.
     """
-    version = reward_version or _newest_reward(store, tenant, policy)
+    version = reward_version or newest_reward(store, tenant, policy)
     found, said_by = _window(store, tenant, policy, version, train.window)
     drawn, left_out = _allowed(found, gold or {})
     needed = train.min_scored if minimum is None else minimum
@@ -233,14 +234,12 @@ def select(
             f"{tenant}/{policy} has {len(drawn)} scored episodes to train on, {needed - len(drawn)} fewer than the "
             f"{needed} that a batch needs{reasons}. More traffic or feedback brings them, or lower train.min_scored."
         )
-    items = [item for one in drawn for item in one.items]
-    if rescore is not None:
-        items = _rescored(items, said_by, version, rescore)
-    scored_by = Counter(said_by[item.episode, item.call] for item in items)
+    items = _of_one_version([item for one in drawn for item in one.items], said_by, version, rescore)
+    scored_by = Counter(voice for item in items if (voice := said_by[item.episode, item.call]))
     return Batch(tenant, policy, version, items, left_out, dict(sorted(scored_by.items())))
 
 
-def _newest_reward(store: Store, tenant: str, policy: str) -> str:
+def newest_reward(store: Store, tenant: str, policy: str) -> str:
     """The newest snapshot of the policy's reward model; where none was announced, whose opinion is the newest."""
     for query in (
         "SELECT version FROM rewards WHERE tenant = ? AND policy = ? ORDER BY time DESC, log_offset DESC LIMIT 1",
@@ -347,14 +346,17 @@ def _most(counts: Sequence[int], nobodys: int, share: float) -> int:
     return most
 
 
-def _rescored(items: list[BatchItem], said_by: Opinions, version: str, rescore: Rescore) -> list[BatchItem]:
-    """Every opinion by the pinned version; what people and products said needs none."""
+def _of_one_version(
+    items: list[BatchItem], said_by: Opinions, version: str, rescore: Rescore | None
+) -> list[BatchItem]:
+    """Every opinion by the pinned version; what people and products said needs none. Notes it in ``said_by``."""
     stale = [item for item in items if item.source == "model" and said_by[item.episode, item.call] != version]
     if not stale:
         return items
+    opinions = [(item.reward, False) for item in stale] if rescore is None else rescore(stale)
     given = {
         (item.episode, item.call): replace(item, reward=reward, mask=mask)
-        for item, (reward, mask) in zip(stale, rescore(stale), strict=True)
+        for item, (reward, mask) in zip(stale, opinions, strict=True)
     }
-    said_by.update(dict.fromkeys(given, version))
+    said_by.update(dict.fromkeys(given, NOBODY if rescore is None else version))
     return [given.get((item.episode, item.call), item) for item in items]

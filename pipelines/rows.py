@@ -1,4 +1,4 @@
-"""Contracts as rows: the typed columns of events, episodes and trajectories, and how a contract fills them.
+"""Rows: the typed columns of events, episodes, trajectories and rollouts, and how a contract fills them.
 
 Nested things stay nested (an episode's turns, a trajectory's sequences), so that one row is one version, whole.
 Token ids are ``list<int32>``, log-probabilities ``list<float>``, times seconds since 1970, and what has no fixed
@@ -243,3 +243,34 @@ def _sequence(one: Sequence) -> Row:
         "logprobs": np.frombuffer(one.logprobs, dtype=np.float32),
         "spans": [fields(span, SPAN) for span in one.spans],
     }
+
+
+# Rollouts: one row a distinct answer that the policy in training gave to a prompt. No person saw it.
+
+ROLLOUT_COLUMNS = {
+    **OWNER,
+    "run": text,
+    "round": pa.int32(),
+    "number": pa.int32(),
+    "episode": text,
+    "turn": pa.int32(),
+    "subject": text,
+    "prompt": text,
+    "answer": text,
+    "reward": number,
+    "belief": number,
+    "mask": flag,
+    "count": pa.int32(),
+    "samples": pa.int32(),
+    "policy_version": text,
+    "parent": text,
+    "steps": pa.int32(),
+    "reward_version": text,
+    "batch": text,
+    "temperature": number,
+    "synthetic": flag,
+    "prompt_tokens": pa.list_(pa.int32()),
+    "tokens": pa.list_(pa.int32()),
+    "logprobs": pa.list_(pa.float32()),
+    "time": number,
+}

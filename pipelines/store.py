@@ -5,8 +5,9 @@
     store = Store(home.root / "store")
     store.rows("SELECT policy_version, avg(thumb) AS thumb FROM turns GROUP BY ALL")
 
-Views: ``events, episodes, turns, trajectories, scores, feedback, preferences, releases, runs, adapters, rewards,
-routes, commands, dead_letters``, each the newest version of its things. ``history.<table>`` has every version that
+Views: ``events, episodes, turns, trajectories, rollouts, scores, feedback, preferences, releases, runs, adapters,
+rewards, routes, commands, pauses, dead_letters``, each the newest version of its things. ``rollouts`` are what
+policies in training answered: marked synthetic, and in no other view. ``history.<table>`` has every version that
 compaction has not folded: of releases, runs, routes and scores all that matter, of episodes the recent ones.
 An empty store has all of them, empty. A query can read nothing outside the store's folder and write nothing.
 """
@@ -33,6 +34,7 @@ T = TypeVar("T")
 Parameters = Sequence[Any] | Mapping[str, Any]
 RETRIES = 5  # of a query whose files were compacted away between their listing and their opening
 MEMORY = "4GB"
+AT_ONCE = 500  # episodes whose envelopes are held at once
 
 
 class QueryRefused(EverloopError):
@@ -76,6 +78,20 @@ class Store:
         )
         for envelope in found.column("envelope"):
             yield wire.decode(Episode, envelope.as_py(), self._blobs)
+
+    def versions(self, tenant: str, policy: str, wanted: Mapping[str, int]) -> Iterator[Episode]:
+        """The given version of each given episode of a policy, as contracts, in no order; what is gone is left out."""
+        names = sorted(wanted)
+        for start in range(0, len(names), AT_ONCE):
+            part = names[start : start + AT_ONCE]
+            found = self.sql(
+                "SELECT any_value(envelope) AS envelope FROM raw.episodes WHERE tenant = $tenant AND policy = $policy "
+                "AND (episode, version) IN (SELECT unnest($names::VARCHAR[]), unnest($versions::BIGINT[])) "
+                "GROUP BY episode",
+                {"tenant": tenant, "policy": policy, "names": part, "versions": [wanted[name] for name in part]},
+            )
+            for envelope in found.column("envelope"):
+                yield wire.decode(Episode, envelope.as_py(), self._blobs)
 
     def compact(self, *, grace: float = compaction.GRACE, min_files: int = compaction.MIN_FILES) -> int:
         """Fold small files and old versions; returns how many files were folded. See :mod:`pipelines.compaction`."""

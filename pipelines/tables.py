@@ -1,6 +1,7 @@
-"""The tables of the store: which topic fills them, their typed columns, and which of several versions counts.
+"""The tables of the store: what fills them, their typed columns, and which of several versions counts.
 
-Every row carries its place in the log (``log_partition``, ``log_offset``). A table holds every version that was
+A topic of the log fills each but one: rollouts come from the trainer (:mod:`pipelines.rollouts`). Every other row
+carries its place in the log (``log_partition``, ``log_offset``). A table holds every version that was
 written; ``identity`` names what a row is a version of and ``order`` puts the one that counts first. Nested
 things stay nested (an episode's turns, a trajectory's sequences), so that one row is one version, whole.
 Token ids are ``list<int32>``, log-probabilities ``list<float>``, times seconds since 1970, and what has no fixed
@@ -23,6 +24,7 @@ from pipelines.rows import (
     EPISODE_COLUMNS,
     EVENT_COLUMNS,
     OWNER,
+    ROLLOUT_COLUMNS,
     TRAJECTORY_COLUMNS,
     Row,
     episode_row,
@@ -42,20 +44,25 @@ PLACE = {"log_partition": pa.int32(), "log_offset": whole}
 
 
 class Table(NamedTuple):
-    """One table. ``row`` makes its columns from a contract and its envelope, all but ``log_partition, log_offset``."""
+    """One table."""
 
     name: str
-    topic: Topic
     schema: pa.Schema
-    row: Callable[[Any, bytes], Row]
     identity: tuple[str, ...]
     order: str = "log_offset DESC"
     keeps: tuple[str, ...] = ()
     """Further columns that tell versions apart which compaction must keep (a release's history)."""
 
-    @property
-    def contract(self) -> type[Contract]:
-        return self.topic.contract
+
+class Feed(NamedTuple):
+    """What fills a table from the log.
+
+    ``row`` makes the table's columns from a contract and its envelope, all but ``log_partition, log_offset``.
+    """
+
+    topic: Topic
+    table: Table
+    row: Callable[[Any, bytes], Row]
 
 
 def schema_of(*columns: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -82,7 +89,7 @@ def _flat(columns: Mapping[str, pa.DataType], structured: frozenset[str]) -> Cal
     return row
 
 
-def _table(
+def _feed(
     name: str,
     topic: Topic,
     columns: Mapping[str, pa.DataType],
@@ -91,15 +98,16 @@ def _table(
     structured: tuple[str, ...] = (),
     order: str = "log_offset DESC",
     keeps: tuple[str, ...] = (),
-) -> Table:
+) -> Feed:
     made = {**OWNER, **columns}
-    return Table(name, topic, schema_of(made), _flat(made, frozenset(structured)), identity, order, keeps)
+    return Feed(topic, Table(name, schema_of(made), identity, order, keeps), _flat(made, frozenset(structured)))
 
 
 def _dead_letter_row(letter: DeadLetter, envelope: bytes) -> Row:
     return {"tenant": NO_TENANT, **fields(letter, DEAD_LETTER_COLUMNS)}
 
 
+COMMAND_COLUMNS = {"id": text, "kind": text, "arguments": text, "by": text, "time": number}
 DEAD_LETTER_COLUMNS = {
     "id": text,
     "handler": text,
@@ -112,35 +120,29 @@ DEAD_LETTER_COLUMNS = {
     "value": pa.binary(),
 }
 NEWEST = "version DESC, log_offset DESC"
+EVENTS = Table(
+    "events",
+    schema_of(EVENT_COLUMNS),
+    ("tenant", "episode", "id"),
+    order="log_offset",  # a retry is a duplicate: the first one counts
+)
+EPISODES = Table("episodes", schema_of(EPISODE_COLUMNS), ("tenant", "policy", "episode"), NEWEST)
+TRAJECTORIES = Table("trajectories", schema_of(TRAJECTORY_COLUMNS), ("tenant", "policy", "episode"), NEWEST)
+DEAD_LETTERS = Table("dead_letters", schema_of({"tenant": text}, DEAD_LETTER_COLUMNS), ("id",))
+ROLLOUTS = Table(
+    "rollouts",
+    pa.schema(list(ROLLOUT_COLUMNS.items())),
+    ("tenant", "policy", "run", "round", "number"),
+    order="time DESC",
+)
 
-TABLES: dict[str, Table] = {
-    table.name: table
-    for table in (
-        Table(
-            "events",
-            topics.EVENTS,
-            schema_of(EVENT_COLUMNS),
-            event_row,
-            ("tenant", "episode", "id"),
-            order="log_offset",  # a retry is a duplicate: the first one counts
-        ),
-        Table(
-            "episodes",
-            topics.EPISODES,
-            schema_of(EPISODE_COLUMNS),
-            episode_row,
-            ("tenant", "policy", "episode"),
-            order=NEWEST,
-        ),
-        Table(
-            "trajectories",
-            topics.TRAJECTORIES,
-            schema_of(TRAJECTORY_COLUMNS),
-            trajectory_row,
-            ("tenant", "policy", "episode"),
-            order=NEWEST,
-        ),
-        _table(
+FEEDS: dict[str, Feed] = {
+    feed.topic.name: feed
+    for feed in (
+        Feed(topics.EVENTS, EVENTS, event_row),
+        Feed(topics.EPISODES, EPISODES, episode_row),
+        Feed(topics.TRAJECTORIES, TRAJECTORIES, trajectory_row),
+        _feed(
             "scores",
             topics.SCORES,
             {
@@ -160,7 +162,7 @@ TABLES: dict[str, Table] = {
             identity=("tenant", "policy", "episode", "call"),
             keeps=("reward_version",),
         ),
-        _table(
+        _feed(
             "releases",
             topics.RELEASES,
             {
@@ -180,7 +182,7 @@ TABLES: dict[str, Table] = {
             order="step DESC, log_offset DESC",
             keeps=("step",),
         ),
-        _table(
+        _feed(
             "runs",
             topics.RUNS,
             {
@@ -201,7 +203,7 @@ TABLES: dict[str, Table] = {
             identity=("tenant", "policy", "id"),
             keeps=("step", "state"),
         ),
-        _table(
+        _feed(
             "adapters",
             topics.ADAPTERS,
             {
@@ -221,7 +223,7 @@ TABLES: dict[str, Table] = {
             structured=("metrics",),
             identity=("tenant", "policy", "hash"),
         ),
-        _table(
+        _feed(
             "rewards",
             topics.REWARDS,
             {
@@ -236,7 +238,7 @@ TABLES: dict[str, Table] = {
             structured=("offsets",),
             identity=("tenant", "policy", "version"),
         ),
-        _table(
+        _feed(
             "routes",
             topics.ROUTES,
             {
@@ -253,21 +255,25 @@ TABLES: dict[str, Table] = {
             order="epoch DESC, log_offset DESC",
             keeps=("epoch",),
         ),
-        _table(
+        _feed(
             "commands",
             topics.COMMANDS,
-            {"id": text, "kind": text, "arguments": text, "by": text, "time": number},
+            COMMAND_COLUMNS,
             structured=("arguments",),
             identity=("tenant", "id"),
             order="log_offset",
         ),
-        Table(
-            "dead_letters",
-            topics.DEAD_LETTERS,
-            schema_of({"tenant": text}, DEAD_LETTER_COLUMNS),
-            _dead_letter_row,
-            ("id",),
+        _feed(
+            "pauses",
+            topics.PAUSES,
+            COMMAND_COLUMNS,
+            structured=("arguments",),
+            identity=("tenant", "policy"),
+            keeps=("id",),
         ),
+        Feed(topics.DEAD_LETTERS, DEAD_LETTERS, _dead_letter_row),
     )
 }
-BY_TOPIC = {table.topic.name: table for table in TABLES.values()}
+"""What the archive writes, by the name of the topic."""
+
+TABLES: dict[str, Table] = {table.name: table for table in (*(feed.table for feed in FEEDS.values()), ROLLOUTS)}

@@ -21,15 +21,19 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from everloop.config import RayConfig
 from everloop.errors import EverloopError
 
 from trainer.request import Request, Trained
+
+if TYPE_CHECKING:
+    from reward.features import Example
+    from reward.model import Estimate
 
 logger = logging.getLogger(__name__)
 QUIET = {
@@ -65,6 +69,9 @@ class LearnerActor:
         """Load what the first run needs; returns the worker's process id."""
         self._learner.warm(base, cache, encoder)
         return os.getpid()
+
+    def estimate(self, snapshot: str, encoder: str, examples: Sequence[Example], threads: int) -> list[Estimate]:
+        return self._learner.estimate(snapshot, encoder, examples, threads)
 
     def train(self, request: Request) -> Trained:
         return self._learner.train(request)
@@ -126,6 +133,17 @@ class Cluster:
         except ray.exceptions.RayError as error:
             raise ClusterFailed(f"the learner's worker did not come up: {error}") from None
 
+    def estimate(
+        self, snapshot: Path, encoder: str, examples: Sequence[Example], stop: threading.Event
+    ) -> list[Estimate]:
+        """What the reward model of a snapshot says of each answer, by the worker that will train on it.
+
+        It keeps the model and the texts' vectors, so the run that follows need not make them again. Raises as
+        ``train``.
+        """
+        task = self._actor.estimate.remote(str(snapshot.absolute()), encoder, list(examples), self.cpus)
+        return self._result(task, stop, "scoring a batch")  # type: ignore[no-any-return]
+
     def train(self, request: Request, stop: threading.Event) -> Trained:
         """Run it to its end.
 
@@ -134,20 +152,22 @@ class Cluster:
             ClusterFailed: the worker died more often than it is started again, or Ray is gone.
             EverloopError: what the run itself raised, such as TrainingDiverged.
         """
+        return self._result(self._actor.train.remote(request), stop, f"run {request.run}")  # type: ignore[no-any-return]
+
+    def _result(self, task: Any, stop: threading.Event, what: str) -> Any:
         import ray
 
-        task = self._actor.train.remote(request)
         while not stop.is_set():
             ready, _ = ray.wait([task], timeout=LOOK_EVERY)
             if not ready:
                 continue
             try:
-                return ray.get(task)  # type: ignore[no-any-return]
+                return ray.get(task)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
-                raise ClusterFailed(f"run {request.run}: its worker died over and over: {error}") from None
-        raise Interrupted(f"run {request.run} goes on at the next start")
+                raise ClusterFailed(f"{what}: its worker died over and over: {error}") from None
+        raise Interrupted(f"{what} goes on at the next start")
 
     def close(self) -> None:
         """Leave Ray; a local one ends."""

@@ -46,14 +46,22 @@ class Judge(Protocol):
         """One estimate an answer."""
 
 
+Keep = Callable[[Sequence[tuple[Answer, BatchItem]]], object]
+
+
 @dataclass(frozen=True)
 class Sources:
-    """What a run draws on. ``recent``: policy versions within the lag cap; None: all are."""
+    """What a run draws on. ``recent``: policy versions within the lag cap; None: all are.
+
+    ``keep`` is given the fresh rollouts of a round, judged, each with the call that it answers anew, before anybody
+    uses them.
+    """
 
     batch: Batch
     policy: Policy
     judge: Judge | None
     recent: frozenset[str] | None = None
+    keep: Keep | None = None
 
 
 def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
@@ -164,7 +172,11 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
         for (prompt, item), rollouts in zip(asked.items(), drawn, strict=True)
         for rollout in rollouts
     ]
-    return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
+    answered = {item.episode: item for item in asked.values()}
+    judged = _judged(made, answered, sources.judge)
+    if sources.keep is not None and judged:
+        sources.keep([(answer, answered[answer.episode]) for answer in judged])
+    return judged
 
 
 def _recent_prompts(sources: Sources, most: int) -> dict[tuple[int, ...], BatchItem]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from everloop.registry import Point
 
 from pipelines.batch import Batch
 from reward.encoder import Encoder
-from reward.model import RewardModel
+from reward.features import Example
+from reward.model import Estimate, RewardModel
 from trainer import recipe as recipes
+from trainer import synthetic
 from trainer.checkpoint import Checkpoints, Position
 from trainer.engine import Engine
 from trainer.engine_torch import EngineSettings, TorchEngine
@@ -24,6 +27,8 @@ from trainer.policy import base
 from trainer.policy.base import Policy
 from trainer.recipe import Recipe
 from trainer.request import PROGRESS, VALUE_HEAD, Request, Trained, write_json
+
+JUDGED_AT_ONCE = 500  # answers: bounds the features that are held for them
 
 
 class Training:
@@ -66,6 +71,7 @@ class Learner:
     def __init__(self) -> None:
         self._policies: dict[tuple[str, str], Policy] = {}
         self._encoders: dict[str, Encoder] = {}
+        self._judges: dict[tuple[str, str], RewardModel] = {}
 
     def warm(self, name: str, cache: str, encoder: str) -> None:
         """Load what the first run will need."""
@@ -76,6 +82,13 @@ class Learner:
         """Use an encoder that is loaded already, with what it remembers."""
         self._encoders[encoder.name] = encoder
 
+    def estimate(self, snapshot: str, encoder: str, examples: Sequence[Example], threads: int) -> list[Estimate]:
+        """What the reward model of a snapshot's folder says of each answer; a run's own judge says the same."""
+        torch.set_num_threads(threads)
+        judge = self._judge(snapshot, encoder)
+        parts = [examples[start : start + JUDGED_AT_ONCE] for start in range(0, len(examples), JUDGED_AT_ONCE)]
+        return [estimate for part in parts for estimate in judge.estimate(part)]
+
     def train(self, request: Request) -> Trained:
         """The whole run, from its last checkpoint if it has one. A run that is done gives its result again."""
         folder = Path(request.folder)
@@ -85,7 +98,12 @@ class Learner:
         torch.set_num_threads(request.threads)
         started = time.monotonic()
         recipe = recipes.parse(request.recipe, request.run)
-        training = Training(self._engine(request, recipe), recipe, self._sources(request), request.seed, folder)
+        sources = self._sources(request, recipe)
+        training = Training(self._engine(request, recipe), recipe, sources, request.seed, folder)
+        if request.store is not None:
+            training.sources = replace(
+                sources, keep=lambda drawn: synthetic.keep(request, sources.batch, training.position, drawn)
+            )
         recipes.algorithm(recipe)(training)
         return self._finish(training, Path(request.adapters), time.monotonic() - started)
 
@@ -114,11 +132,10 @@ class Learner:
             seed=request.seed,
         )
 
-    def _sources(self, request: Request) -> Sources:
-        recipe = recipes.parse(request.recipe, request.run)
+    def _sources(self, request: Request, recipe: Recipe) -> Sources:
         judge = None
         if recipe.reward.source == "model" and request.reward is not None:
-            judge = RewardModel.load(Path(request.reward), self._encoder(request.encoder))
+            judge = self._judge(request.reward, request.encoder)
         if judge is None and recipe.rollouts.prompts > 0:
             raise ConfigError(
                 f"recipe {recipe.name} draws rollouts, and there is no reward model to judge them: wait for feedback, "
@@ -126,6 +143,12 @@ class Learner:
             )
         recent = None if request.recent is None else frozenset(request.recent)
         return Sources(Batch.load(Path(request.batch)), self._policy(request.base, request.cache), judge, recent)
+
+    def _judge(self, snapshot: str, encoder: str) -> RewardModel:
+        """The reward model of a snapshot's folder; the one asked for last stays loaded."""
+        if self._judges.get((snapshot, encoder)) is None:
+            self._judges = {(snapshot, encoder): RewardModel.load(Path(snapshot), self._encoder(encoder))}
+        return self._judges[snapshot, encoder]
 
     def _policy(self, name: str, cache: str) -> Policy:
         if (name, cache) not in self._policies:

@@ -3,7 +3,7 @@
 A run's folder holds everything that it needs to go on after a kill, and nothing outside it changes while it runs::
 
     request.json            what was asked, with the whole recipe
-    round-0.parquet …       the material of each round: rollouts are stored here before they are used
+    round-0.parquet …       the material of each round: what the steps read, also after a kill
     checkpoints/00000010/   engine state and position
     progress.json           for status pages
     value_head.safetensors  for the run that continues from this one's adapter
@@ -30,7 +30,8 @@ class Request:
 
     ``adapters``: where the adapter goes, as ``<adapters>/<content hash>``. ``recent``: policy versions within the
     lag cap; None: all are. ``threads`` of torch are part of the request, for the order of sums depends on them.
-    ``reward``: folder of the snapshot that judges; None: there is none yet.
+    ``reward``: folder of the snapshot that judges; None: there is none yet. ``store``: the store's folder, where fresh
+    rollouts are kept before they are used; None: this run is nobody's (a benchmark's). ``time``: when it was asked for.
     """
 
     run: str
@@ -47,6 +48,8 @@ class Request:
     encoder: str = "minilm"
     recent: tuple[str, ...] | None = None
     threads: int = 1
+    store: str | None = None
+    time: float = 0.0
 
     def save(self) -> None:
         path = Path(self.folder) / REQUEST

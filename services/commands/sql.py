@@ -1,7 +1,8 @@
 """Ask DuckDB about what was captured, scored and released. Read-only.
 
-Views: episodes, turns (one row a call), trajectories, scores, feedback, preferences, releases, runs, adapters,
-rewards, routes, commands, dead_letters, events: the newest version of each thing; history.<view> has all versions.
+Views: episodes, turns (one row a call), trajectories, rollouts (synthetic), scores, feedback, preferences, releases,
+runs, adapters, rewards, routes, commands, pauses, dead_letters, events: the newest version of each thing;
+history.<view> has all versions.
 
   everloop sql "select policy_version, arm, count(*), avg(thumb) from turns group by all"
 """

@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from everloop.config import Config
 from everloop.errors import EverloopError, LogError, NotEnoughData, RegistryError
@@ -25,6 +26,8 @@ from everloop.home import Home
 from everloop.registry import Registry
 from everloop.run import Run
 
+from reward.features import Example
+from reward.model import Estimate
 from services.learner.board import Board
 from services.learner.facts import Facts, FactsHandler
 from services.learner.runs import Runs
@@ -108,9 +111,13 @@ class Runner:
         """None where it cannot start: an order is answered with the cause, a trigger is looked at again later."""
         key = f"{tenant}/{policy}"
         try:
-            run = self._runs.begin(tenant, policy, due, facts, self._clock())
+            self._board.waiting(key, Waiting("the batch to be drawn, and scored by one reward version", {}))
+            run = self._runs.begin(tenant, policy, due, facts, self._clock(), self._ask)
         except LogError:
             raise
+        except Interrupted as error:
+            logger.info("%s", error)
+            return None
         except EverloopError as error:
             logger.log(
                 logging.INFO if isinstance(error, NotEnoughData) else logging.ERROR, "%s: no run: %s", key, error
@@ -124,6 +131,9 @@ class Runner:
         self._board.running(run)
         self._wait_until_noted(run)
         return run
+
+    def _ask(self, snapshot: Path, encoder: str, examples: Sequence[Example]) -> list[Estimate]:
+        return self._cluster.estimate(snapshot, encoder, examples, self._stop)
 
     def _carry_through(self, run: Run) -> None:
         """Train and publish, or fail; returns early where the service is asked to stop."""

@@ -1,6 +1,7 @@
 """One training run from order to announcement, on disk and on the log. Steps, each safe to do again after a kill:
 
-1. pin: select the batch (or load the one that was asked for) into ``batches/``, choose parent and reward snapshot
+1. pin: select the batch, all opinions in it by one reward version, into ``batches/`` (or load the one that was asked
+   for); choose parent and reward snapshot
 2. write ``runs/<id>/request.json`` and ``runs/<id>/run.json``: from here on the run is resumed, never forgotten
 3. append Run (running)
 4. train on Ray, from the last checkpoint if there is one
@@ -31,10 +32,11 @@ from everloop.release import Adapter
 from everloop.run import Run, RunState
 from everloop.topics import ADAPTERS, RUNS
 
-from pipelines.batch import Batch, select
+from pipelines.batch import Batch, newest_reward, select
 from pipelines.gold import GoldSet
 from pipelines.store import Store
 from services.learner.facts import Facts
+from services.learner.opinions import Estimator, rescoring
 from services.learner.triggers import Due
 from trainer import publish
 from trainer import recipe as recipes
@@ -54,8 +56,8 @@ class Runs:
         self._registry = registry
         self._threads = threads
 
-    def begin(self, tenant: str, policy: str, due: Due, facts: Facts, now: float) -> Run:
-        """Steps 1 to 3.
+    def begin(self, tenant: str, policy: str, due: Due, facts: Facts, now: float, ask: Estimator) -> Run:
+        """Steps 1 to 3. ``ask`` is asked for opinions of the pinned reward version.
 
         Raises:
             NotEnoughData: the window holds less than a batch needs.
@@ -65,7 +67,7 @@ class Runs:
         order = due.order or {}
         seed = int(order["seed"] if order.get("seed") is not None else train.seed)
         recipe = recipes.load(train.recipe)
-        batch = self._batch(tenant, policy, order, facts)
+        batch = self._batch(tenant, policy, order, facts, ask)
         run_id = _run_id(tenant, policy, batch.stem, seed, facts.live, order.get("id") or str(now))
         folder = self._home.folder("runs", run_id)
         reward = self._reward(tenant, policy, batch, facts)
@@ -84,6 +86,8 @@ class Runs:
             encoder=self._config.policy(tenant, policy).reward.encoder,
             recent=tuple(facts.lives[: train.max_lag + 1]),
             threads=self._threads,
+            store=str(self._home.folder("store")),
+            time=now,
         )
         request.save()
         run = Run(
@@ -175,7 +179,7 @@ class Runs:
         self._keep(ended)
         return ended
 
-    def _batch(self, tenant: str, policy: str, order: dict[str, Any], facts: Facts) -> Path:
+    def _batch(self, tenant: str, policy: str, order: dict[str, Any], facts: Facts, ask: Estimator) -> Path:
         """The pinned batch that is asked for, else a new one. A person may train on less than triggers wait for."""
         folder, wanted = self._home.folder("batches"), order.get("batch")
         if wanted is not None:
@@ -185,16 +189,32 @@ class Runs:
                     f"there is no batch {wanted} in {folder}; 'everloop sql' shows the batch of each run"
                 )
             return path
-        store = Store(self._home.root / "store", tenant=tenant)
+        store = Store(self._home.root / "store", tenant=tenant, blobs=self._home.blobs)
         try:
-            gold = GoldSet(self._home.root / "gold").keys(tenant, policy)
-            train = self._config.policy(tenant, policy).train
-            version = facts.reward_version or None
-            least = 1 if order else train.min_scored
-            batch = select(store, tenant, policy, train, gold=gold, reward_version=version, minimum=least)
+            return self._selected(store, tenant, policy, facts, ask, least=1 if order else None).save(folder)
         finally:
             store.close()
-        return batch.save(folder)
+
+    def _selected(
+        self, store: Store, tenant: str, policy: str, facts: Facts, ask: Estimator, least: int | None
+    ) -> Batch:
+        its = self._config.policy(tenant, policy)
+        version = facts.reward_version or newest_reward(store, tenant, policy)
+        snapshot = self._snapshots(tenant, policy) / version
+        whole = bool(version) and (snapshot / "model.json").exists()
+        return select(
+            store,
+            tenant,
+            policy,
+            its.train,
+            gold=GoldSet(self._home.root / "gold").keys(tenant, policy),
+            reward_version=version,
+            rescore=rescoring(store, tenant, policy, snapshot, its.reward, ask) if whole else None,
+            minimum=least,
+        )
+
+    def _snapshots(self, tenant: str, policy: str) -> Path:
+        return self._home.root / "rewards" / tenant / policy
 
     def _parent(self, facts: Facts) -> str | None:
         """The folder of the live adapter, fetched where it is not in the home; None: the base is live."""
@@ -217,8 +237,7 @@ class Runs:
     def _reward(self, tenant: str, policy: str, batch: Path, facts: Facts) -> Path | None:
         """The snapshot that scored the batch, kept with it; the newest where that one was pruned."""
         scored = Batch.load(batch).reward_version
-        root = self._home.root / "rewards" / tenant / policy
-        for folder in (root / scored, self._home.root / facts.reward_path):
+        for folder in (self._snapshots(tenant, policy) / scored, self._home.root / facts.reward_path):
             if folder.name and (folder / "model.json").exists():
                 return folder
         return None

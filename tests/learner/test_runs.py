@@ -51,6 +51,10 @@ def records(log: Log, topic: Any, contract: Any) -> list[Any]:
     return [wire.decode(contract, record.value) for record in log.read(topic.name, 0)]
 
 
+def nobody(*_: Any) -> list[Any]:
+    raise AssertionError("people said all there is: no model is asked")
+
+
 def trained(folder: Path) -> None:
     Trained("a" * 32, {"steps": 3.0, "kl_base": 0.25}, [Point("loss", 1, 0.5)]).save(folder)
 
@@ -58,7 +62,7 @@ def trained(folder: Path) -> None:
 def test_a_run_is_pinned_before_it_is_announced(installation: Config, capture: Callable[[int], None]):
     capture(24)
     log = open_log(installation)
-    run = runs(installation, log, Mlflow()).begin("bank", "desk", Due("24 new scored episodes"), Facts(), 10.0)
+    run = runs(installation, log, Mlflow()).begin("bank", "desk", Due("24 new scored episodes"), Facts(), 10.0, nobody)
     home = Home(installation.home)
     request = Request.load(home.root / "runs" / run.id)
     assert request.recipe["name"] == "quick"
@@ -72,11 +76,11 @@ def test_a_run_is_pinned_before_it_is_announced(installation: Config, capture: C
 def test_the_same_order_read_twice_is_the_same_run(installation: Config, capture: Callable[[int], None]):
     capture(24)
     log = open_log(installation)
-    first = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now", {"id": "c1"}), Facts(), 10.0)
-    again = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now", {"id": "c1"}), Facts(), 11.0)
+    first = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now", {"id": "c1"}), Facts(), 10.0, nobody)
+    again = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now", {"id": "c1"}), Facts(), 11.0, nobody)
     assert again.id == first.id
     order = {"id": "c2", "batch": first.batch, "seed": 9, "publish": False}
-    repeated = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now", order), Facts(), 12.0)
+    repeated = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now", order), Facts(), 12.0, nobody)
     assert (repeated.batch, repeated.seed, repeated.publish) == (first.batch, 9, False)
     assert repeated.id != first.id
 
@@ -84,17 +88,17 @@ def test_the_same_order_read_twice_is_the_same_run(installation: Config, capture
 def test_too_little_to_train_on_is_said_with_how_much_is_missing(installation: Config, capture: Callable[[int], None]):
     capture(5)
     with pytest.raises(NotEnoughData, match="15 fewer than the 20"):
-        runs(installation, open_log(installation), Mlflow()).begin("bank", "desk", Due("now"), Facts(), 10.0)
+        runs(installation, open_log(installation), Mlflow()).begin("bank", "desk", Due("now"), Facts(), 10.0, nobody)
     due = Due("now", {"id": "c", "batch": "../keys"})
     with pytest.raises(NotEnoughData, match="there is no batch"):
-        runs(installation, open_log(installation), Mlflow()).begin("bank", "desk", due, Facts(), 10.0)
+        runs(installation, open_log(installation), Mlflow()).begin("bank", "desk", due, Facts(), 10.0, nobody)
 
 
 def test_a_registry_that_is_down_delays_the_announcement_alone(installation: Config, capture: Callable[[int], None]):
     capture(24)
     log, registry = open_log(installation), Mlflow(refusals=1)
     mine = runs(installation, log, registry)
-    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0)
+    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0, nobody)
     trained(Home(installation.home).root / "runs" / run.id)
     with pytest.raises(RegistryError):
         mine.finish(run, 11.0)
@@ -113,7 +117,7 @@ def test_announcing_again_after_a_kill_writes_the_same(installation: Config, cap
     capture(24)
     log = open_log(installation)
     mine = runs(installation, log, Mlflow())
-    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0)
+    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0, nobody)
     trained(Home(installation.home).root / "runs" / run.id)
     mine.finish(run, 12.0)
     mine.finish(run, 12.0)
@@ -126,7 +130,7 @@ def test_a_failed_run_announces_nothing(installation: Config, capture: Callable[
     capture(24)
     log = open_log(installation)
     mine = runs(installation, log, Mlflow())
-    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0)
+    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0, nobody)
     ended = mine.fail(run, "TrainingDiverged: loss nan", 11.0)
     assert ended.state is RunState.FAILED
     assert records(log, ADAPTERS, Adapter) == []

@@ -12,11 +12,22 @@ from everloop.errors import ContractError
 from everloop.event import Event
 from everloop.release import Adapter, Release, ReleaseState, Route
 from everloop.run import Command, DeadLetter, RewardVersion, Run, RunState
-from everloop.topics import ADAPTERS, COMMANDS, DEAD_LETTERS, EVENTS, RELEASES, REWARDS, ROUTES, RUNS, TOPICS
+from everloop.topics import (
+    ADAPTERS,
+    COMMANDS,
+    DEAD_LETTERS,
+    EVENTS,
+    PAUSES,
+    RELEASES,
+    REWARDS,
+    ROUTES,
+    RUNS,
+    TOPICS,
+)
 
 from pipelines.archive import Archive
 from pipelines.store import Store
-from pipelines.tables import BY_TOPIC, day_of
+from pipelines.tables import FEEDS, day_of
 
 OWNER = {"tenant": "acme", "policy": "desk", "time": 1_763_900_000.0}
 
@@ -26,7 +37,7 @@ def files(home):
 
 
 def test_every_topic_has_a_table():
-    assert set(BY_TOPIC) == set(TOPICS)
+    assert set(FEEDS) == set(TOPICS)
 
 
 def test_token_ids_and_logprobs_are_typed(loop, make, home):
@@ -125,7 +136,8 @@ def test_control_topics_are_tables_with_their_history(loop):
     loop.keep([Adapter(targets=("q_a_proj",), **adapter, **OWNER)], ADAPTERS.name)
     loop.keep([RewardVersion(version="rv1", path="p", updates=5, auc=0.7, **OWNER)], REWARDS.name)
     loop.keep([Route(epoch=1, **OWNER), Route(epoch=2, live="a" * 8, **OWNER)], ROUTES.name)
-    loop.keep([Command(id="cmd", kind="pause", **OWNER)], COMMANDS.name)
+    loop.keep([Command(id="cmd", kind="promote", **OWNER)], COMMANDS.name)
+    loop.keep([Command(id=kind, kind=kind, **OWNER) for kind in ("pause", "resume")], PAUSES.name)
     letter = DeadLetter(
         id="d1",
         handler="score",
@@ -149,7 +161,9 @@ def test_control_topics_are_tables_with_their_history(loop):
     assert ask("SELECT targets, rank FROM adapters") == [{"targets": ["q_a_proj"], "rank": 8}]
     assert ask("SELECT auc FROM rewards") == [{"auc": 0.7}]
     assert ask("SELECT epoch, live FROM routes") == [{"epoch": 2, "live": "a" * 8}]
-    assert ask("SELECT kind FROM commands") == [{"kind": "pause"}]
+    assert ask("SELECT kind FROM commands") == [{"kind": "promote"}]
+    assert ask("SELECT kind FROM pauses") == [{"kind": "resume"}]
+    assert ask("SELECT count(*) AS n FROM history.pauses") == [{"n": 2}]
     assert ask("SELECT cause, value FROM dead_letters") == [{"cause": "x", "value": b"\xff"}]
 
 

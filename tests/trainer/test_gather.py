@@ -151,6 +151,15 @@ def test_rollouts_are_judged_counted_and_of_last_turns_alone(policy: Policy):
     ]
 
 
+def test_rollouts_are_kept_with_the_calls_that_they_answer_anew(policy: Policy):
+    kept: list[Any] = []
+    other = item("b", tokens=np.asarray([5, 6, 11, 7, 2], np.int32))
+    given = sources(policy, [item("a"), other], keep=kept.extend)
+    answers = gather.fresh(given, made(**WITH_ROLLOUTS), Sampler(policy), seed=0)
+    assert [answer for answer, _ in kept] == answers
+    assert [(answer.episode, call.episode) for answer, call in kept] == [("b", "b")] * 2 + [("a", "a")] * 2
+
+
 def test_nobody_judges_nothing_is_learned_from_rollouts(policy: Policy):
     class Silent(Judge):
         def estimate(self, examples: Sequence[Example]) -> list[Estimate]:
