@@ -72,9 +72,16 @@ def _list(options: argparse.Namespace, here: Installation) -> int:
     if not shown:
         print("No releases yet: the base model answers. A training run makes the first candidate.")
         return 0
-    rows = [
-        [r.key, r.id, r.adapter[:12], r.state.value, time.strftime("%m-%d %H:%M", time.localtime(r.time)), r.reason]
-        for r in shown
-    ]
-    print(table(["policy", "release", "adapter", "state", "since", "why"], rows))
+    print(_told(shown))
     return 0
+
+
+def _told(releases: list[Release]) -> str:
+    """A row for each, and below it the whole sentence that says why."""
+    rows = [
+        [r.key, r.id, r.adapter[:12], r.state.value, time.strftime("%m-%d %H:%M", time.localtime(r.time))]
+        for r in releases
+    ]
+    head, rule, *lines = table(["policy", "release", "adapter", "state", "since"], rows).splitlines()
+    told = (f"{line}\n    {release.reason}" for line, release in zip(lines, releases, strict=True))
+    return "\n".join((head, rule, *told))
