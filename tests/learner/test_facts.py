@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import pytest
 from everloop import wire
 from everloop.contract import Contract
 from everloop.errors import ContractError
-from everloop.log.base import Record
+from everloop.home import Home
+from everloop.log.base import NewRecord, Record
+from everloop.log.embedded import EmbeddedLog
+from everloop.log.sqlite import retention
 from everloop.release import Adapter, Release, ReleaseState, Route
 from everloop.run import Command, CommandKind, RewardVersion, Run, RunState
 from everloop.score import Score
@@ -18,6 +23,7 @@ from everloop.wire import BlobStore
 
 from services.learner.facts import RECENT, Facts, FactsHandler
 from services.state import StateStore
+from services.stream import run_handler
 
 BY = {"tenant": "bank", "policy": "desk"}
 
@@ -103,6 +109,25 @@ def test_pause_and_resume(fold: Fold):
     pause, resume = (Command(id=k.value, kind=k, **BY, time=1.0) for k in (CommandKind.PAUSE, CommandKind.RESUME))
     assert fold.read((PAUSES, pause)).paused
     assert not fold.read((PAUSES, resume)).paused
+
+
+def test_a_pause_outlives_the_log_s_retention_and_the_learner_s_state(home: Home):
+    log = EmbeddedLog(home.folder() / "log.db")
+    pause, other = (
+        Command(id="c", kind=kind, tenant="bank", policy=policy, time=1.0)
+        for kind, policy in ((CommandKind.PAUSE, "desk"), (CommandKind.RESUME, "other"))
+    )
+    log.append([NewRecord(PAUSES.name, one.key, wire.encode(one)) for one in (pause, *[other] * 600)])
+    with sqlite3.connect(home.root / "log.db") as connection:
+        while retention.clean(connection, time.time() + 60):
+            pass
+    connection.close()
+    assert len(log.read(PAUSES.name, 0, max_records=1000)) < 300
+    handler = FactsHandler(home.blobs)
+    run_handler(handler, log, home.folder("state"), until_idle=True)
+    log.close()
+    assert handler.known("bank/desk").paused
+    assert not handler.known("bank/other").paused
 
 
 def test_what_is_live_and_what_was(fold: Fold):

@@ -1,0 +1,223 @@
+"""From ``everloop release rollback`` to the gateway's answers: how long until nobody gets the withdrawn adapter?
+
+On the processes of ``everloop up``: one adapter is live for good, and one after the other is promoted over it and
+rolled back by the command, as an operator would, while two clients ask the gateway without pause. Every answer says
+which policy version gave it. Measured are the releaser's decision, the first answer of the version before, and the
+last answer of the withdrawn one, which may have begun before. The benchmark fails where the withdrawn adapter
+answers a request that was sent after an answer of the version before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from benchmarks import _report
+from examples.bank_desk.platform import (
+    COMMAND,
+    POLICY,
+    TENANT,
+    Platform,
+    Ready,
+    environment,
+    everloop_command,
+    write_config,
+)
+
+CACHE = Path(".everloop/cache")
+ROLLBACKS, QUICK_ROLLBACKS = 20, 5
+CLIENTS = 2
+BREATH = 0.02  # seconds between two requests of a client
+NEVER = 4000  # scored episodes, more than are sent: no training run starts
+BEFORE, AFTER = 0.5, 1.0  # seconds of traffic around a rollback
+LIMIT = 60.0
+QUESTION = {"model": POLICY, "messages": [{"role": "user", "content": "where is my parcel"}], "max_tokens": 8}
+
+
+class Answer(NamedTuple):
+    """One answer of the gateway; times in seconds since 1970."""
+
+    sent: float
+    came: float
+    version: str
+
+
+class Rollback(NamedTuple):
+    """Seconds from the command's start. ``told``: until the command itself said that it was done."""
+
+    decided: float
+    first_before: float
+    last_withdrawn: float
+    told: float
+
+
+class Traffic:
+    """Clients that ask without pause. ``answers`` grows."""
+
+    def __init__(self, ready: Ready) -> None:
+        self.answers: list[Answer] = []
+        self.failed: list[str] = []
+        self._ready = ready
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+
+    @contextmanager
+    def flowing(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        yield
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, client: int) -> None:
+        where = urlsplit(self._ready.url)
+        connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=30)
+        headers = {"Authorization": f"Bearer {self._ready.key}", "Content-Type": "application/json"}
+        number = 0
+        while not self._stop.wait(BREATH):
+            number += 1
+            sent = time.time()
+            body = json.dumps({**QUESTION, "user": f"client-{client}-{number}"})
+            connection.request("POST", f"{where.path}/chat/completions", body, headers)
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                self.failed.append(f"status {response.status}")
+                continue
+            self.answers.append(Answer(sent, time.time(), response.headers["X-Everloop-Policy-Version"]))
+
+    def until(self, what: str, found: Callable[[Sequence[Answer]], bool], start: int) -> None:
+        """Wait for answers since ``start``. Ends the benchmark where they do not come."""
+        end = time.monotonic() + LIMIT
+        while not found(self.answers[start:]):
+            if time.monotonic() > end:
+                sys.exit(f"the benchmark failed: {what} did not come within {LIMIT:g} s")
+            time.sleep(0.02)
+
+
+def make_adapters(base: Path, folder: Path, count: int) -> list[str]:
+    """Adapters that change every answer's numbers a little; their hashes."""
+    import torch
+
+    from trainer.policy import base as bases
+    from trainer.policy import lora
+
+    policy = bases.load(str(base), base.parent)
+    made = []
+    for seed in range(count):
+        model = lora.attach(policy, 2, 4.0, seed=seed)
+        chance = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weights in model.named_parameters():
+                if "lora_B" in name:
+                    weights.normal_(0.0, 0.01, generator=chance)
+        made.append(lora.save(model, folder))
+    return made
+
+
+def go_live(adapter: Path, config: Path, traffic: Traffic) -> None:
+    """Register an adapter made elsewhere and promote it; returns once the gateway answers with it."""
+    start = len(traffic.answers)
+    everloop_command("release", "register", str(adapter), config=config)
+    everloop_command("release", "promote", adapter.name, config=config)
+    traffic.until("an answer of the new adapter", lambda new: any(a.version == adapter.name for a in new), start)
+
+
+def roll_back(withdrawn: str, before: str, config: Path, traffic: Traffic) -> Rollback:
+    """One rollback by the command. Ends the benchmark where the withdrawn adapter comes back."""
+    time.sleep(BEFORE)
+    start, began = len(traffic.answers), time.time()
+    command = [*COMMAND, "release", "rollback", "--config", str(config)]
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
+    told = time.time() - began
+    traffic.until("an answer of the version before", lambda new: any(a.version == before for a in new), start)
+    time.sleep(AFTER)
+    first, last = seen(traffic.answers[start:], withdrawn, before, began)
+    return Rollback(_decided(withdrawn, config) - began, first - began, last - began, told)
+
+
+def seen(answers: Sequence[Answer], withdrawn: str, before: str, began: float) -> tuple[float, float]:
+    """When the first answer of the version before came, and the last one of the withdrawn adapter (else ``began``).
+
+    Ends the benchmark where the withdrawn adapter answered a request that was sent after that first answer.
+    """
+    first = min(answer.came for answer in answers if answer.version == before)
+    theirs = [answer for answer in answers if answer.version == withdrawn]
+    late = [answer for answer in theirs if answer.sent > first]
+    if late:
+        sys.exit(f"the benchmark failed: {len(late)} requests after the rollback were answered by what it withdrew")
+    return first, max((answer.came for answer in theirs), default=began)
+
+
+def _decided(adapter: str, config: Path) -> float:
+    """When the releaser took it back, by its own record."""
+    releases = map(json.loads, everloop_command("release", "list", "--json", config=config).splitlines())
+    return next(float(r["time"]) for r in releases if r["adapter"] == adapter and r["state"] == "rolled_back")
+
+
+def run(home: Path, count: int) -> list[Rollback]:
+    from trainer.policy import tiny_k2
+
+    base = tiny_k2.cached(CACHE.absolute())
+    config = write_config(home, CACHE.absolute(), base, NEVER, 0)
+    stays, *others = make_adapters(base, home / "made", count + 1)
+    with Platform(home, config) as platform:
+        traffic = Traffic(platform.start())
+        with traffic.flowing():
+            go_live(home / "made" / stays, config, traffic)
+            done = []
+            for number, adapter in enumerate(others, 1):
+                go_live(home / "made" / adapter, config, traffic)
+                done.append(roll_back(adapter, stays, config, traffic))
+                print(f"{number} of {count}: {1000 * done[-1].last_withdrawn:.0f} ms", file=sys.stderr)
+        if traffic.failed:
+            sys.exit(f"the benchmark failed: {len(traffic.failed)} requests were refused: {traffic.failed[0]}")
+    return done
+
+
+def report(done: Sequence[Rollback]) -> tuple[list[dict[str, Any]], list[_report.Aim]]:
+    parts: dict[str, list[float]] = {
+        "command to the releaser's decision": [one.decided for one in done],
+        "decision to the first answer of the version before": [one.first_before - one.decided for one in done],
+        "decision to the last answer of the withdrawn one": [one.last_withdrawn - one.decided for one in done],
+        "command to the first answer of the version before": [one.first_before for one in done],
+        "command to the last answer of the withdrawn one": [one.last_withdrawn for one in done],
+        "command to its own answer": [one.told for one in done],
+    }
+    rows = [
+        {"from … to": what, "p50 ms": round(1000 * statistics.median(its)), "max ms": round(1000 * max(its))}
+        for what, its in parts.items()
+    ]
+    slowest = max(max(one.first_before, one.last_withdrawn) for one in done)
+    return rows, [_report.aim("seconds from the command until the version before answers all", 1.0, slowest, most=True)]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    return _report.parser("rollback, measured at the gateway").parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="ev-back-") as folder:
+        done = run(Path(folder), QUICK_ROLLBACKS if options.quick else ROLLBACKS)
+    rows, aims = report(done)
+    notes = [f"{len(done)} rollbacks of {TENANT}/{POLICY}, {CLIENTS} clients that ask without pause, tiny-k2"]
+    _report.publish("rollback", rows, aims, quick=options.quick, notes=notes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
