@@ -8,6 +8,7 @@ there twice, and every view counts one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -91,6 +92,7 @@ class Archive:
         self._held, self._bytes = {}, 0
 
 
+@functools.lru_cache(maxsize=1024)
 def folder_of(store: Path, table: str, tenant: str, day: str) -> Path:
     """Where the rows of a tenant and day lie. Refuses a tenant that is no name: it would become part of a path."""
     if tenant != NO_TENANT and not re.match(NAME, tenant):

@@ -3,7 +3,8 @@
 The state of an episode is the set of its distinct events by id, each with its place in the log. Nothing is
 folded in place: whenever a batch brought something new, the episode is assembled afresh from all of its events
 and written as a new version. So a duplicate changes nothing, feedback may come before the call that it is about
-or a month after the end, and a rebuild from the log gives the same versions.
+or a month after the end, and a rebuild from the log gives the same versions. Episodes that nothing came of for long
+are let go, and read back from the store when something does (:mod:`pipelines.settled`).
 
 Order comes from numbers (``seq``) where the producer gave them, else from the log; clocks order nothing.
 """
@@ -16,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import ormsgpack
 from everloop import wire
 from everloop.config import Config, HoldoutConfig
 from everloop.episode import Episode, Split, Turn
@@ -31,6 +31,8 @@ from everloop.trajectory import Trajectory
 
 from pipelines.gold import GoldSet
 from pipelines.holdout import split_of, touches, user_texts
+from pipelines.settled import Memory, entry, known
+from pipelines.store import Store
 from pipelines.trajectories import doubt, sequences
 
 logger = logging.getLogger(__name__)
@@ -185,8 +187,8 @@ def _complete(events: Sequence[Event]) -> bool:
 class Assembler:
     """The handler "assemble": topic ``events`` to topics ``episodes`` and ``trajectories``.
 
-    State: under ``<tenant>/<episode>`` the offsets and ids of its events, and under ``<tenant>/<episode>\\n<event id>``
-    each one's envelope as it lay in the log. The first event of an id counts.
+    State: under ``<tenant>/<episode>`` what is known of it, and under ``<tenant>/<episode>\\n<event id>`` the envelope
+    of each of its events as it lay in the log. The first event of an id counts.
     """
 
     name = "assemble"
@@ -196,6 +198,7 @@ class Assembler:
         self._config = config
         self._blobs = home.blobs
         self._gold = GoldSet(home.root / "gold")
+        self._memory = Memory(config.assemble, lambda: Store(home.root / "store", blobs=home.blobs))
         # They speak of the present batch alone. What counts is the state: these only name and spare work.
         self._changed: dict[str, None] = {}
         self._fresh: dict[str, Event] = {}
@@ -203,25 +206,29 @@ class Assembler:
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         event = read(record, self._blobs)
-        entry = f"{event.key}\n{event.id}"
-        if state.get(entry) is None:
-            state.put(entry, record.value or b"")
-            state.put(event.key, ormsgpack.packb([*_known(state, event.key), (record.offset, event.id)]))
-            self._fresh[entry] = event
+        time = event.time or record.time  # as the archive names its day
+        if self._memory.take(state, event.key, record.offset, event.id, time, record.value or b"", now):
+            self._fresh[entry(event.key, event.id)] = event
             self._changed[event.key] = None
         return []
 
     def flush(self, state: State, now: float) -> list[NewRecord]:
-        made = [one for key in self._changed for one in assemble(self._placed(state, key), self._split)]
+        recalled = self._memory.recall(state, self._changed)
+        keys = [key for key in self._changed if recalled.get(key, True)]
+        made = [one for key in keys for one in assemble(self._placed(state, key, key in recalled), self._split)]
         records = [record for one in made for record in self._records(one)]
+        self._memory.look(state, now)
         self._changed, self._fresh, self._gold_keys = {}, {}, {}  # only now: a flush that failed is tried again
         return records
 
-    def _placed(self, state: State, key: str) -> Iterator[Placed]:
-        for offset, name in _known(state, key):
-            entry = f"{key}\n{name}"
+    def _placed(self, state: State, key: str, recalled: bool) -> Iterator[Placed]:
+        """Its events, those of this batch as they were read; of a recalled episode, as the store gave them."""
+        held = known(state, key)
+        for offset, name in () if held is None else held.events:
+            at = entry(key, name)
             try:
-                yield Placed(offset, self._fresh.get(entry) or self._read(state.get(entry)))
+                fresh = None if recalled else self._fresh.get(at)
+                yield Placed(offset, fresh or self._read(state.get(at)))
             except ContractError as error:
                 # It was an event when it was taken: its body has been removed since. The rest still stands.
                 logger.warning("event %s of %s is left out: %s", name, key, error)
@@ -264,12 +271,6 @@ class Assembler:
             return self._config.policy(tenant, policy).holdout
         except ConfigError:  # a policy that was taken out of the configuration: its events are kept as they were
             return HoldoutConfig()
-
-
-def _known(state: State, key: str) -> list[tuple[int, str]]:
-    """Offset and id of each event of an episode."""
-    held = state.get(key)
-    return [] if held is None else [(offset, name) for offset, name in ormsgpack.unpackb(held)]
 
 
 def read(record: Record, blobs: wire.BlobStore) -> Event:

@@ -15,7 +15,7 @@ An empty store has all of them, empty. A query can read nothing outside the stor
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,6 +92,32 @@ class Store:
             )
             for envelope in found.column("envelope"):
                 yield wire.decode(Episode, envelope.as_py(), self._blobs)
+
+    def events_held(self, keys: Collection[str], days: Collection[str]) -> set[tuple[str, str]]:
+        """(``tenant/episode``, event id) of the events of episodes that lie under these days."""
+        found = self._events(keys, days, "DISTINCT key, id")
+        return set(zip(*(found.column(name).to_pylist() for name in ("key", "id")), strict=True))
+
+    def events_of(self, keys: Collection[str], days: Collection[str]) -> Iterator[tuple[str, str, int, bytes]]:
+        """(``tenant/episode``, event id, offset in the log, envelope) of those events; of a repeated one the first."""
+        columns = 'key, id, min(log_offset) AS "offset", arg_min(envelope, log_offset) AS envelope'
+        found = self._events(keys, days, columns, "GROUP BY key, id")
+        names = ("key", "id", "offset", "envelope")
+        return zip(*(found.column(name).to_pylist() for name in names), strict=True)
+
+    def _events(self, keys: Collection[str], days: Collection[str], columns: str, then: str = "") -> pa.Table:
+        """Reads the files of these days alone, whatever else the store holds."""
+        tenants = sorted({key.partition("/")[0] for key in keys})
+
+        def ask(cursor: duckdb.DuckDBPyConnection) -> pa.Table:
+            folders = [self.folder / "events" / f"tenant={tenant}" / f"day={day}" for tenant in tenants for day in days]
+            files = [f"{folder}/*.parquet" for folder in folders if next(folder.glob("*.parquet"), None) is not None]
+            source = f"read_parquet({_literal(files)}, {views.FILES})" if files else "empty.events"
+            keyed = f"(SELECT tenant || '/' || episode AS key, * FROM {source})"
+            query = f"SELECT {columns} FROM {keyed} WHERE key IN (SELECT unnest($keys::VARCHAR[])) {then}"
+            return cursor.sql(query, params={"keys": list(keys)}).to_arrow_table()
+
+        return self._ask(ask)
 
     def compact(self, *, grace: float = compaction.GRACE, min_files: int = compaction.MIN_FILES) -> int:
         """Fold small files and old versions; returns how many files were folded. See :mod:`pipelines.compaction`."""

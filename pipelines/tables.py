@@ -10,6 +10,7 @@ form is JSON text.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -72,7 +73,12 @@ def schema_of(*columns: Mapping[str, pa.DataType]) -> pa.Schema:
 
 def day_of(seconds: float) -> str:
     """The UTC day of a time, as ``2026-11-23``; what lies outside the calendar falls on its first or last day."""
-    return time.strftime("%Y-%m-%d", time.gmtime(min(max(seconds, 0.0), LATEST_DAY)))
+    return _named(int(min(max(seconds, 0.0), LATEST_DAY) // 86_400))
+
+
+@functools.lru_cache(maxsize=1024)
+def _named(day: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(day * 86_400))
 
 
 # Everything else is flat: a column a field, what has no fixed form as JSON.

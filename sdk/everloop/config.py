@@ -129,6 +129,26 @@ class ServicesConfig(Section):
     drain: float = Field(default=10, gt=0, description="seconds to finish what is under way at a stop")
 
 
+class AssembleConfig(Section):
+    """How long assembly remembers an episode. See ``pipelines/settled.py``."""
+
+    settle: str = Field(
+        default="7d", description="without an event, after which an episode's events lie in the store alone"
+    )
+    forget: str = Field(
+        default="365d", description="without an event, after which feedback no longer changes an episode"
+    )
+
+    @model_validator(mode="after")
+    def _settles_before_it_forgets(self) -> AssembleConfig:
+        if seconds(self.settle) >= seconds(self.forget):
+            raise ValueError(
+                f"settle ({self.settle}) is not below forget ({self.forget}): an episode must be settled before it can "
+                "be forgotten; raise forget"
+            )
+        return self
+
+
 class MlflowConfig(Section):
     uri: str = Field(default="sqlite:///mlflow.db", description="a SQLite file below the home, or a server's URL")
 
@@ -290,6 +310,7 @@ class Config(Section):
     gateway: GatewayConfig = GatewayConfig()
     serving: ServingConfig = ServingConfig()
     services: ServicesConfig = ServicesConfig()
+    assemble: AssembleConfig = AssembleConfig()
     mlflow: MlflowConfig = MlflowConfig()
     ray: RayConfig = RayConfig()
     tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
