@@ -74,7 +74,7 @@ def gathered(training: Training, number: int) -> Material:
     told = gather.remembered(sources, recipe)
     answers = [*told, *gather.believed([*rollouts, *gather.proposed(sources, recipe)], recipe, told)]
     if recipe.ppo.coefficient > 0:
-        answers += gather.informative(rollouts, recipe) if recipe.ppo.fresh else []
+        answers += gather.informative(rollouts, recipe, answers) if recipe.ppo.fresh else []
         answers += gather.logged(sources, recipe) if recipe.ppo.logged else []
     if recipe.reward.shuffled:
         answers = shuffled(answers, _seed(training.seed, number, "shuffle"))

@@ -203,17 +203,19 @@ def _judged(answers: Sequence[Answer], items: dict[str, BatchItem], judge: Judge
     ]
 
 
-def informative(rollouts: Sequence[Answer], recipe: Recipe) -> list[Answer]:
+def informative(rollouts: Sequence[Answer], recipe: Recipe, told: Sequence[Answer] = ()) -> list[Answer]:
     """Rollouts of prompts whose answers differ in reward: where all are equally good, no advantage is left.
 
     Dynamic sampling as in DAPO (Yu et al. 2025, arXiv:2503.14476), with a bound for rewards that are not 0 or 1.
+    Without ``ppo.settled``, prompts whose answer replay tells (``told``) are left to it.
     """
+    settled = set() if recipe.ppo.settled else {answer.sample.prompt for answer in told}
     rewards: dict[tuple[int, ...], list[float]] = {}
     for answer in rollouts:
-        if answer.weight > 0:
+        if answer.weight > 0 and answer.sample.prompt not in settled:
             rewards.setdefault(answer.sample.prompt, []).append(answer.reward)
-    spread = {prompt: max(its) - min(its) for prompt, its in rewards.items()}
-    return [a for a in rollouts if a.weight > 0 and spread[a.sample.prompt] >= recipe.rollouts.spread]
+    able = {prompt for prompt, its in rewards.items() if max(its) - min(its) >= recipe.rollouts.spread}
+    return [answer for answer in rollouts if answer.weight > 0 and answer.sample.prompt in able]
 
 
 def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:

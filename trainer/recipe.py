@@ -45,6 +45,7 @@ class PpoRecipe(Section):
     coefficient: float = Field(default=1.0, ge=0, description="0: no policy gradient at all")
     logged: bool = Field(default=True, description="whether calls of the batch enter")
     fresh: bool = Field(default=True, description="whether fresh rollouts enter")
+    settled: bool = Field(default=True, description="whether rollouts enter whose prompt has an answer in replay")
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
     truncate: float = Field(default=2.0, ge=1, description="largest proximal / behaviour ratio")

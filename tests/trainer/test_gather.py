@@ -216,3 +216,14 @@ def test_prompts_whose_answers_are_equally_good_teach_ppo_nothing():
 
     alike, apart = [rollout(1, 0.5), rollout(1, 0.6)], [rollout(2, 0.5), rollout(2, -0.5)]
     assert gather.informative([*alike, *apart], made(rollouts={"spread": 0.2, "prompts": 2})) == apart
+
+
+def test_ppo_may_leave_prompts_to_replay_whose_answer_is_told() -> None:
+    first, second = ([replace(fresh_of(prompt), reward=reward) for reward in (0.5, -0.5)] for prompt in (1, 2))
+    told = [Answer(Sample((1,), (9,)), "believed", "1", replay=1.0)]
+    assert gather.informative([*first, *second], made(ppo={"settled": False}), told) == second
+    assert gather.informative([*first, *second], made(), told) == [*first, *second]
+
+
+def fresh_of(prompt: int) -> Answer:
+    return Answer(Sample((prompt,), (7,)), "fresh", str(prompt), weight=0.5)
