@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import sys
 
-from everloop.config import load
+from everloop.config import Config
 from everloop.home import Home
 from everloop.log import open_log
 from prometheus_client import REGISTRY
@@ -27,7 +27,7 @@ from prometheus_client import REGISTRY
 from reward.encoder import Encoder
 from reward.handler import RewardHandler
 from services.scorer.metrics import RewardMetrics
-from services.service import Service
+from services.service import Service, main
 from services.stream import attach
 
 
@@ -37,8 +37,8 @@ def encoder(name: str) -> Encoder:
     return Encoder(name, threads=1)
 
 
-def main() -> int:
-    config = load()
+def serve(config: Config) -> int:
+    """Run until stopped; returns the exit status."""
     home = Home(config.home)
     log = open_log(config)
     handler = RewardHandler(config, home, encoder)
@@ -53,4 +53,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("scorer", serve))

@@ -26,10 +26,10 @@ from pipelines.store import Store
 
 pytestmark = pytest.mark.processes
 
-# Runs the real service, and ends the process with SIGKILL when a function is called for the nth time.
+# Runs the real process, and ends it with SIGKILL when a function is called for the nth time.
 KILLED_AT = """
 import importlib, os, signal, sys
-module, name, times, after = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "after"
+module, name, times, after, run = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "after", sys.argv[5]
 owner, _, attribute = name.rpartition(".")
 at = importlib.import_module(module)
 at = getattr(at, owner) if owner else at
@@ -43,8 +43,9 @@ def killed(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 setattr(at, attribute, killed)
-from services.assembler.__main__ import main
-sys.exit(main())
+from services.assembler.__main__ import serve
+from services.service import main
+sys.exit(main("assembler", serve))
 """
 
 
@@ -79,19 +80,24 @@ def numbers(store) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "times", "when"),
+    ("run", "module", "name", "times", "when"),
     [
-        ("services.state", "StateStore.commit", 1, "before"),  # outputs are in the log, the state is not
-        ("pipelines.archive", "publish", 2, "before"),  # some files of a batch are there, one has no name yet
+        # outputs are in the log, the state is not
+        ("services.assembler", "services.state", "StateStore.commit", 1, "before"),
+        # some files of a batch are there, one has no name yet
+        ("services.assembler.filing", "pipelines.archive", "publish", 2, "before"),
     ],
 )
-def test_killed_between_write_and_commit_nothing_is_lost_or_doubled(home, make, until, module, name, times, when):
+def test_killed_between_write_and_commit_nothing_is_lost_or_doubled(home, make, until, run, module, name, times, when):
     config = Config(home=home.root)
     log = open_log(config)
     calls = [make.event(make.call(f"c{n}"), f"call-{n}", episode=f"ep_{n}") for n in range(120)]
     append(log, calls)
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_AT, module, name, str(times), when], env=environment(home), cwd=Path.cwd()
+        [sys.executable, "-c", KILLED_AT, module, name, str(times), when, run],
+        env=environment(home),
+        cwd=Path.cwd(),
+        stdin=subprocess.PIPE,
     )
     try:
         append(log, [make.event(make.thumb(1, f"c{n}", id=f"t{n}"), f"t-{n}", episode=f"ep_{n}") for n in range(60)])
