@@ -263,7 +263,7 @@ class Releaser:
         if verdict.action in ("harm", "inconclusive"):
             self._end(state, release, canary, f"Rolled back: {verdict.reason}.", now)
         elif verdict.action == "promote" and work.config.canary.automatic:
-            evidence = self._evidence(release, canary)
+            evidence = self._evidence(canary)
             self.write(state, promote(state, release, f"Promoted: {verdict.reason}.", now, evidence))
         elif verdict.action == "promote":
             work.waits[release.id] = f"Waits for a person ('everloop release promote'): {verdict.reason}"
@@ -282,10 +282,10 @@ class Releaser:
         return canary.events.behind or canary.episodes.behind
 
     def _end(self, state: PolicyState, release: Release, canary: Canary, reason: str, now: float) -> None:
-        self.write(state, roll_back(state, release, reason, now, self._evidence(release, canary)))
+        self.write(state, roll_back(state, release, reason, now, self._evidence(canary)))
 
     @staticmethod
-    def _evidence(release: Release, canary: Canary) -> dict[str, Any]:
+    def _evidence(canary: Canary) -> dict[str, Any]:
         numbers = canary.traffic.numbers()
         if canary.verdict is not None:
             numbers |= canary.verdict.numbers()

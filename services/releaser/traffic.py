@@ -15,7 +15,7 @@ from everloop.episode import Episode
 from everloop.feedback import Feedback, FeedbackKind
 from scipy import stats
 
-from pipelines.sequential import Arm, arm
+from pipelines.sequential import Arm, arm, variance_of
 
 ARMS = ("canary", "control")
 RATINGS = frozenset({FeedbackKind.THUMB, FeedbackKind.RATING, FeedbackKind.OUTCOME})
@@ -42,6 +42,34 @@ class Calls:
 
 
 @dataclass
+class Units:
+    """The rated units of one arm: sums, so that a look at them costs the same however many there are."""
+
+    rated: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """By unit: the sum of its rated episodes' success, and how many there are."""
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, unit: str, success: float, weight: int) -> None:
+        """One rated episode of ``unit`` more (``weight`` 1), or one less (-1)."""
+        before = self.rated.pop(unit, (0.0, 0))
+        after = before[0] + weight * success, before[1] + weight
+        for (its, count), sign in ((before, -1), (after, 1)):
+            if count:
+                self.total += sign * its / count
+                self.squares += sign * (its / count) ** 2
+        if after[1]:
+            self.rated[unit] = after
+
+    def summary(self) -> Arm:
+        """One mean for each unit."""
+        count = len(self.rated)
+        if not count:
+            return arm(())
+        return Arm(count, self.total / count, float(variance_of(count, self.total, self.squares)))
+
+
+@dataclass
 class Traffic:
     """One canary's traffic so far."""
 
@@ -49,6 +77,8 @@ class Traffic:
     episodes: dict[str, Seen] = field(default_factory=dict)
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
     _counted: set[str] = field(default_factory=set)
+    _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
+    _units: dict[str, Units] = field(default_factory=lambda: {name: Units() for name in ARMS})
 
     def take_episode(self, episode: Episode) -> bool:
         """Fold in one version of an episode; whether it belongs to this canary and is news."""
@@ -57,9 +87,17 @@ class Traffic:
         if not turns or episode.synthetic or (held is not None and held.version >= episode.version):
             return False
         feedback = [*episode.feedback, *(item for turn in turns for item in turn.feedback)]
-        unit = episode.subject or episode.id
-        self.episodes[episode.id] = Seen(episode.version, unit, turns[0].call.arm, success(feedback))
+        seen = Seen(episode.version, episode.subject or episode.id, turns[0].call.arm, success(feedback))
+        if held is not None:
+            self._count(held, -1)
+        self._count(seen, 1)
+        self.episodes[episode.id] = seen
         return True
+
+    def _count(self, seen: Seen, weight: int) -> None:
+        self._assigned[seen.arm] += weight
+        if seen.success is not None:
+            self._units[seen.arm].add(seen.unit, seen.success, weight)
 
     def take_call(self, call: dict[str, Any]) -> bool:
         """Fold in one call (fields of ``everloop.event.Call``); whether it belongs to this canary and is news."""
@@ -77,21 +115,12 @@ class Traffic:
 
     def arms(self) -> tuple[Arm, Arm]:
         """(canary, control): one mean for each unit that somebody rated."""
-        canary, control = (arm(list(self._unit_means(name))) for name in ARMS)
+        canary, control = (self._units[name].summary() for name in ARMS)
         return canary, control
-
-    def _unit_means(self, name: str) -> Iterable[float]:
-        sums: dict[str, tuple[float, int]] = {}
-        for seen in self.episodes.values():
-            if seen.arm == name and seen.success is not None:
-                total, count = sums.get(seen.unit, (0.0, 0))
-                sums[seen.unit] = total + seen.success, count + 1
-        return (total / count for total, count in sums.values())
 
     def assigned(self) -> dict[str, int]:
         """Episodes by arm."""
-        names = [seen.arm for seen in self.episodes.values()]
-        return {name: names.count(name) for name in ARMS}
+        return dict(self._assigned)
 
     def breach(self, config: CanaryConfig) -> str | None:
         """Why a hard guard ends the canary now; None: it does not."""

@@ -9,8 +9,11 @@ from everloop.config import CanaryConfig
 from everloop.episode import Episode, Turn
 from everloop.event import Call, Message
 from everloop.feedback import Feedback
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.releaser.traffic import Traffic, is_empty, success
+from pipelines.sequential import arm
+from services.releaser.traffic import ARMS, Traffic, is_empty, success
 
 CONFIG = CanaryConfig()
 
@@ -55,6 +58,30 @@ def test_newer_versions_replace_older_ones_in_any_order() -> None:
     assert traffic.arms()[0].mean == 1.0
     assert traffic.take_episode(rated("e", -1.0, version=3))
     assert traffic.arms()[0].mean == 0.0
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 4), st.sampled_from([-1.0, 1.0, None]), st.sampled_from(ARMS)),
+        max_size=60,
+    )
+)
+def test_the_running_sums_are_those_of_the_newest_versions(told: list[tuple[int, int, float | None, str]]) -> None:
+    """Versions in any order, ratings given, changed and taken back: as if only the newest had ever come."""
+    traffic, newest = Traffic("r"), {}
+    for number, version, value, arm_name in told:
+        turn = Turn(call=call(f"c{number}", arm_name), feedback=() if value is None else (thumb(value),))
+        if traffic.take_episode(episode(f"e{number}", turn, version=version, subject=f"p{number % 3}")):
+            newest[number] = arm_name, value
+    for name, summary in zip(ARMS, traffic.arms(), strict=True):
+        people: dict[int, list[float]] = {}
+        for number, (arm_name, value) in newest.items():
+            if arm_name == name and value is not None:
+                people.setdefault(number % 3, []).append((value + 1) / 2)
+        expected = arm([sum(values) / len(values) for values in people.values()])
+        assert (summary.units, summary.variance) == (expected.units, pytest.approx(expected.variance))
+        assert summary.mean == pytest.approx(expected.mean, nan_ok=True)
+        assert traffic.assigned()[name] == sum(arm_name == name for arm_name, _ in newest.values())
 
 
 def test_only_this_release_s_traffic_counts() -> None:
