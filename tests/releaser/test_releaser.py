@@ -183,23 +183,19 @@ def test_more_gold_lets_a_waiting_candidate_go_on(world: MakeWorld, start: Start
     until(lambda: w.state("a") == "canary")
 
 
-def test_a_rollback_takes_under_a_second_while_a_candidate_is_examined(
-    world: MakeWorld, start: Start, until: Until
-) -> None:
+def test_a_rollback_does_not_wait_for_an_examination(world: MakeWorld, start: Start, until: Until) -> None:
     w = world()
     start(w)
     w.announce("a")
     w.order(CommandKind.PROMOTE, release="a")
     until(lambda: w.live() == "a")
     w.gold()
-    w.engine.delay = 0.5
+    w.engine.delay = 2.0
     asked = w.engine.asked
     w.announce("b")
     until(lambda: w.engine.asked > asked)
-    ordered = time.monotonic()
     w.order(CommandKind.ROLLBACK)
     until(lambda: w.live() == "base")
-    assert time.monotonic() - ordered < 1.0
     assert w.state("a") == "rolled_back"
     assert w.state("b") == "candidate"
 
