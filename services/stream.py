@@ -102,9 +102,12 @@ class Stream:
         self._running = False
         self._progress = time.monotonic()
         self._dead_letters = 0
+        self.handled = 0  # records, dead letters included, since the start
         self._last_cause = ""
         self._state: StateStore
         self._consumer: Consumer
+        self._seconds = SECONDS.labels(self.name)  # looked up once: each record is timed
+        self._failed = RETRIES.labels(self.name).inc
         LAG.labels(self.name).set_function(self._shown_lag)
         AGE.labels(self.name).set_function(self.age)
 
@@ -217,7 +220,7 @@ class Stream:
             with self._state.savepoint():
                 return self.handler.handle(self._state, record, self._clock())
 
-        with SECONDS.labels(self.name).time():
+        with self._seconds.time():
             try:
                 outputs += self._attempt(f"{record.topic}/{record.partition}/{record.offset}", step)
             except ContractError as error:
@@ -251,6 +254,7 @@ class Stream:
             self._attempt("committing state", lambda: self._state.commit(offsets))
         self._next.update(offsets)
         RECORDS.labels(self.name).inc(len(records))
+        self.handled += len(records)
         OUTPUTS.labels(self.name).inc(len(new))
         return Handled(len(records), len(outputs), len(letters))
 
@@ -260,7 +264,7 @@ class Stream:
             step,
             self._stop,
             permanent=(ContractError, *permanent),
-            failed=RETRIES.labels(self.name).inc,
+            failed=self._failed,
         )
 
     def _report(self, now: bool = False) -> None:
