@@ -1,4 +1,4 @@
-"""What every test may use: a condition with a deadline, an empty home, a base model that knows nothing."""
+"""What every test may use: a condition with a deadline, an empty home, a broker, a base model that knows nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from everloop.home import Home
 
 if TYPE_CHECKING:
+    from services.broker.process import Broker
     from trainer.policy.base import Policy
 
 T = TypeVar("T")
@@ -47,6 +48,17 @@ def until_fixture() -> Callable[..., object]:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home")
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One real Kafka broker for all tests that leave it as it is; each takes a prefix of its own in ``log.url``."""
+    from services.broker.process import Broker
+
+    made = Broker(tmp_path_factory.mktemp("broker"))
+    made.start()
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")

@@ -53,3 +53,6 @@ TOPICS = {
         DEAD_LETTERS,
     )
 }
+
+CHANGELOG = "everloop-state-"
+"""What the name of a handler's changelog begins with: the compacted topic that its state is restored from."""

@@ -12,6 +12,7 @@ program got meanwhile is left alone. It outlives whoever started it.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -48,8 +49,14 @@ class Broker:
 
     @property
     def address(self) -> str:
-        """``host:port`` for clients; known once it was started by this object."""
-        return f"127.0.0.1:{self._settings.port}"
+        """``host:port`` for clients. Raises NoBroker before the first start."""
+        try:
+            found = re.search(r"CLIENT://(127\.0\.0\.1:\d+)", self._file.read_text())
+        except OSError:
+            found = None
+        if found is None:
+            raise NoBroker(f"no broker was ever started in {self.folder}")
+        return found[1]
 
     @property
     def pid(self) -> int | None:

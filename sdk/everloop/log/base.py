@@ -1,4 +1,4 @@
-"""The log port: ordered, durable records by topic and partition. Two backends: SQLite here, Kafka in production.
+"""The log port: ordered, durable records by topic and partition. Two backends: SQLite here, Kafka on a cluster.
 
 Promises, held for every backend by ``tests/ports/test_log.py``:
 
@@ -6,6 +6,7 @@ Promises, held for every backend by ``tests/ports/test_log.py``:
 - Records of one key keep their order: same topic and key, same partition.
 - A group reads at least once. Two consumers of a group share its partitions; neither gets the other's.
 - A committed offset is the next one to read, and survives restarts.
+- Offsets count up; there may be gaps. A read that finds nothing has reached the end.
 - ``value`` None is a tombstone: the key has no value any more.
 
 All calls are blocking and thread-safe; asyncio code calls :meth:`Log.append_soon`, or a thread.
@@ -13,10 +14,13 @@ All calls are blocking and thread-safe; asyncio code calls :meth:`Log.append_soo
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
+
+from everloop.errors import LogError, RecordTooLarge
 
 
 class NewRecord(NamedTuple):
@@ -25,7 +29,7 @@ class NewRecord(NamedTuple):
     value: bytes | None
     headers: Mapping[str, str] = {}
     time: float = 0.0
-    """Event time, seconds since 1970; 0: the backend sets its own."""
+    """Event time, seconds since 1970, kept to the millisecond; 0: the backend sets its own."""
 
 
 class Position(NamedTuple):
@@ -56,6 +60,20 @@ def partition_of(key: str, partitions: int) -> int:
     return zlib.crc32(key.encode()) % partitions
 
 
+def checked_size(record: NewRecord, largest: int) -> int:
+    """The size of a record in bytes. Raises RecordTooLarge above ``largest``, LogError where its time is none."""
+    if not math.isfinite(record.time) or record.time < 0:
+        raise LogError(f"a record's time must be finite seconds since 1970, not {record.time!r}")
+    size = len(record.key.encode()) + len(record.value or b"")
+    size += sum(len(name) + len(text) for name, text in record.headers.items())
+    if size > largest:
+        raise RecordTooLarge(
+            f"a record for {record.topic!r} has {size:,} bytes, the log takes {largest:,}"
+            " (log.max_record_bytes): put the body in the blob store and send the reference"
+        )
+    return size
+
+
 class Consumer(Protocol):
     """One member of a group. Not thread-safe."""
 
@@ -79,7 +97,11 @@ class Log(Protocol):
     """A durable log. ``everloop.log.connect(url)`` opens one."""
 
     def append(self, records: Sequence[NewRecord]) -> list[Position]:
-        """Write all or none; durable on return. Raises RecordTooLarge, LogFull, LogError."""
+        """Write records; durable on return, in the order given within a key.
+
+        Where it raises, some of the records may be written: trying again is harmless, since every record has an id.
+        Raises RecordTooLarge (then nothing is written), LogFull, LogError; in bounded time, also without a broker.
+        """
 
     def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]:
         """As ``append``, without blocking: group-committed with others; the future resolves once durable."""
@@ -98,7 +120,7 @@ class Log(Protocol):
         """How many partitions a topic has; it is created as declared in ``everloop.topics`` if it is new."""
 
     def end_offsets(self, topic: str) -> list[int]:
-        """The next offset of each partition."""
+        """Where each partition ends: no record that can be read is at or beyond it."""
 
     def offset_at(self, topic: str, partition: int, time: float) -> int:
         """The first offset whose record has this event time or a later one; the end if there is none."""

@@ -24,8 +24,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
-from everloop.errors import LogError, RecordTooLarge
-from everloop.log.base import NewRecord, Position, Record
+from everloop.errors import LogError
+from everloop.log.base import NewRecord, Position, Record, checked_size
 from everloop.log.sqlite import groups, retention
 from everloop.log.sqlite.consumer import EmbeddedConsumer
 from everloop.log.sqlite.database import BLOCK_BITS, Database, block_id, offset_of, row_id
@@ -68,25 +68,13 @@ class EmbeddedLog:
         self.writer = Writer(self.database, self._chore, session / 4)
 
     def append(self, records: Sequence[NewRecord]) -> list[Position]:
+        """All of the records or none."""
         return self.writer.wait(self.append_soon(records))
 
     def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]:
-        size = sum(self._check(record) for record in records)
+        size = sum(checked_size(record, self._max_record_bytes) for record in records)
         partitions = {topic: self.partition_ids(topic) for topic in {record.topic for record in records}}
         return self.writer.submit(lambda transaction: transaction.append(records, partitions), size)
-
-    def _check(self, record: NewRecord) -> int:
-        """The size of a record in bytes. Raises RecordTooLarge, LogError."""
-        if not math.isfinite(record.time) or record.time < 0:
-            raise LogError(f"a record's time must be finite seconds since 1970, not {record.time!r}")
-        size = len(record.key.encode()) + len(record.value or b"")
-        size += sum(len(name) + len(text) for name, text in record.headers.items())
-        if size > self._max_record_bytes:
-            raise RecordTooLarge(
-                f"a record for {record.topic!r} has {size:,} bytes, the log takes {self._max_record_bytes:,}"
-                " (log.max_record_bytes): put the body in the blob store and send the reference"
-            )
-        return size
 
     def consumer(
         self, group: str, topics: Sequence[str], *, start: str = "earliest", member: str = ""

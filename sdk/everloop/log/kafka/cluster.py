@@ -1,0 +1,146 @@
+"""Questions and orders to the cluster that concern no record: topics, ends, times, groups. Thread-safe."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from kafka import IsolationLevel, KafkaAdminClient, TopicPartition
+from kafka import errors as kafka_errors
+from kafka.admin import MemberToRemove, OffsetSpec
+
+from everloop.errors import LogError
+from everloop.log.kafka.clients import Clients
+from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
+
+REMEMBER_SECONDS = 30.0  # a topic's number of partitions: one that was added is used after it
+T = TypeVar("T")
+
+
+class Cluster:
+    """See the module. ``make``: a topic that is missing is made as declared, else it is an error that says so."""
+
+    def __init__(self, clients: Clients, keeping: Keeping, make: bool) -> None:
+        self._clients = clients
+        self._keeping = keeping
+        self._make = make
+        self._known: dict[str, tuple[int, float]] = {}
+        self._admin: KafkaAdminClient | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def ask(self, what: str, step: Callable[[KafkaAdminClient], T]) -> T:
+        """The answer to ``step``; a client that lost touch is thrown away, so that the next call has a new one."""
+        with self._lock:
+            if self._closed:
+                raise LogError("the log is closed")
+            if self._admin is None:
+                self._admin = self._clients.admin()
+            admin = self._admin
+        try:
+            return step(admin)
+        except kafka_errors.KafkaError as error:
+            if not isinstance(error, kafka_errors.BrokerResponseError):
+                self._drop(admin)
+            raise self._clients.explain(error, what) from error
+
+    def _drop(self, admin: KafkaAdminClient) -> None:
+        with self._lock:
+            if self._admin is admin:
+                self._admin = None
+        admin.close()
+
+    def partitions(self, topic: str) -> int:
+        """See the port. A number that is known is used on where the cluster does not answer now."""
+        count, until = self._known.get(topic, (0, 0.0))
+        if count and time.monotonic() < until:
+            return count
+        try:
+            found = self._find(topic) or self._create(topic)
+        except LogError:
+            if count:
+                return count
+            raise
+        self._known[topic] = (found, time.monotonic() + REMEMBER_SECONDS)
+        return found
+
+    def _find(self, topic: str) -> int:
+        name = self._clients.address.qualified(topic)
+        (found,) = self.ask(f"looking for the topic {name!r}", lambda admin: admin.describe_topics([name]))
+        error = kafka_errors.for_code(found["error_code"])
+        if error is kafka_errors.UnknownTopicOrPartitionError:
+            return 0
+        if error is not kafka_errors.NoError:
+            raise self._clients.explain(error(), f"looking for the topic {name!r}")
+        return len(found["partitions"])
+
+    def _create(self, topic: str) -> int:
+        name = self._clients.address.qualified(topic)
+        if not self._make:
+            raise LogError(
+                f"there is no topic {name!r}, and log.create_topics is off: 'everloop topics apply' makes it"
+            )
+        return self.create(spec_of(topic, self._keeping))
+
+    def create(self, spec: TopicSpec) -> int:
+        """Make a topic; its number of partitions, also where another process made it at the same time."""
+        name = self._clients.address.qualified(spec.name)
+        wanted = {
+            "num_partitions": spec.partitions,
+            "replication_factor": spec.replicas,
+            "configs": spec.settings,
+        }
+
+        def make(admin: KafkaAdminClient) -> None:
+            with suppress(kafka_errors.TopicAlreadyExistsError):
+                admin.create_topics({name: wanted})
+            admin.wait_for_topics([name])
+
+        self.ask(f"making the topic {name!r}", make)
+        return self._find(spec.name)
+
+    def end_offsets(self, topic: str) -> list[int]:
+        """The next offset of each partition that is, or will be, of a committed record."""
+        name = self._clients.address.qualified(topic)
+        asked = {TopicPartition(name, number): OffsetSpec.LATEST for number in range(self.partitions(topic))}
+        found = self._offsets(name, asked)
+        return [found[partition].offset for partition in asked]
+
+    def offset_at(self, topic: str, partition: int, milliseconds: int) -> int | None:
+        """The first offset whose timestamp is this or later; None if there is none."""
+        at = TopicPartition(self._clients.address.qualified(topic), partition)
+        found = self._offsets(at.topic, {at: milliseconds}).get(at)
+        return None if found is None or found.offset < 0 else int(found.offset)
+
+    def _offsets(self, name: str, asked: Mapping[TopicPartition, Any]) -> dict[TopicPartition, Any]:
+        return self.ask(
+            f"asking for offsets of {name!r}",
+            lambda admin: admin.list_partition_offsets(dict(asked), IsolationLevel.READ_COMMITTED),
+        )
+
+    def committed(self, group: str, topic: str) -> dict[int, int]:
+        """See the port; ``group`` and ``topic`` without prefix."""
+        address = self._clients.address
+        name, qualified = address.qualified(topic), address.qualified(group)
+        asked = [TopicPartition(name, number) for number in range(self.partitions(topic))]
+        found = self.ask(
+            f"asking for the offsets of the group {qualified!r}",
+            lambda admin: admin.list_group_offsets({qualified: asked}),
+        )
+        offsets = found.get(qualified, {})
+        return {at.partition: int(its.offset) for at, its in offsets.items() if its.offset >= 0}
+
+    def remove_member(self, group: str, member_id: str, name: str) -> None:
+        """A static member leaves its group: kafka-python's ``close`` leaves it in until its session ends."""
+        member = MemberToRemove(member_id=member_id, group_instance_id=name)
+        self.ask(f"leaving the group {group!r}", lambda admin: admin.remove_group_members(group, [member]))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            admin, self._admin = self._admin, None
+        if admin is not None:
+            admin.close()
