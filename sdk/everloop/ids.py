@@ -4,7 +4,6 @@ one, and one tenant's from another's, without asking a database.
 
 from __future__ import annotations
 
-import base64
 import hmac
 import os
 
@@ -12,12 +11,17 @@ EPISODE = "ep_"
 RESPONSE = "chatcmpl-"
 
 
-def _text(raw: bytes) -> str:
-    return base64.b32encode(raw).decode().rstrip("=").lower()
-
-
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz234567"
+_PAIRS = [chr(first) + chr(second) for first in _LETTERS for second in _LETTERS]
 _DIGITS = bytes(b"0123456789abcdefghijklmnopqrstuv"[_LETTERS.index(c)] if c in _LETTERS else 33 for c in range(256))
+
+
+def _text(raw: bytes) -> str:
+    """Base 32 in lower case without padding, two letters at a time: ``base64.b32encode`` takes twice as long."""
+    bits = 8 * len(raw)
+    spare = -bits % 10
+    value = int.from_bytes(raw, "big") << spare
+    return "".join([_PAIRS[value >> shift & 1023] for shift in range(bits + spare - 10, -1, -10)])[: (bits + 4) // 5]
 
 
 def _raw(text: str) -> bytes:

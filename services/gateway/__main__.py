@@ -61,6 +61,7 @@ def build(config: Config) -> tuple[Service, Gateway]:
     async def writing(app: web.Application) -> AsyncIterator[None]:
         await scribe.start()
         yield
+        await gateway.capture.drained()
         await scribe.close()
 
     service.app.cleanup_ctx.extend([writing, watch.during])

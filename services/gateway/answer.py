@@ -6,13 +6,12 @@ agent, but for log-probabilities that it asked for.
 
 from __future__ import annotations
 
-import math
-import sys
-from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
 from everloop.serving.base import Route
+
+from services.gateway.sealing import Sampled
 
 # vLLM's own additions to an answer: the engine's business, not the agent's.
 ENGINE_ONLY = ("prompt_token_ids", "prompt_logprobs", "kv_transfer_params")
@@ -20,13 +19,13 @@ ENGINE_ONLY = ("prompt_token_ids", "prompt_logprobs", "kv_transfer_params")
 
 @dataclass(slots=True)
 class Choice:
-    """One of the n answers to a request, whole or as far as it came."""
+    """One of the n answers to a request, whole or as far as it came. ``logprobs``: see :class:`Sampled`."""
 
     index: int
     message: dict[str, Any]
     finish_reason: str | None = None
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float] | bytes = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -38,45 +37,13 @@ class Answer:
     usage: dict[str, Any] | None = None
     created: int = 0
 
-    def tokens(self, choice: Choice) -> dict[str, Any] | None:
-        """Fields of ``everloop.event.CallTokens``; None where the engine gave no ids, or none that can be any."""
-        if not choice.token_ids:
-            return None
-        try:
-            prompt, completion = _packed("i", self.prompt), _packed("i", choice.token_ids)
-            logprobs = _packed("f", choice.logprobs)
-        except (TypeError, OverflowError):
-            return None
-        return {
-            "prompt": prompt,
-            "completion": completion,
-            "logprobs": logprobs,
-            "raw_logprobs": None,
-            "mode": "processed",
-            "checked": self._checked(choice),
-            "routed_experts": None,
-        }
-
-    def _checked(self, choice: Choice) -> bool:
-        """Whether ids, log-probabilities and the engine's own counts agree: the gateway has no tokenizer to ask.
-
-        The engine decodes the text from these very ids; what can differ is that some were lost on the way.
-        """
-        if not self.prompt or len(choice.logprobs) != len(choice.token_ids) or not math.isfinite(sum(choice.logprobs)):
-            return False
-        if self.usage is None:
-            return True
+    def sampled(self, choice: Choice) -> Sampled:
+        """What was said of a choice's tokens, and whether the engine counts as many as there are."""
         completed = sum(len(each.token_ids) for each in self.choices)
-        counted = (self.usage.get("prompt_tokens"), self.usage.get("completion_tokens"))
-        return counted == (len(self.prompt), completed)
-
-
-def _packed(kind: str, numbers: list[Any]) -> bytes:
-    """Numbers as the contract has them on the wire: little-endian."""
-    packed = array(kind, numbers)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+        counted = (len(self.prompt), completed)
+        usage = self.usage
+        agreed = usage is None or (usage.get("prompt_tokens"), usage.get("completion_tokens")) == counted
+        return Sampled(self.prompt, choice.token_ids, choice.logprobs, agreed)
 
 
 def capture_fields(route: Route, body: dict[str, Any]) -> None:
@@ -168,7 +135,7 @@ class Listener:
             self.answer.choices.append(choice)
         self.answer.prompt = self.answer.prompt or given.get("prompt_token_ids") or []
         choice.token_ids.extend(given.get("token_ids") or ())
-        choice.logprobs.extend(_logprobs(given.get("logprobs")))
+        choice.logprobs += _logprobs(given.get("logprobs"))
         _grow(choice.message, given["delta"] if "delta" in given else {"content": given.get("text")})
         if given.get("finish_reason"):
             choice.finish_reason = given["finish_reason"]
@@ -201,11 +168,13 @@ def _called(choice: Choice, given: dict[str, Any]) -> None:
         choice.finish_reason = given["finish_reason"] = "tool_calls"
 
 
-def _logprobs(given: dict[str, Any] | None) -> list[float]:
-    """The log-probabilities of the sampled tokens, from either route's form."""
+def _logprobs(given: dict[str, Any] | None) -> list[float] | bytes:
+    """The log-probabilities of the sampled tokens, from either route's form; JSON that was left so stays so."""
     if not given:
         return []
     content = given.get("content")
+    if isinstance(content, bytes):
+        return content
     if content is not None:
         return [token["logprob"] for token in content]
     return given.get("token_logprobs") or []

@@ -28,13 +28,13 @@ from services.gateway.refusals import Refused, from_log
 from services.gateway.retries import Recovered, Retries
 from services.gateway.routes import Routes
 from services.gateway.scribe import Appends
+from services.gateway.sealing import sealed_log
 from services.gateway.tokens import Tokens
 from services.gateway.turns import Turns
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
-HEADROOM = 4096  # bytes of a record that are not its body
 
 
 class Gateway:
@@ -61,16 +61,17 @@ class Gateway:
         self.conversations = Conversations()
         ids, secret = home.ids, home.secret()
         tokens = Tokens(secret)
-        inline = min(config.log.inline_bytes, config.log.max_record_bytes - HEADROOM)
         hook = load_hook(config.gateway.redact)
         self._door = Door(config, self.keys, tokens)
         self._recovered = Recovered(ids, home.blobs)
         self._log = log
         self._replays = hook is None  # what was redacted cannot be given again
-        capture = Capture(appends or log, home.blobs, inline, hook, self.metrics)
+        self.capture = Capture(appends or sealed_log(config, home, log), hook, self.metrics)
         turns = Turns(config, ids, self.routes, self.conversations)
-        self._calls = Calls(config, self._door, turns, serving, capture, Retries(secret), self._recovered, self.metrics)
-        desk = (config, self._door, ids, self.conversations, capture, self.metrics)
+        self._calls = Calls(
+            config, self._door, turns, serving, self.capture, Retries(secret), self._recovered, self.metrics
+        )
+        desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)
         self._events = EventDesk(*desk)
 

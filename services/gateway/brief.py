@@ -1,27 +1,26 @@
-"""A whole chat answer, parsed without making an object of each token.
+"""A whole chat answer, parsed without its log-probabilities.
 
-The engine spells every sampled token out (text, bytes, alternatives): nine tenths of an answer's bytes, of which
-the record needs one number a token. Hundreds of small objects for each answer are what the gateway's time went to.
+The engine spells every sampled token out (text, bytes, alternatives): nine tenths of an answer's bytes, which the
+agent does not get. They are cut out and go to the record as they came.
 
 Safe because a quote inside a JSON string is escaped: the keys looked for cannot stand in anybody's words. Should the
-cut end too early (inside a word, or at alternatives of a token), what is left is no JSON; should it take in more than
-one choice, there are more numbers than ids: then everything is parsed.
+cut end too early (inside a word, or at alternatives of a token), what is left is no JSON: then everything is parsed.
+Only for an answer of one choice: the cut would go from the first one's to the last one's.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import orjson
 
 OPENS = b'"logprobs":{"content":[{'
+BEFORE = len(b'"logprobs":{"content":')
 CLOSES = b"}]}"
-LOGPROB = re.compile(rb'"logprob":(-?[0-9][-+.0-9eE]*)')
 
 
 def loads(raw: bytes) -> Any:
-    """As ``orjson.loads``, but ``logprobs`` of a lone choice may be ``{"token_logprobs": [...]}``.
+    """As ``orjson.loads``, but ``content`` of the log-probabilities may be JSON still: bytes.
 
     Raises orjson.JSONDecodeError.
     """
@@ -31,10 +30,9 @@ def loads(raw: bytes) -> Any:
         return orjson.loads(raw)
     try:
         answer = orjson.loads(b'%b"logprobs":null%b' % (raw[:start], raw[end + len(CLOSES) :]))
-        numbers = orjson.loads(b"[%b]" % b",".join(LOGPROB.findall(raw, start, end)))
         (choice,) = answer["choices"]
-        if choice["logprobs"] is None and len(numbers) == len(choice["token_ids"]):
-            choice["logprobs"] = {"token_logprobs": numbers}
+        if choice["logprobs"] is None:
+            choice["logprobs"] = {"content": raw[start + BEFORE : end + len(CLOSES) - 1]}
             return answer
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
         pass

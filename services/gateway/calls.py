@@ -138,12 +138,12 @@ class Calls:
         """The events of an answered call, on their way to the log; None where nothing is recorded."""
         if not turn.recorded:
             return None
-        records = await self._capture.records(turn, ask, answer)
+        events = await self._capture.calls(turn, ask, answer)
         turn.stored = True
         for choice in answer.choices:
             self._turns.answered(turn, choice.message)
         self._metrics.counted(len(answer.prompt), sum(len(choice.token_ids) for choice in answer.choices))
-        return self._capture.store(records)
+        return self._capture.store(events)
 
     async def _unanswered(self, ask: Ask, turn: Turn, stream: _Stream | None, why: str, finish: str) -> None:
         """A call that failed or was left is an event too, with what had come by then; nobody waits for it."""
@@ -155,7 +155,7 @@ class Calls:
             choice.finish_reason = choice.finish_reason or finish
         turn.stored = True
         try:
-            self._capture.store_later(await self._capture.records(turn, ask, answer, why))
+            self._capture.store_later(await self._capture.calls(turn, ask, answer, why))
         except Refused:
             self._metrics.dropped.inc(len(answer.choices))
 

@@ -1,7 +1,7 @@
 """What happened, into the log: the events of a call, and the promise that they are durable.
 
-Events are built as plain fields and sealed, without making a model of them: a test holds that they always are an
-``Event``. A redaction hook sees the fields of each event before anything is stored; where it fails, nothing is.
+Events are built as plain fields, without making a model of them: a test holds that they always are an ``Event``. A
+redaction hook sees the fields of each event before anything is stored; where it fails, nothing is.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import hashlib
 import importlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import Future
 
 from everloop.errors import ConfigError, LogError
 from everloop.event import Event
-from everloop.log.base import NewRecord
-from everloop.topics import EVENTS
-from everloop.wire import BlobStore, seal
 from pydantic import ValidationError
 
 from services.gateway.answer import Answer, Choice
@@ -27,12 +25,13 @@ from services.gateway.ask import Ask
 from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused
 from services.gateway.scribe import STALLED, Appends
+from services.gateway.sealing import Fields, Unsealed
 from services.gateway.turns import Turn
 
 logger = logging.getLogger(__name__)
-Fields = dict[str, Any]
-Waiting = list[tuple[Sequence[NewRecord], "asyncio.Future[None]"]]
-LARGE = 131_072  # bytes of a request above which sealing may touch the disk and is done in a thread
+Waiting = list[tuple[Sequence[Unsealed], "asyncio.Future[None]"]]
+LARGE = 131_072  # bytes of a request above which redaction is done in a thread
+AHEAD = 2
 
 
 def choice_call(call: str, index: int) -> str:
@@ -59,88 +58,105 @@ def load_hook(name: str | None) -> Callable[[Fields], Fields] | None:
 
 
 class Capture:
-    """Makes events durable. Used by the event loop; the log does its waiting in its own thread."""
+    """Makes events durable. Used by the event loop; the log does its waiting elsewhere.
 
-    def __init__(
-        self,
-        log: Appends,
-        blobs: BlobStore,
-        inline_bytes: int,
-        hook: Callable[[Fields], Fields] | None,
-        metrics: Metrics,
-    ) -> None:
+    ::
+
+        store ─▶ waiting ──at most AHEAD appends under way──▶ log ─▶ durable: the futures of that append resolve
+
+    What comes in while that many are under way goes to the log together, as one append: the next is being sealed
+    while the last one waits for the disk.
+    """
+
+    def __init__(self, log: Appends, hook: Callable[[Fields], Fields] | None, metrics: Metrics) -> None:
         self._log = log
-        self._blobs = blobs
-        self._inline = inline_bytes
         self._hook = hook
         self._metrics = metrics
         self._waiting: Waiting = []
-        self._busy = False
-        self._handed = 0.0
+        self._under_way: deque[float] = deque()  # when each was handed over, the oldest first
+        self._due = False
 
-    async def records(self, turn: Turn, ask: Ask, answer: Answer, error: str | None = None) -> list[NewRecord]:
-        """The events of one request, sealed: one call each choice. Raises Refused (500) where redaction fails."""
+    async def calls(self, turn: Turn, ask: Ask, answer: Answer, error: str | None = None) -> list[Unsealed]:
+        """The events of one request: one call each choice. Raises Refused (500) where redaction fails."""
         latency = time.monotonic() - turn.began
-        events = [call_event(turn, ask, answer, choice, latency, error) for choice in answer.choices]
-        return await self.sealed(events, {"request": turn.request}, turn.size)
+        headers = {"request": turn.request}
+        events = [
+            Unsealed(
+                call_event(turn, ask, answer, choice, latency, error),
+                headers,
+                None if error else answer.sampled(choice),
+            )
+            for choice in answer.choices
+        ]
+        return await self.redacted(events, turn.size)
 
-    async def sealed(self, events: list[Fields], headers: dict[str, str], size: int) -> list[NewRecord]:
-        """Redacted and sealed, ready to append. Large ones may go to the blob store: in a thread."""
+    async def redacted(self, events: list[Unsealed], size: int) -> list[Unsealed]:
+        """The events as the hook leaves them; of requests of many bytes (``size``), in a thread."""
+        hook = self._hook
+        if hook is None:
+            return events
         if size < LARGE:
-            return [self._seal(event, headers) for event in events]
-        return await asyncio.to_thread(lambda: [self._seal(event, headers) for event in events])
+            return [redact(event, hook) for event in events]
+        return await asyncio.to_thread(lambda: [redact(event, hook) for event in events])
 
-    def store(self, records: Sequence[NewRecord]) -> asyncio.Future[None]:
-        """Resolves once the records are durable, else raises LogError (LogFull). Wait for it with a shield.
-
-        What comes in while the log is busy goes to it together, as one append.
-        """
+    def store(self, events: Sequence[Unsealed]) -> asyncio.Future[None]:
+        """Resolves once the events are durable, else raises LogError (LogFull). Wait for it with a shield."""
         loop = asyncio.get_running_loop()
         stored: asyncio.Future[None] = loop.create_future()
-        if self._busy and time.monotonic() - self._handed > STALLED:
+        if self._under_way and time.monotonic() - self._under_way[0] > STALLED:
             stored.set_exception(LogError(f"the log has given no answer for {STALLED:g} s; nothing was written"))
             return stored
-        self._waiting.append((records, stored))
-        if not self._busy:
-            self._busy, self._handed = True, time.monotonic()
-            loop.call_soon(self._hand_over)
+        self._waiting.append((events, stored))
+        if not self._due and len(self._under_way) < AHEAD:
+            self._due = True
+            loop.call_soon(self._hand_over)  # what else comes in this round of the loop goes with it
         return stored
 
-    async def stored(self, records: Sequence[NewRecord]) -> None:
+    async def stored(self, events: Sequence[Unsealed]) -> None:
         """Store, and return once durable. Raises LogError; a client that leaves meanwhile changes nothing."""
-        await asyncio.shield(self.store(records))
+        await asyncio.shield(self.store(events))
 
-    def store_later(self, records: Sequence[NewRecord]) -> None:
+    def store_later(self, events: Sequence[Unsealed]) -> None:
         """For what no answer waits on (a failed or abandoned call): what the log refuses is counted as dropped."""
-        self.store(records).add_done_callback(lambda stored: self._count_lost(stored, len(records)))
+        self.store(events).add_done_callback(lambda stored: self._count_lost(stored, len(events)))
+
+    async def drained(self) -> None:
+        """Return once all that came in is durable or refused; a log that gives no answer is not waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STALLED):
+                while self._waiting or self._under_way:
+                    await asyncio.sleep(0.01)
 
     def _hand_over(self) -> None:
-        """Give the log what waits, as one append; what comes meanwhile goes with the next."""
+        """Give the log what waits, as one append."""
+        self._due = False
         waiting, self._waiting = self._waiting, []
-        self._handed = time.monotonic()
+        self._under_way.append(time.monotonic())
         loop = asyncio.get_running_loop()
-        records = [record for records, _ in waiting for record in records]
-        self._metrics.captured(len(records), sum(len(record.value or b"") for record in records))
+        events = [event for events, _ in waiting for event in events]
         try:
-            done = self._log.append_soon(records)
-        except LogError as error:
-            self._settle(waiting, error)
-            return
-        done.add_done_callback(lambda done: self._tell(loop, waiting, done.exception()))
+            done = self._log.append_soon(events)
+        except Exception as error:  # whatever it is, somebody waits for the outcome
+            done = Future()
+            done.set_exception(error)
+        done.add_done_callback(lambda done: self._tell(loop, waiting, done))
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, waiting: Waiting, error: BaseException | None) -> None:
+    def _tell(self, loop: asyncio.AbstractEventLoop, waiting: Waiting, done: Future[int]) -> None:
         """Called in the log's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
-            loop.call_soon_threadsafe(self._settle, waiting, error)
+            loop.call_soon_threadsafe(self._settle, waiting, done)
 
-    def _settle(self, waiting: Waiting, error: BaseException | None) -> None:
+    def _settle(self, waiting: Waiting, done: Future[int]) -> None:
+        self._under_way.popleft()
+        error = done.exception()
+        if error is None:
+            self._metrics.captured(sum(len(events) for events, _ in waiting), done.result())
         for _, stored in waiting:
             if error is None:
                 stored.set_result(None)
             else:
                 stored.set_exception(error)
-        self._busy = bool(self._waiting)
-        if self._busy:
+        if self._waiting and not self._due:
             self._hand_over()
 
     def _count_lost(self, stored: asyncio.Future[None], records: int) -> None:
@@ -149,20 +165,9 @@ class Capture:
             self._metrics.dropped.inc(records)
             logger.error("%d events of unanswered calls could not be recorded: %s", records, error)
 
-    def _seal(self, event: Fields, headers: dict[str, str]) -> NewRecord:
-        if self._hook is not None:
-            event = redact(event, self._hook)
-        return NewRecord(
-            EVENTS.name,
-            f"{event['tenant']}/{event['episode']}",
-            seal(event, self._blobs, self._inline),
-            {"schema": "Event", "id": event["id"], **headers},
-            event["time"],
-        )
-
 
 def call_event(turn: Turn, ask: Ask, answer: Answer, choice: Choice, latency: float, error: str | None) -> Fields:
-    """The fields of the event of one choice: an ``Event`` with a ``Call``."""
+    """The fields of the event of one choice: an ``Event`` with a ``Call``, its tokens still to come."""
     call = choice_call(turn.call, choice.index)
     assignment = turn.assignment
     return event_fields(
@@ -182,7 +187,7 @@ def call_event(turn: Turn, ask: Ask, answer: Answer, choice: Choice, latency: fl
             "policy_version": turn.served,
             "model": turn.base,
             "sampling": ask.sampling,
-            "tokens": None if error else answer.tokens(choice),
+            "tokens": None,
             "release": assignment.release,
             "arm": assignment.arm,
             "probability": assignment.probability,
@@ -221,7 +226,7 @@ def event_fields(
 FIXED = ("schema_version", "id", "tenant", "policy", "episode")
 
 
-def redact(event: Fields, hook: Callable[[Fields], Fields]) -> Fields:
+def redact(unsealed: Unsealed, hook: Callable[[Fields], Fields]) -> Unsealed:
     """The event as the hook leaves it.
 
     The hook gets a copy of its own, without token ids. Where it changed any word of a call, the ids go too: they
@@ -230,6 +235,7 @@ def redact(event: Fields, hook: Callable[[Fields], Fields]) -> Fields:
     Raises:
         Refused: 500; the hook raised, returned no event, or changed whose event it is.
     """
+    event, headers, sampled = unsealed
     tokens = event["payload"].get("tokens")
     before = Event.model_validate({**event, "payload": {**event["payload"], "tokens": None}}).model_dump()
     try:
@@ -240,9 +246,11 @@ def redact(event: Fields, hook: Callable[[Fields], Fields]) -> Fields:
         raise _unredacted(f"it raised {type(error).__name__}") from error
     if any(after[name] != before[name] for name in FIXED):
         raise _unredacted(f"it changed one of {', '.join(FIXED)}, which say whose event it is")
-    if tokens is not None and after["payload"] == before["payload"]:
+    if after["payload"] != before["payload"]:
+        return Unsealed(after, headers)
+    if tokens is not None:
         after["payload"]["tokens"] = tokens
-    return after
+    return Unsealed(after, headers, sampled)
 
 
 def _unredacted(why: str) -> Refused:

@@ -16,10 +16,10 @@ from everloop.event import Event
 from pydantic import ValidationError
 
 from services.gateway.ask import parse
-from services.gateway.capture import Fields
 from services.gateway.desk import Desk, batch, unfit
 from services.gateway.feedback import checked
 from services.gateway.keys import Key
+from services.gateway.sealing import Fields, Unsealed
 from services.gateway.turns import LATEST, named_episode
 
 ACCEPTED = frozenset({"id", "episode", "policy", "subject", "seq", "time", "payload"})
@@ -43,7 +43,7 @@ class EventDesk(Desk):
             events.append(self._event(key, item, at))
             if at % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
-        await self.capture.stored(await self.capture.sealed(events, {}, len(raw)))
+        await self.capture.stored(await self.capture.redacted([Unsealed(event) for event in events], len(raw)))
         for event in events:
             if event["payload"]["kind"] == "feedback":
                 self.metrics.feedback.labels(event["payload"]["feedback"]["kind"]).inc()

@@ -23,6 +23,7 @@ from services.gateway.door import header
 from services.gateway.keys import Key
 from services.gateway.refusals import Refused
 from services.gateway.retries import IDEMPOTENCY_KEY
+from services.gateway.sealing import Unsealed
 from services.gateway.tokens import LONGEST, Grant, Tokens
 from services.gateway.turns import named_episode
 
@@ -46,8 +47,7 @@ class FeedbackDesk(Desk):
         items = batch(body, "feedback") if "feedback" in body else [body]
         now = time.time()
         told = [self._told(rater, item, at, request, now) for at, item in enumerate(items)]
-        records = await self.capture.sealed([event for event, _ in told], {}, len(raw))
-        await self.capture.stored(records)
+        await self.capture.stored(await self.capture.redacted([Unsealed(event) for event, _ in told], len(raw)))
         for _, feedback in told:
             self.metrics.feedback.labels(feedback.kind.value).inc()
         return answered(len(told), [feedback.id for _, feedback in told])

@@ -1,39 +1,42 @@
-"""The gateway's writing hand: appends to the log from a process of its own.
+"""The gateway's writing hand: seals events and appends them to the log, in a process of its own.
 
 ::
 
-    gateway: append_soon ─▶ one frame on a socket ─▶ scribe: log.append, durable ─▶ one reply ─▶ the future resolves
+    gateway: append_soon ─▶ a numbered frame ─▶ scribe: seal ─▶ log.append_soon ─▶ durable ─▶ a reply of that number
+                                            (the next is sealed while the last one waits for the disk)
 
 SQLite takes the interpreter's lock at every row, and the gateway's event loop holds it: in one process each waits
-for the other many times a request. Measured at 16 connections: 1,250 requests a second with the log's writer as a
-thread, 2,000 with it here.
+for the other many times a request. What the engine said of each token, nine tenths of an answer, is read here too:
+that is a third of the work of a call, and the event loop has only one core.
 
-Frames are answered in order, and the gateway sends the next once it has the answer to the last. When the gateway
-ends, however it ends, the scribe finishes what it was sent and ends too. When the scribe dies, what was on its way
-is refused (it may be written yet: ids make a retry harmless), and another one is started.
+When the gateway ends, however it ends, the scribe finishes what it was sent and ends too. When the scribe dies, what
+was on its way is refused (it may be written yet: ids make a retry harmless), and another one is started.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
 import ormsgpack
 from everloop.config import load
 from everloop.errors import LogError, LogFull, RecordTooLarge
+from everloop.home import Home
 from everloop.log import open_log
-from everloop.log.base import Log, NewRecord, Position
+
+from services.gateway.sealing import Unsealed, sealed_log
 
 logger = logging.getLogger(__name__)
 SIZE = struct.Struct("<I")
@@ -41,12 +44,15 @@ ERRORS: dict[str, type[LogError]] = {error.__name__: error for error in (LogErro
 STALLED = 20.0  # seconds without an answer, after which new work is refused instead of queued
 PAUSE = 0.5  # seconds between two scribes
 LATEST_END = 30.0
+LARGE = 262_144  # bytes of a frame, above which an event in it may go to the blob store
+LARGE_AT_ONCE = 4
+SWITCH = 0.0005  # seconds for which sealing may hold up the log's writer, whose answer somebody waits for
 
 
 class Appends(Protocol):
-    """The part of the log that capture needs."""
+    """The part of a log that capture needs."""
 
-    def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]: ...
+    def append_soon(self, events: Sequence[Unsealed]) -> Future[int]: ...
 
 
 class Scribe(asyncio.Protocol):
@@ -56,7 +62,8 @@ class Scribe(asyncio.Protocol):
         self._command = command
         self._transport: asyncio.Transport | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._sent: deque[tuple[Future[list[Position]], float]] = deque()
+        self._sent: dict[int, tuple[Future[int], float]] = {}  # by number, the oldest first
+        self._numbers = itertools.count()
         self._rest = b""
         self._closing = False
         self._restart: asyncio.TimerHandle | None = None
@@ -67,7 +74,7 @@ class Scribe(asyncio.Protocol):
         """None while appends are answered."""
         if self._transport is None:
             return "the log's writing process is not running"
-        waited = time.monotonic() - self._sent[0][1] if self._sent else 0.0
+        waited = time.monotonic() - next(iter(self._sent.values()))[1] if self._sent else 0.0
         return f"the log has given no answer for {waited:.0f} s" if waited > STALLED else None
 
     async def start(self) -> None:
@@ -78,14 +85,14 @@ class Scribe(asyncio.Protocol):
             self._process = subprocess.Popen([*self._command, str(handle)], pass_fds=[handle])
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
 
-    def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]:
-        """As the log's; the positions are not told. Raises LogError where it cannot be tried now."""
-        if self._transport is None:
+    def append_soon(self, events: Sequence[Unsealed]) -> Future[int]:
+        """As a sealed log's. Raises LogError where it cannot be tried now."""
+        if self._transport is None or self._closing:
             raise LogError("the log's writing process is not running; nothing was written: try again later")
-        future: Future[list[Position]] = Future()
-        frame = ormsgpack.packb([tuple(record) for record in records])
-        self._sent.append((future, time.monotonic()))
-        self._transport.write(SIZE.pack(len(frame)) + frame)
+        future: Future[int] = Future()
+        number = next(self._numbers)
+        self._transport.write(framed((number, [event.plain() for event in events])))
+        self._sent[number] = (future, time.monotonic())
         return future
 
     async def close(self) -> None:
@@ -105,18 +112,17 @@ class Scribe(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         replies, self._rest = split(self._rest + data)
-        for reply in replies:
-            future, _ = self._sent.popleft()
-            if reply is None:
-                future.set_result([])
+        for number, size, kind, message in replies:
+            future, _ = self._sent.pop(number)
+            if kind is None:
+                future.set_result(size)
             else:
-                kind, message = reply
                 future.set_exception(ERRORS.get(kind, LogError)(message))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        while self._sent:
-            future, _ = self._sent.popleft()
+        lost, self._sent = self._sent, {}
+        for future, _ in lost.values():
             future.set_exception(LogError("the log's writing process ended; it may be written yet: try again"))
         if not self._closing:
             logger.error("the log's writing process ended (%s); another one is started", self._code())
@@ -131,6 +137,11 @@ class Scribe(asyncio.Protocol):
         return None if self._process is None else self._process.poll()
 
 
+def framed(message: Any) -> bytes:
+    body = ormsgpack.packb(message)
+    return SIZE.pack(len(body)) + body
+
+
 def split(data: bytes) -> tuple[list[Any], bytes]:
     """(whole frames, unpacked; the beginning of the next)."""
     whole, at = [], 0
@@ -143,33 +154,57 @@ def split(data: bytes) -> tuple[list[Any], bytes]:
     return whole, data[at:]
 
 
-def write(connection: socket.socket, log: Log) -> None:
-    """The scribe's end: append and answer, until the other end closes."""
-    with connection.makefile("rb") as frames:
-        while len(size := frames.read(SIZE.size)) == SIZE.size:
-            (length,) = SIZE.unpack(size)
-            if len(frame := frames.read(length)) < length:
-                return
-            reply = ormsgpack.packb(_append(log, ormsgpack.unpackb(frame)))
-            with contextlib.suppress(OSError):  # the gateway is gone; what it sent is written all the same
-                connection.sendall(SIZE.pack(len(reply)) + reply)
+class Desk:
+    """The scribe's end: appends what comes and answers it, until the other end closes."""
+
+    def __init__(self, connection: socket.socket, log: Appends) -> None:
+        self._connection = connection
+        self._log = log
+        self._sending = threading.Lock()
+
+    def serve(self) -> None:
+        """What is large may wait for the disk to be sealed, and is done beside the rest."""
+        with self._connection.makefile("rb") as frames, ThreadPoolExecutor(LARGE_AT_ONCE) as pool:
+            while len(size := frames.read(SIZE.size)) == SIZE.size:
+                (length,) = SIZE.unpack(size)
+                if len(frame := frames.read(length)) < length:
+                    return
+                if length < LARGE:
+                    self._append(frame)
+                else:
+                    pool.submit(self._append, frame)
+
+    def _append(self, frame: bytes) -> None:
+        number, events = ormsgpack.unpackb(frame)
+        try:
+            done = self._log.append_soon([Unsealed(*event) for event in events])
+        except Exception as error:  # whatever it is, somebody waits for the answer
+            self._answer(number, 0, error)
+        else:
+            done.add_done_callback(lambda done: self._answer(number, *_outcome(done)))
+
+    def _answer(self, number: int, size: int, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, LogError):
+            logger.error("events could not be appended", exc_info=error)
+        kind, message = (None, "") if error is None else (type(error).__name__, str(error))
+        with self._sending, contextlib.suppress(OSError):  # the gateway is gone; what it sent is written all the same
+            self._connection.sendall(framed((number, size, kind, message)))
 
 
-def _append(log: Log, rows: list[list[Any]]) -> tuple[str, str] | None:
-    try:
-        log.append([NewRecord(*row) for row in rows])
-    except LogError as error:
-        return type(error).__name__, str(error)
-    return None
+def _outcome(done: Future[int]) -> tuple[int, BaseException | None]:
+    error = done.exception()
+    return (done.result(), None) if error is None else (0, error)
 
 
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the gateway says when: it may still have answers to record
         signal.signal(number, signal.SIG_IGN)
-    log = open_log(load())
+    sys.setswitchinterval(SWITCH)
+    config = load()
+    log = open_log(config)
     try:
         with socket.socket(fileno=int(sys.argv[1])) as connection:
-            write(connection, log)
+            Desk(connection, sealed_log(config, Home(config.home), log)).serve()
     finally:
         log.close()
     return 0

@@ -24,8 +24,8 @@ REQUESTS = itertools.count()
 class HttpServing:
     """An engine at ``url``. Implements ``everloop.serving.base.Serving``; made and used inside one event loop.
 
-    ``brief``: log-probabilities that come without alternatives may be given in the older route's form, as
-    ``{"token_logprobs": [...]}``, which is read in less time.
+    ``brief``: log-probabilities of a lone answer, where no alternatives were asked for, may be left as JSON (see
+    ``brief.loads``).
     """
 
     def __init__(self, url: str, *, timeout: float = 300.0, brief: bool = False) -> None:
@@ -39,7 +39,7 @@ class HttpServing:
             if answered.framing.status != 200:
                 raise _refusal(answered.framing, raw)
         try:
-            answer = brief.loads(raw) if self._brief and "top_logprobs" not in body else orjson.loads(raw)
+            answer = brief.loads(raw) if self._brief and _alone(body) else orjson.loads(raw)
             answer["choices"][0]
         except (orjson.JSONDecodeError, KeyError, IndexError, TypeError):
             raise ServingError("the engine's answer is not a completion", code="upstream_garbled") from None
@@ -87,6 +87,10 @@ class HttpServing:
     async def _order(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
         async with _asked(self, "POST", path, body) as answered:
             return answered.framing.status, _message(await answered.body())
+
+
+def _alone(body: dict[str, Any]) -> bool:
+    return "top_logprobs" not in body and body.get("n", 1) == 1
 
 
 class _asked:

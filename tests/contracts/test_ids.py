@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 from everloop.ids import Ids, _raw, _text
 from hypothesis import given
@@ -13,6 +15,7 @@ IDS = Ids(b"s" * 32)
 @given(raw=st.binary(min_size=1, max_size=40))
 def test_bytes_come_back_from_their_text_and_from_no_other(raw: bytes) -> None:
     text = _text(raw)
+    assert text == base64.b32encode(raw).decode().rstrip("=").lower()
     assert _raw(text) == raw
     for other in (text.upper(), " " + text, text[:-1] + "!", text.replace(text[0], "_")):
         if other != text:

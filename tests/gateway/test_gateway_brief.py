@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.gateway import brief
-from services.gateway.answer import read_whole
+from services.gateway.answer import read_whole, show_whole
+from services.gateway.sealing import Sampled, tokens
 
 WORDS = st.one_of(
     st.text(max_size=8), st.sampled_from(['"logprob":-9', "}]}", ']}]},"x":"', '"logprobs":{"content":[', "\\"])
@@ -45,12 +46,27 @@ def test_both_ways_read_the_same(
 ) -> None:
     body = answer(tokens, choices, alternatives, tools)
     for raw in (orjson.dumps(body), json.dumps(body).encode()):
-        assert read_whole(brief.loads(raw)) == read_whole(orjson.loads(raw))
+        assert recorded(brief.loads(raw) if choices == 1 else orjson.loads(raw)) == recorded(orjson.loads(raw))
+
+
+def recorded(body: dict[str, Any]) -> list[Any]:
+    """What the record and the agent get of an answer."""
+    read = read_whole(body)
+    show_whole(body, "id", "model", False)
+    return [body, *((choice.message, choice.finish_reason, tokens(read.sampled(choice))) for choice in read.choices)]
 
 
 def test_the_short_way_is_taken_where_it_can_be() -> None:
     body = answer([("a", -0.5), ("b", -0.25)], 1, False, False)
-    assert brief.loads(orjson.dumps(body))["choices"][0]["logprobs"] == {"token_logprobs": [-0.5, -0.25]}
+    content = brief.loads(orjson.dumps(body))["choices"][0]["logprobs"]["content"]
+    assert orjson.loads(content) == body["choices"][0]["logprobs"]["content"]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"[{}]", b"nothing", b'[{"logprob":-1.0}]', b'[{"logprob":-1}},{"b":2}]'])
+def test_numbers_that_are_not_there_are_not_made_up(content: bytes) -> None:
+    found = tokens(Sampled([1], [7, 8], content, True))
+    assert found is not None
+    assert (found["logprobs"], found["checked"]) == (b"", False)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"logprobs":{"content":[}]}', b'{"choices":[]}', b"7"])

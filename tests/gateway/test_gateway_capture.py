@@ -20,6 +20,7 @@ from services.gateway.ask import read
 from services.gateway.conversations import Conversation
 from services.gateway.refusals import Refused
 from services.gateway.routes import Assignment
+from services.gateway.sealing import tokens
 from services.gateway.turns import Turn
 
 TEXT = "Where is my card?"
@@ -331,7 +332,9 @@ def test_every_request_that_is_accepted_makes_a_valid_event(
     turn = Turn(
         "bank", "assistant", "tiny", Assignment(), "base", False, "r", "ep", "call_x", conversation=conversation
     )
-    fields = capture.call_event(turn, ask, Answer([choice], [1, 2]), choice, 0.1, error)
+    answer = Answer([choice], [1, 2])
+    fields = capture.call_event(turn, ask, answer, choice, 0.1, error)
+    fields["payload"]["tokens"] = tokens(answer.sampled(choice))
     event = decode(Event, seal(fields))
     assert event.payload.output.text == said
     assert event.model_dump().keys() == fields.keys(), "a new field of Event must be filled here too"
