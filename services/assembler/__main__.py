@@ -3,11 +3,10 @@
 ::
 
     log: events ──▶ thread "assemble" ──▶ log: episodes, trajectories      state/assemble.db
-    log: every topic ──▶ thread "archive" ──▶ store/<table>/…/*.parquet    state/archive.db (offsets alone)
-    store ◀──▶ thread "compaction": folds small files, now and then
+    thread "archive" ◀──▶ a process of its own, which archives every topic  (filing.py)
 
-The threads wait for the log alone, never for each other. The archive gathers for about a second, so that files are
-not too small; what was appended to the log can be queried about a second later.
+They wait for the log alone, never for each other. The archive gathers for about a second, so that files are not too
+small; what was appended to the log can be queried about a second later.
 """
 
 from __future__ import annotations
@@ -18,14 +17,10 @@ from everloop.config import Config
 from everloop.home import Home
 from everloop.log import open_log
 
-from pipelines.archive import Archive
 from pipelines.assemble import Assembler
-from services.assembler.compactor import Compactor
+from services.assembler.filing import Filing
 from services.service import Service, main
 from services.stream import attach
-
-LINGER = 1.0  # seconds that the archive gathers records into a file
-MAX_RECORDS = 5000  # of one batch of the archive
 
 
 def serve(config: Config) -> int:
@@ -34,10 +29,7 @@ def serve(config: Config) -> int:
     log = open_log(config)
     service = Service("assembler", config, config.services.assembler_port)
     attach(service, Assembler(config, home), log, home)
-    attach(service, Archive(home), log, home, linger=LINGER, max_records=MAX_RECORDS)
-    compactor = Compactor(home.folder("store"), service.stop)
-    service.loop("compaction", compactor.run)
-    service.describe("compaction", compactor.status)
+    Filing(service)
     try:
         return service.run()
     finally:

@@ -26,10 +26,10 @@ from pipelines.store import Store
 
 pytestmark = pytest.mark.processes
 
-# Runs the real service, and ends the process with SIGKILL when a function is called for the nth time.
+# Runs the real process, and ends it with SIGKILL when a function is called for the nth time.
 KILLED_AT = """
-import importlib, os, signal, sys
-module, name, times, after = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "after"
+import importlib, os, runpy, signal, sys
+module, name, times, after, run = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "after", sys.argv[5]
 owner, _, attribute = name.rpartition(".")
 at = importlib.import_module(module)
 at = getattr(at, owner) if owner else at
@@ -43,9 +43,7 @@ def killed(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 setattr(at, attribute, killed)
-from services.assembler.__main__ import serve
-from services.service import main
-sys.exit(main("assembler", serve))
+runpy.run_module(run, run_name="__main__")
 """
 
 
@@ -80,19 +78,24 @@ def numbers(store) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "times", "when"),
+    ("run", "module", "name", "times", "when"),
     [
-        ("services.state", "StateStore.commit", 1, "before"),  # outputs are in the log, the state is not
-        ("pipelines.archive", "publish", 2, "before"),  # some files of a batch are there, one has no name yet
+        # outputs are in the log, the state is not
+        ("services.assembler", "services.state", "StateStore.commit", 1, "before"),
+        # the rows of a batch are written, and their file has no name yet
+        ("services.assembler.filing", "pipelines.archive", "publish", 1, "before"),
     ],
 )
-def test_killed_between_write_and_commit_nothing_is_lost_or_doubled(home, make, until, module, name, times, when):
+def test_killed_between_write_and_commit_nothing_is_lost_or_doubled(home, make, until, run, module, name, times, when):
     config = Config(home=home.root)
     log = open_log(config)
     calls = [make.event(make.call(f"c{n}"), f"call-{n}", episode=f"ep_{n}") for n in range(120)]
     append(log, calls)
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_AT, module, name, str(times), when], env=environment(home), cwd=Path.cwd()
+        [sys.executable, "-c", KILLED_AT, module, name, str(times), when, run],
+        env=environment(home),
+        cwd=Path.cwd(),
+        stdin=subprocess.PIPE,
     )
     try:
         append(log, [make.event(make.thumb(1, f"c{n}", id=f"t{n}"), f"t-{n}", episode=f"ep_{n}") for n in range(60)])
@@ -129,4 +132,37 @@ def test_feedback_long_after_and_a_poison_event_while_it_runs(home, make, until)
             status = json.load(answer)
         assert status["assemble"]["dead_letters"] == 1
         assert status["compaction"]["trouble"] == ""
+    log.close()
+
+
+def test_the_archives_process_is_watched_and_goes_with_the_assembler(home, make, until):
+    log = open_log(Config(home=home.root))
+    store = Store(home.root / "store")
+
+    def archiving(parent):
+        found = subprocess.run(["pgrep", "-P", str(parent.pid)], capture_output=True, text=True, check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    def status():
+        announced = json.loads((home.root / "run" / "assembler.json").read_text())
+        with urllib.request.urlopen(announced["url"] + "/status", timeout=10) as answer:
+            return json.load(answer)
+
+    with assembler(home) as process:
+        append(log, [make.event(make.call(), seq=0)])
+        until(lambda: store.rows("SELECT turns FROM episodes") == [{"turns": 1}], deadline=30)
+        until(lambda: status()["archive"].get("records", 0) >= 3, deadline=30)
+        (child,) = archiving(process)
+    until(lambda: not Path(f"/proc/{child}").exists(), deadline=10)  # it went with an orderly stop
+
+    process = subprocess.Popen([sys.executable, "-m", "services.assembler"], env=environment(home), cwd=Path.cwd())
+    (child,) = until(lambda: archiving(process), deadline=30)
+    os.kill(child, signal.SIGKILL)
+    assert process.wait(30) == 1  # so that it is started anew, with its archive
+
+    process = subprocess.Popen([sys.executable, "-m", "services.assembler"], env=environment(home), cwd=Path.cwd())
+    (child,) = until(lambda: archiving(process), deadline=30)
+    process.kill()
+    process.wait()
+    until(lambda: not Path(f"/proc/{child}").exists(), deadline=30)
     log.close()
