@@ -2,8 +2,8 @@
 
 ::
 
-    gateway: append_soon ─▶ a numbered frame ─▶ scribe: seal ─▶ log.append_soon ─▶ durable ─▶ a reply of that number
-                                            (the next is sealed while the last one waits for the disk)
+    gateway: append_soon ─▶ numbered frames ─▶ scribe: seal ─▶ log.append_soon ─▶ durable ─▶ a reply of that number
+                                             (the next are sealed while the last one waits for the disk)
 
 SQLite takes the interpreter's lock at every row, and the gateway's event loop holds it: in one process each waits
 for the other many times a request. What the engine said of each token, nine tenths of an answer, is read here too:
@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import ormsgpack
 from everloop.config import load
@@ -44,7 +44,8 @@ ERRORS: dict[str, type[LogError]] = {error.__name__: error for error in (LogErro
 STALLED = 20.0  # seconds without an answer, after which new work is refused instead of queued
 PAUSE = 0.5  # seconds between two scribes
 LATEST_END = 30.0
-LARGE = 262_144  # bytes of a frame, above which an event in it may go to the blob store
+LARGE = 262_144  # bytes of an event, above which it may go to the blob store
+READ_AHEAD = 262_144
 LARGE_AT_ONCE = 4
 SWITCH = 0.0005  # seconds for which sealing may hold up the log's writer, whose answer somebody waits for
 
@@ -91,7 +92,8 @@ class Scribe(asyncio.Protocol):
             raise LogError("the log's writing process is not running; nothing was written: try again later")
         future: Future[int] = Future()
         number = next(self._numbers)
-        self._transport.write(framed((number, [event.plain() for event in events])))
+        parts = [framed(event.plain()) for event in events]  # apart: one large piece of memory costs more to get
+        self._transport.writelines([framed((number, len(parts))), *parts])
         self._sent[number] = (future, time.monotonic())
         return future
 
@@ -164,20 +166,20 @@ class Desk:
 
     def serve(self) -> None:
         """What is large may wait for the disk to be sealed, and is done beside the rest."""
-        with self._connection.makefile("rb") as frames, ThreadPoolExecutor(LARGE_AT_ONCE) as pool:
-            while len(size := frames.read(SIZE.size)) == SIZE.size:
-                (length,) = SIZE.unpack(size)
-                if len(frame := frames.read(length)) < length:
+        with self._connection.makefile("rb", READ_AHEAD) as stream, ThreadPoolExecutor(LARGE_AT_ONCE) as pool:
+            while head := _body(stream):
+                number, count = ormsgpack.unpackb(head)
+                parts = [_body(stream) for _ in range(count)]
+                if not all(parts):
                     return
-                if length < LARGE:
-                    self._append(frame)
+                if max(map(len, parts)) < LARGE:
+                    self._append(number, parts)
                 else:
-                    pool.submit(self._append, frame)
+                    pool.submit(self._append, number, parts)
 
-    def _append(self, frame: bytes) -> None:
-        number, events = ormsgpack.unpackb(frame)
+    def _append(self, number: int, parts: list[bytes]) -> None:
         try:
-            done = self._log.append_soon([Unsealed(*event) for event in events])
+            done = self._log.append_soon([Unsealed(*ormsgpack.unpackb(part)) for part in parts])
         except Exception as error:  # whatever it is, somebody waits for the answer
             self._answer(number, 0, error)
         else:
@@ -189,6 +191,16 @@ class Desk:
         kind, message = (None, "") if error is None else (type(error).__name__, str(error))
         with self._sending, contextlib.suppress(OSError):  # the gateway is gone; what it sent is written all the same
             self._connection.sendall(framed((number, size, kind, message)))
+
+
+def _body(stream: BinaryIO) -> bytes:
+    """The next frame's; empty where the other end has closed before it was whole."""
+    size = stream.read(SIZE.size)
+    if len(size) < SIZE.size:
+        return b""
+    (length,) = SIZE.unpack(size)
+    body = stream.read(length)
+    return body if len(body) == length else b""
 
 
 def _outcome(done: Future[int]) -> tuple[int, BaseException | None]:
