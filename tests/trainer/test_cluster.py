@@ -15,13 +15,16 @@ pytestmark = pytest.mark.ray
 PROGRAM = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from everloop.config import RayConfig
+from everloop.config import RayConfig, RewardConfig
 from everloop.errors import EverloopError
+from reward.encoder import Encoder
+from reward.features import Example
+from reward.model import RewardModel
 from trainer.cluster import Cluster, Interrupted
 from trainer.request import Request
 
-stop, said = threading.Event(), []
-signal.signal(signal.SIGTERM, lambda *_: said.append("terminated"))
+stop, signals = threading.Event(), []
+signal.signal(signal.SIGTERM, lambda *_: signals.append("terminated"))
 folder = Path(sys.argv[1])
 
 def hold():
@@ -37,11 +40,15 @@ def hold():
         print("raised", type(error).__name__, "none.parquet" in str(error), flush=True)
     os.kill(pid, signal.SIGKILL)
     print("again", cluster.warm(sys.argv[2], str(folder), "minilm") != pid, flush=True)
+    snapshot = folder / "rewards" / RewardModel(RewardConfig(), Encoder("minilm")).save(folder / "rewards")
+    said = [estimate.mask for estimate in cluster.estimate(snapshot, "minilm", [Example("where?", "here")] * 3, stop)]
+    print("estimates", said, flush=True)
     stop.set()
-    try:
-        cluster.train(request, stop)
-    except Interrupted:
-        print("interrupted", flush=True)
+    for ask in (lambda: cluster.train(request, stop), lambda: cluster.estimate(snapshot, "minilm", [], stop)):
+        try:
+            ask()
+        except Interrupted:
+            print("interrupted", flush=True)
     cluster.close()
 
 thread = threading.Thread(target=hold)
@@ -50,11 +57,13 @@ while thread.is_alive():
     thread.join(0.1)
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(0)
-print("end", said, flush=True)
+print("end", signals, flush=True)
 """
 
 
-def test_a_worker_is_warm_raises_what_the_run_raised_and_comes_back_after_a_kill(untrained: Path, tmp_path: Path):
+def test_a_worker_is_warm_judges_raises_what_the_run_raised_and_comes_back_after_a_kill(
+    untrained: Path, tmp_path: Path
+):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), str(untrained)],
         capture_output=True,
@@ -65,7 +74,14 @@ def test_a_worker_is_warm_raises_what_the_run_raised_and_comes_back_after_a_kill
     )
     lines = [line for line in done.stdout.splitlines() if "\x1b" not in line and line[:1] != "("]
     assert lines[0].endswith("differs True"), done.stderr[-2000:]
-    assert lines[1:] == ["raised ContractError True", "again True", "interrupted", "end ['terminated']"]
+    assert lines[1:] == [
+        "raised ContractError True",
+        "again True",
+        "estimates [False, False, False]",  # it has heard nothing yet
+        "interrupted",
+        "interrupted",
+        "end ['terminated']",
+    ]
     assert done.returncode == 0, done.stderr[-2000:]
     pid = int(lines[0].split()[1])
     with pytest.raises(ProcessLookupError):
