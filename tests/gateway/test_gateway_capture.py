@@ -228,6 +228,23 @@ async def test_large_requests_go_to_the_blob_store(start: Any) -> None:
     assert any(bench.home.blobs.folder.iterdir())
 
 
+async def test_what_comes_while_the_log_is_busy_goes_to_it_together(start: Any, soon: Any) -> None:
+    bench = await start(HeldLog)
+    bench.log.holding = True
+    asked = []
+    for number in range(5):
+        asked.append(asyncio.create_task(bench.chat(f"question {number}")))
+        await soon(lambda: len(bench.engine.asked) == len(asked))
+    kept = bench.gateway.capture
+    await soon(lambda: len(kept._waiting) == 3)
+    assert [len(records) for records, _ in bench.log.held] == [1, 1]
+    drained = asyncio.create_task(kept.drained())
+    bench.log.let_go()
+    assert {status for status, _, _ in await asyncio.gather(*asked)} == {200}
+    await drained
+    assert len(bench.events()) == 5
+
+
 def redact_names(event: dict[str, Any]) -> dict[str, Any]:
     for message in event["payload"].get("messages", ()):
         message["content"] = message["content"].replace("Anna", "[name]")
