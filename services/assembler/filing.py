@@ -46,7 +46,7 @@ class Filing:
     """The assembler's end: starts the process, hears what it says, shows it as the assembler's own."""
 
     def __init__(self, service: Service, command: tuple[str, ...] = (sys.executable, "-m", __name__)) -> None:
-        self._stop, self._drain = service.stop, service.config.services.drain
+        self._stop, self._patience = service.stop, 0.8 * service.config.services.drain
         self._command = command
         self._said: dict[str, Any] = {}
         self._heard = time.monotonic()
@@ -69,7 +69,7 @@ class Filing:
             assert process.stdin is not None
             process.stdin.close()
             try:
-                process.wait(self._drain)
+                process.wait(self._patience)
             except subprocess.TimeoutExpired:
                 process.kill()  # nothing unfinished is committed: the next one handles that batch again
                 process.wait()
