@@ -146,15 +146,17 @@ KEPT: dict[str, Callable[[str, Any], None]] = {
     "prompt_cache_retention": _text,
 }
 CHECKS = {**PASSED, **KEPT}
-CONSTRAINS = (
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "logit_bias",
-    "min_tokens",
-    "ignore_eos",
+CONSTRAINS = frozenset(
+    (
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "logit_bias",
+        "min_tokens",
+        "ignore_eos",
+    )
 )
 
 
@@ -337,7 +339,7 @@ def _constrained(body: dict[str, Any]) -> bool:
     """Whether something bends the distribution in a way that the sampling fields do not say."""
     choice = body.get("tool_choice")
     return (
-        any(body.get(name) for name in CONSTRAINS)
+        any(body[name] for name in CONSTRAINS & body.keys())
         or isinstance(choice, dict)
         or choice == "required"
         or body.get("response_format", {}).get("type", "text") != "text"
