@@ -14,27 +14,67 @@ from everloop.trajectory import Trajectory
 
 
 class Topic(NamedTuple):
-    """``compacted``: the newest record of a key is kept for ever, older ones may go."""
+    """``compacted``: the newest record of a key is kept for ever, older ones may go.
+
+    ``writers`` and ``readers``: the services that may, on a cluster that asks; :data:`OPERATOR` may everywhere.
+    """
 
     name: str
     contract: type[Contract]
     keyed_by: str
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
     compacted: bool = False
     partitioned: bool = True
 
 
-EVENTS = Topic("events", Event, "tenant/episode")  # gateway → assembler
-EPISODES = Topic("episodes", Episode, "tenant/episode")  # assembler → reward, archive, releaser
-TRAJECTORIES = Topic("trajectories", Trajectory, "tenant/episode")  # assembler → archive
-SCORES = Topic("scores", Score, "tenant/episode")  # reward → archive
-REWARDS = Topic("reward-versions", RewardVersion, "tenant/policy", partitioned=False)  # reward → learner, archive
-RUNS = Topic("runs", Run, "tenant/policy", partitioned=False)  # learner → status, archive
-ADAPTERS = Topic("adapters", Adapter, "tenant/policy", partitioned=False)  # learner → releaser, archive
-RELEASES = Topic("releases", Release, "tenant/policy/release", compacted=True, partitioned=False)  # → status, archive
-ROUTES = Topic("routes", Route, "tenant/policy", compacted=True, partitioned=False)  # releaser → gateways
-COMMANDS = Topic("commands", Command, "tenant/policy", partitioned=False)  # people → learner, releaser, reward
-PAUSES = Topic("pauses", Command, "tenant/policy", compacted=True, partitioned=False)  # people → learner, releaser
-DEAD_LETTERS = Topic("dead-letters", DeadLetter, "handler", partitioned=False)  # every handler → people
+OPERATOR = "operator"
+"""Who gives orders, replays and asks: people at the command line."""
+ALL_HANDLERS = ("assembler", "scorer", "learner")
+
+EVENTS = Topic("events", Event, "tenant/episode", ("gateway",), ("assembler", "releaser", "gateway"))
+EPISODES = Topic("episodes", Episode, "tenant/episode", ("assembler",), ("scorer", "assembler", "releaser"))
+TRAJECTORIES = Topic("trajectories", Trajectory, "tenant/episode", ("assembler",), ("assembler",))
+SCORES = Topic("scores", Score, "tenant/episode", ("scorer",), ("learner", "assembler"))
+REWARDS = Topic(
+    "reward-versions", RewardVersion, "tenant/policy", ("scorer",), ("learner", "assembler"), partitioned=False
+)
+RUNS = Topic("runs", Run, "tenant/policy", ("learner",), ("learner", "assembler"), partitioned=False)
+ADAPTERS = Topic(
+    "adapters",
+    Adapter,
+    "tenant/policy",
+    ("learner", "releaser"),
+    ("learner", "releaser", "assembler"),
+    partitioned=False,
+)
+RELEASES = Topic(
+    "releases",
+    Release,
+    "tenant/policy/release",
+    ("releaser",),
+    ("releaser", "learner", "assembler"),
+    compacted=True,
+    partitioned=False,
+)
+ROUTES = Topic(
+    "routes",
+    Route,
+    "tenant/policy",
+    ("releaser",),
+    ("gateway", "releaser", "learner", "assembler"),
+    compacted=True,
+    partitioned=False,
+)
+COMMANDS = Topic(
+    "commands", Command, "tenant/policy", (), ("learner", "releaser", "scorer", "assembler"), partitioned=False
+)
+PAUSES = Topic(
+    "pauses", Command, "tenant/policy", (), ("learner", "releaser", "assembler"), compacted=True, partitioned=False
+)
+DEAD_LETTERS = Topic(
+    "dead-letters", DeadLetter, "handler", (*ALL_HANDLERS, "releaser"), ("assembler",), partitioned=False
+)
 
 TOPICS = {
     topic.name: topic
@@ -56,3 +96,9 @@ TOPICS = {
 
 CHANGELOG = "everloop-state-"
 """What the name of a handler's changelog begins with: the compacted topic that its state is restored from."""
+
+HANDLERS = {"assemble": "assembler", "archive": "assembler", "score": "scorer", "learn": "learner"}
+"""The service of each stream handler. A handler's group has the handler's name, and so does its changelog."""
+
+GROUPS = {**HANDLERS, "releaser": "releaser"}
+"""The service of each group of readers."""

@@ -21,5 +21,6 @@ COMMANDS = {
     "keys": ("create, list or revoke API keys", "services.commands.keys"),
     "base": ("build a small base model from your own examples", "services.commands.base"),
     "kafka": ("a real Kafka broker on this machine: start, stop, status", "services.commands.kafka"),
+    "topics": ("make and check the topics and grants of the log on Kafka, as declared", "services.commands.topics"),
     "mlflow": ("open MLflow on this installation's runs", "services.commands.mlflow"),
 }

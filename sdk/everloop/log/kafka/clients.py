@@ -8,17 +8,22 @@ What bites in kafka-python 3.0.12, and is dealt with here or by those who use th
 - A batch that outlives ``delivery_timeout_ms`` wedges an idempotent producer for good: so there is no such limit,
   and the whole producer is thrown away instead.
 - ``commit_transaction`` and its like wait without end: see ``fenced.py``.
+- A transactional producer forgets a request of its transaction where the coordinator cannot be reached, and waits
+  for it for good; one that timed out it takes for the end of the transaction: see :class:`PatientClient`.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
+from kafka.future import Future
+from kafka.net.compat import KafkaNetClient
 
 from everloop.errors import LogError, RecordTooLarge
 from everloop.log.kafka.diagnosis import why_silent
@@ -29,6 +34,13 @@ REQUEST_SECONDS = 10.0
 LONGEST_BACKOFF = 1.0  # seconds between two tries to connect: a broker that came back is found within it
 RECORD_OVERHEAD = 65_536  # bytes a batch may have beyond the record in it
 FOR_EVER = 2**31 - 1
+AWAY_SECONDS = 0.05
+NO_ANSWER = (
+    kafka_errors.NodeNotReadyError,
+    kafka_errors.RequestTimedOutError,
+    kafka_errors.KafkaTimeoutError,
+    kafka_errors.Cancelled,
+)
 
 logging.getLogger("kafka").addHandler(logging.NullHandler())  # its complaints reach a log that is set up, not a screen
 
@@ -41,6 +53,29 @@ class Unreachable(LogError):
     """No broker answered; the message says why. Transient."""
 
 
+class PatientClient(KafkaNetClient):  # type: ignore[misc]  # kafka-python has no types
+    """What a transactional producer sends through: a broker that is away for a while is asked again, and again."""
+
+    def await_ready(self, node_id: Any, timeout_ms: float = 30_000) -> bool:
+        """False where kafka-python would raise: then the request is kept for the next try."""
+        try:
+            return bool(super().await_ready(node_id, timeout_ms=timeout_ms))
+        except kafka_errors.KafkaError:
+            time.sleep(AWAY_SECONDS)
+            return False
+
+    def send(self, node_id: Any, request: Any, **options: Any) -> Future:
+        """The answer; whatever says that none came is told as a lost connection, which is tried again."""
+        answer = Future()
+
+        def failed(error: BaseException) -> None:
+            lost = isinstance(error, NO_ANSWER)
+            answer.failure(kafka_errors.KafkaConnectionError(str(error)) if lost else error)
+
+        super().send(node_id, request, **options).add_callback(answer.success).add_errback(failed)
+        return answer
+
+
 class Clients:
     """See the module. ``max_record_bytes``: of the largest record that is written or read."""
 
@@ -51,7 +86,10 @@ class Clients:
 
     def producer(self, transaction: str | None = None, timeout: float = 60.0) -> KafkaProducer:
         """Idempotent, acknowledged by all in-sync replicas. With ``transaction`` transactional under that id."""
-        more = {"transactional_id": transaction, "transaction_timeout_ms": int(timeout * 1000)} if transaction else {}
+        more: dict[str, Any] = {}
+        if transaction:
+            more = {"transactional_id": transaction, "transaction_timeout_ms": int(timeout * 1000)}
+            more |= {"kafka_client": PatientClient}
         return self._made(
             KafkaProducer,
             acks="all",

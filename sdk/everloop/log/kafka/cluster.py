@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from kafka import IsolationLevel, KafkaAdminClient, TopicPartition
 from kafka import errors as kafka_errors
-from kafka.admin import MemberToRemove, OffsetSpec
+from kafka.admin import (
+    ACL,
+    ACLFilter,
+    ACLOperation,
+    ACLPermissionType,
+    ACLResourcePatternType,
+    ConfigResource,
+    ConfigResourceType,
+    MemberToRemove,
+    OffsetSpec,
+    ResourcePattern,
+    ResourcePatternFilter,
+    ResourceType,
+)
 
 from everloop.errors import LogError
 from everloop.log.kafka.clients import Clients
 from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
+from everloop.log.kafka.grants import Grant
 
 REMEMBER_SECONDS = 30.0  # a topic's number of partitions: one that was added is used after it
 T = TypeVar("T")
@@ -102,6 +116,62 @@ class Cluster:
         self.ask(f"making the topic {name!r}", make)
         return self._find(spec.name)
 
+    def describe(self, topics: Sequence[str]) -> dict[str, TopicSpec]:
+        """Those of the topics that are there, as they are: partitions, replicas and every setting."""
+        address = self._clients.address
+        names = [address.qualified(topic) for topic in topics]
+        described = self.ask("describing topics", lambda admin: admin.describe_topics(names))
+        there = {found["name"]: found["partitions"] for found in described if not found["error_code"]}
+        if not there:
+            return {}
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in there]
+        settings = self.ask(
+            "reading the settings of topics",
+            lambda admin: admin.describe_configs(resources, config_filter="all"),
+        )["topic"]
+        return {
+            address.own(name): TopicSpec(
+                address.own(name),
+                len(its),
+                len(its[0]["replica_nodes"]),
+                {key: str(found["value"]) for key, found in settings[name].items()},
+            )
+            for name, its in there.items()
+        }
+
+    def configure(self, topic: str, settings: Mapping[str, str]) -> None:
+        name = self._clients.address.qualified(topic)
+        resource = ConfigResource(ConfigResourceType.TOPIC, name, dict(settings))
+        self.ask(f"setting {', '.join(settings)} of {name!r}", lambda admin: admin.alter_configs([resource]))
+
+    def add_partitions(self, topic: str, count: int) -> None:
+        name = self._clients.address.qualified(topic)
+        self.ask(f"adding partitions to {name!r}", lambda admin: admin.create_partitions({name: count}))
+        self._known.pop(topic, None)
+
+    def grants(self, users: Collection[str]) -> set[Grant] | None:
+        """What these users may; None where the cluster keeps no permissions."""
+        every = ResourcePatternFilter(ResourceType.ANY, None, ACLResourcePatternType.ANY)
+        wanted = ACLFilter(None, None, ACLOperation.ANY, ACLPermissionType.ALLOW, every)
+
+        def read(admin: KafkaAdminClient) -> set[Grant] | None:
+            try:
+                return {_grant_of(acl) for acl in admin.describe_acls(wanted)[0]}
+            except kafka_errors.SecurityDisabledError:
+                return None
+
+        found = self.ask("reading permissions", read)
+        return None if found is None else {grant for grant in found if grant.user in users}
+
+    def grant(self, grant: Grant) -> None:
+        made = self.ask(f"granting: {grant}", lambda admin: admin.create_acls([_acl(grant, ACL, ResourcePattern)]))
+        for error in made["failed"]:
+            raise self._clients.explain(error(), f"granting: {grant}")
+
+    def take(self, grant: Grant) -> None:
+        wanted = _acl(grant, ACLFilter, ResourcePatternFilter)
+        self.ask(f"taking away: {grant}", lambda admin: admin.delete_acls([wanted]))
+
     def end_offsets(self, topic: str) -> list[int]:
         """The next offset of each partition that is, or will be, of a committed record."""
         name = self._clients.address.qualified(topic)
@@ -144,3 +214,20 @@ class Cluster:
             admin, self._admin = self._admin, None
         if admin is not None:
             admin.close()
+
+
+def _grant_of(acl: Any) -> Grant:
+    pattern = acl.resource_pattern
+    return Grant(
+        acl.principal.removeprefix("User:"),
+        acl.operation.name,
+        pattern.resource_type.name,
+        pattern.resource_name,
+        pattern.pattern_type is ACLResourcePatternType.PREFIXED,
+    )
+
+
+def _acl(grant: Grant, kind: Any, pattern: Any) -> Any:
+    how = ACLResourcePatternType.PREFIXED if grant.prefixed else ACLResourcePatternType.LITERAL
+    where = pattern(ResourceType[grant.resource], grant.name, how)
+    return kind(f"User:{grant.user}", "*", ACLOperation[grant.operation], ACLPermissionType.ALLOW, where)

@@ -118,6 +118,8 @@ class FencedWriter:
 
     def _add(self, offsets: Mapping[TopicPartition, int], group: Membership, end: float) -> None:
         qualified = self._clients.address.qualified
+        for topic in {topic for topic, _ in offsets}:
+            self._log.partitions(topic)  # kafka-python would wait for a topic that is missing
         wanted = {Partition(qualified(topic), n): OffsetAndMetadata(at, "", -1) for (topic, n), at in offsets.items()}
         metadata = ConsumerGroupMetadata(
             group_id=qualified(group.group),

@@ -15,6 +15,7 @@ from everloop.log.kafka.cluster import Cluster
 from everloop.log.kafka.declared import Keeping
 from everloop.log.kafka.fenced import FencedWriter
 from everloop.log.kafka.member import Member
+from everloop.log.kafka.plan import Plan, plan
 from everloop.log.kafka.reader import Readers
 from everloop.log.kafka.records import milliseconds
 from everloop.log.kafka.settings import Access, Address
@@ -23,7 +24,7 @@ Opened = TypeVar("Opened", Member, FencedWriter)
 
 
 class KafkaLog:
-    """See :class:`everloop.log.base.Log`. Opening it asks nothing of the cluster; ``check`` does, and every call.
+    """See :class:`everloop.log.base.Log`. Opening it asks nothing of the cluster; the first call does.
 
     ``make``: topics that are missing are made as declared. ``deadline``: seconds that an append waits for the
     cluster before it raises.
@@ -40,16 +41,16 @@ class KafkaLog:
     ) -> None:
         self.clients = Clients(address, access, keeping.max_record_bytes)
         self.cluster = Cluster(self.clients, keeping, make)
+        self._keeping = keeping
         self.max_record_bytes = keeping.max_record_bytes
         self._appender = Appender(self.clients, self.cluster.partitions, deadline=deadline)
         self._readers = Readers(self.clients)
         self._opened: list[Member | FencedWriter] = []
         self._lock = threading.Lock()
 
-    def check(self, topics: Sequence[str]) -> None:
-        """Whether the cluster answers and has these topics. Raises LogError with cause and mend, within 15 s."""
-        for topic in topics:
-            self.partitions(topic)
+    def plan(self, *, add_partitions: bool = False) -> Plan:
+        """What differs on the cluster from what is declared. Raises LogError with cause and mend, within 15 s."""
+        return plan(self.cluster, self.clients.address, self._keeping, add_partitions=add_partitions)
 
     def append(self, records: Sequence[NewRecord]) -> list[Position]:
         return self._appender.wait(self.append_soon(records))

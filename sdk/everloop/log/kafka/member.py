@@ -19,6 +19,7 @@ from everloop.errors import LogError
 from everloop.log import base
 from everloop.log.base import Record
 from everloop.log.kafka import records
+from everloop.log.kafka.fenced import Membership
 
 if TYPE_CHECKING:
     from everloop.log.kafka.log import KafkaLog
@@ -122,6 +123,11 @@ class Member:
             if not line:
                 del self._lines[at]
         return taken
+
+    def membership(self) -> Membership:
+        """As what a transaction commits for this member: see ``FencedWriter.write``."""
+        its = self._kafka.group_metadata()
+        return Membership(self._own_group, its.generation_id, its.member_id, its.group_instance_id)
 
     def commit(self, offsets: Mapping[base.TopicPartition, int]) -> None:
         self._check_open()

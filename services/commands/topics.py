@@ -1,0 +1,51 @@
+"""The log's topics and grants on Kafka: what differs from what is declared, and making it so.
+
+'check' prints the plan and changes nothing; exit status 1 where something differs. 'apply' prints it and carries it
+out; exit status 1 where something is left that only a person can do. Grants are made where the cluster keeps any.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from everloop.config import load
+from everloop.errors import ConfigError
+from everloop.log import open_log
+from everloop.log.kafka.log import KafkaLog
+from everloop.log.kafka.plan import Plan, carry_out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="check|apply")
+    check = verbs.add_parser("check", help="print what differs; change nothing")
+    apply = verbs.add_parser("apply", help="print what differs, and make it as declared")
+    for verb in (check, apply):
+        verb.add_argument(
+            "--add-partitions", action="store_true", help="also to topics that exist: keys move, so drain workers first"
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    log = open_log(load())
+    try:
+        if not isinstance(log, KafkaLog):
+            raise ConfigError("this installation's log is embedded, where topics need no care: log.url names no Kafka")
+        plan = log.plan(add_partitions=options.add_partitions)
+        _show(plan)
+        if options.verb == "check":
+            return int(bool(plan.changes))
+        carry_out(plan.changes)
+        left = [change for change in plan.changes if change.make is None]
+        print(f"{len(plan.changes) - len(left)} changes made." if plan.changes else "Nothing to do.")
+        return int(bool(left))
+    finally:
+        log.close()
+
+
+def _show(plan: Plan) -> None:
+    for note in plan.notes:
+        print(f"Note: {note}.")
+    for change in plan.changes:
+        print(f"{'+' if change.make else '!'} {change.what}")
+    if not plan.changes:
+        print("Everything is as declared.")
