@@ -3,7 +3,8 @@
 What bites in kafka-python 3.0.12, and is dealt with here or by those who use this:
 
 - A client that cannot reach a broker says only that it timed out: ``diagnosis.py`` looks for the cause.
-- A refused password is remembered for good by the client that tried it: a client that failed is thrown away.
+- One whose password is refused says the same: see :class:`Connections`. It never tries the password again, so a
+  client that was refused is thrown away.
 - ``KafkaProducer.close(timeout=0)`` raises before it closes while anything is under way: see :func:`abandon`.
 - A batch that outlives ``delivery_timeout_ms`` wedges an idempotent producer for good: so there is no such limit,
   and the whole producer is thrown away instead.
@@ -24,6 +25,8 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.future import Future
 from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.selector import NetworkSelector
 
 from everloop.errors import LogError, RecordTooLarge
 from everloop.log.kafka.diagnosis import why_silent
@@ -35,6 +38,11 @@ LONGEST_BACKOFF = 1.0  # seconds between two tries to connect: a broker that cam
 RECORD_OVERHEAD = 65_536  # bytes a batch may have beyond the record in it
 FOR_EVER = 2**31 - 1
 AWAY_SECONDS = 0.05
+REFUSALS = (
+    kafka_errors.SaslAuthenticationFailedError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+)
 NO_ANSWER = (
     kafka_errors.NodeNotReadyError,
     kafka_errors.RequestTimedOutError,
@@ -53,7 +61,32 @@ class Unreachable(LogError):
     """No broker answered; the message says why. Transient."""
 
 
-class PatientClient(KafkaNetClient):  # type: ignore[misc]  # kafka-python has no types
+class Connections(KafkaConnectionManager):  # type: ignore[misc]  # kafka-python has no types
+    """Says at once that a password was refused, where kafka-python would try it until the time is over."""
+
+    _refusal: Exception | None = None
+
+    def get_connection(self, node_id: Any, **options: Any) -> Any:
+        if self._refusal is not None:
+            raise self._refusal
+        connection = super().get_connection(node_id, **options)
+        connection.init_future.add_errback(self._remember)
+        return connection
+
+    def _remember(self, error: Exception) -> None:
+        if isinstance(error, REFUSALS):
+            self._refusal = error
+
+
+class Client(KafkaNetClient):  # type: ignore[misc]
+    """What our producers, consumers and admins send through."""
+
+    def __init__(self, **options: Any) -> None:
+        net = NetworkSelector(**options)
+        super().__init__(net, Connections(net, **options))
+
+
+class PatientClient(Client):
     """What a transactional producer sends through: a broker that is away for a while is asked again, and again."""
 
     def await_ready(self, node_id: Any, timeout_ms: float = 30_000) -> bool:
@@ -89,7 +122,7 @@ class Clients:
         more: dict[str, Any] = {}
         if transaction:
             more = {"transactional_id": transaction, "transaction_timeout_ms": int(timeout * 1000)}
-            more |= {"kafka_client": PatientClient}
+        more["kafka_client"] = PatientClient if transaction else Client
         return self._made(
             KafkaProducer,
             acks="all",
@@ -114,11 +147,12 @@ class Clients:
             max_partition_fetch_bytes=max(1_048_576, self._largest),
             fetch_max_bytes=16 * 1_048_576,
             metrics_enabled=False,
+            kafka_client=Client,
             **more,
         )
 
     def admin(self) -> KafkaAdminClient:
-        return self._made(KafkaAdminClient)
+        return self._made(KafkaAdminClient, kafka_client=Client)
 
     def _made(self, kind: Any, **options: Any) -> Any:
         with self.explained(f"connecting to {self.address}"):
@@ -165,6 +199,8 @@ class Clients:
                     f"{what}: the broker takes no record of this size: put the body in the blob store, or raise the "
                     "topic's max.message.bytes ('everloop topics apply' sets it from log.max_record_bytes)"
                 )
+            case kafka_errors.UnsupportedSaslMechanismError() | kafka_errors.IllegalSaslStateError():
+                return LogError(f"{self.address} does not take log.security = 'sasl' (SCRAM-SHA-512) there: {error}")
             case kafka_errors.SaslAuthenticationFailedError():
                 return LogError(
                     f"{self.address} refuses {who}: name or password is wrong. Mend log.username and log.password_file "

@@ -26,7 +26,7 @@ from kafka.admin import (
 )
 
 from everloop.errors import LogError
-from everloop.log.kafka.clients import Clients
+from everloop.log.kafka.clients import REFUSALS, Clients
 from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.grants import Grant
 
@@ -57,7 +57,7 @@ class Cluster:
         try:
             return step(admin)
         except kafka_errors.KafkaError as error:
-            if not isinstance(error, kafka_errors.BrokerResponseError):
+            if not isinstance(error, kafka_errors.BrokerResponseError) or isinstance(error, REFUSALS):
                 self._drop(admin)
             raise self._clients.explain(error, what) from error
 

@@ -1,0 +1,240 @@
+"""TLS, passwords and permissions on a real broker, with a certificate authority made here."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from everloop.errors import LogError
+from everloop.log import Access, NewRecord, connect
+from everloop.log.kafka.grants import SERVICES, user_of
+from everloop.log.kafka.log import KafkaLog
+from everloop.log.kafka.plan import carry_out
+from everloop.log.kafka.settings import Address
+from everloop.topics import TOPICS
+
+from services.broker.process import Broker
+from services.broker.settings import ADMIN, Secured
+
+pytestmark = pytest.mark.kafka
+PREFIX = "team"
+Until = Callable[..., Any]
+
+
+def _certificate(name: str, signer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None) -> Any:
+    """A certificate and its key; without ``signer`` an authority that signs itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signer[0].subject if signer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    )
+    return builder.sign(signer[1] if signer else key, hashes.SHA256()), key
+
+
+def _pem(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """Files of an authority's certificate, and of a certificate that it signed with its key."""
+    folder.mkdir()
+    authority = _certificate(f"{name} authority")
+    certificate, key = _certificate(name, authority)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    found = (folder / "ca.pem", folder / "certificate.pem", folder / "key.pem")
+    pem = serialization.Encoding.PEM
+    for path, content in zip(
+        found, (authority[0].public_bytes(pem), certificate.public_bytes(pem), private), strict=True
+    ):
+        path.write_bytes(content)
+    return found
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return _pem(tmp_path_factory.mktemp("pki") / "good", "broker")
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory, authority: tuple[Path, Path, Path]) -> Iterator[Broker]:
+    """A broker that asks for TLS, a password and permission; its topics and grants are applied."""
+    ca, certificate, key = authority
+    users = [ADMIN, *(user_of(service, Address((), PREFIX)) for service in SERVICES)]
+    broker = Broker(
+        tmp_path_factory.mktemp("secured"),
+        secured=Secured(certificate, key, ca, {user: f"password of {user}".replace(" ", "-") for user in users}),
+    )
+    broker.start()
+    try:
+        log = opened(broker, ca, ADMIN)
+        plan = log.plan()
+        assert not plan.notes
+        carry_out(plan.changes)
+        log.close()
+        yield broker
+    finally:
+        broker.stop()
+
+
+def opened(broker: Broker, ca: Path, user: str, **options: Any) -> KafkaLog:
+    access = Access("sasl", ca, user, f"password-of-{user}")
+    log = connect(f"kafka://{broker.address}/{PREFIX}", access=access, **options)
+    assert isinstance(log, KafkaLog)
+    return log
+
+
+@pytest.fixture
+def as_service(secured: Broker, authority: tuple[Path, Path, Path]) -> Iterator[Callable[[str], KafkaLog]]:
+    made: list[KafkaLog] = []
+
+    def log_of(service: str) -> KafkaLog:
+        made.append(opened(secured, authority[0], user_of(service, Address((), PREFIX)), create_topics=False))
+        return made[-1]
+
+    yield log_of
+    for log in made:
+        log.close()
+
+
+def new(topic: str) -> NewRecord:
+    return NewRecord(topic, "t/ep_1", b"v")
+
+
+def test_each_service_does_its_own_work(as_service: Callable[[str], KafkaLog], until: Until) -> None:
+    (position,) = as_service("gateway").append([new("events")])
+    assembler = as_service("assembler")
+    consumer = assembler.consumer("assemble", ["events"], member="assemble")
+    until(lambda: consumer.poll(timeout=0.2))
+    assembler.fenced("assemble-0").write(
+        [new("episodes")],
+        placed=[(new("everloop-state-assemble"), 0)],
+        offsets={("events", position.partition): position.offset + 1},
+        group=consumer.membership(),
+    )
+    until(lambda: assembler.committed("assemble", "events"))
+    scorer = as_service("scorer")
+    until(lambda: any(scorer.read("episodes", partition) for partition in range(4)))
+
+
+@pytest.mark.parametrize(
+    ("service", "topic"),
+    [("assembler", "events"), ("scorer", "episodes"), ("gateway", "routes"), ("learner", "routes")],
+)
+def test_a_service_cannot_write_a_topic_that_is_not_its_own(
+    as_service: Callable[[str], KafkaLog], service: str, topic: str
+) -> None:
+    with pytest.raises(LogError, match=f"'{PREFIX}-{service}' has no permission.*everloop topics apply"):
+        as_service(service).append([new(topic)])
+
+
+def test_a_service_cannot_read_or_take_what_is_not_its_own(as_service: Callable[[str], KafkaLog]) -> None:
+    gateway = as_service("gateway")
+    with pytest.raises(LogError, match="has no permission"):
+        gateway.read("episodes", 0)
+    with pytest.raises(LogError, match="has no permission"):
+        gateway.committed("assemble", "events")
+    with pytest.raises(LogError, match="has no permission"):
+        as_service("scorer").fenced("assemble-0")
+    with pytest.raises(LogError, match="has no permission"):
+        as_service("learner").plan()
+
+
+def test_the_operator_may_use_all_of_the_installation(as_service: Callable[[str], KafkaLog]) -> None:
+    operator = as_service("operator")
+    for topic in TOPICS:
+        operator.append([new(topic)])
+        assert sum(operator.end_offsets(topic)) > 0
+
+
+def test_grants_that_are_missing_or_too_many_are_differences(
+    secured: Broker, authority: tuple[Path, Path, Path]
+) -> None:
+    from everloop.log.kafka.grants import Grant
+
+    log = opened(secured, authority[0], ADMIN)
+    extra = Grant(f"{PREFIX}-gateway", "WRITE", "TOPIC", f"{PREFIX}.routes")
+    missing = Grant(f"{PREFIX}-gateway", "WRITE", "TOPIC", f"{PREFIX}.events")
+    log.cluster.grant(extra)
+    log.cluster.take(missing)
+    plan = log.plan()
+    assert [change.what for change in plan.changes] == [f"grant: {missing}", f"take away: {extra}"]
+    carry_out(plan.changes)
+    assert log.plan().changes == []
+    log.close()
+
+
+def test_tls_alone(tmp_path: Path, authority: tuple[Path, Path, Path]) -> None:
+    ca, certificate, key = authority
+    broker = Broker(tmp_path / "tls", secured=Secured(certificate, key, ca))
+    broker.start()
+    try:
+        log = connect(f"kafka://{broker.address}", access=Access("tls", ca))
+        (position,) = log.append([new("events")])
+        assert log.read("events", position.partition)[0].value == b"v"
+        log.close()
+    finally:
+        broker.stop()
+
+
+def command(tmp_path: Path, url: str, **settings: object) -> tuple[int, str, float]:
+    """'everloop topics check' as a person calls it: exit status, what it says, seconds."""
+    environment = {
+        **os.environ,
+        "EVERLOOP_HOME": str(tmp_path / "home"),
+        "EVERLOOP_LOG__URL": url,
+        **{f"EVERLOOP_LOG__{name.upper()}": json.dumps(str(value)) for name, value in settings.items()},
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "everloop.cli.main", "topics", "check"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.returncode, (done.stderr or done.stdout).strip(), time.monotonic() - began
+
+
+def test_what_keeps_us_out_is_said_in_one_line(
+    tmp_path: Path, secured: Broker, authority: tuple[Path, Path, Path]
+) -> None:
+    ca = authority[0]
+    other = _pem(tmp_path / "other", "another")[0]
+    url = f"kafka://{secured.address}/{PREFIX}"
+    user: dict[str, object] = {"security": "sasl", "username": ADMIN, "password": f"password-of-{ADMIN}"}
+    asked: list[tuple[dict[str, object], str]] = [
+        (user | {"ca_file": ca, "password": "wrong"}, "log.password_file"),
+        (user | {"ca_file": ca, "username": "nobody"}, "name or password is wrong"),
+        (user | {"ca_file": other}, "log.ca_file"),
+        ({"security": "tls", "ca_file": ca}, "log.security = 'tls'"),
+        ({}, "log.security = 'plaintext'"),
+        (user | {"ca_file": ca, "username": f"{PREFIX}-gateway", "password": f"password-of-{PREFIX}-gateway"}, "apply"),
+    ]
+    for settings, says in asked:
+        status, said, seconds = command(tmp_path, url, **settings)
+        assert status == 2, said
+        assert says in said
+        assert len(said.splitlines()) == 1, said
+        assert "password-of" not in said
+        assert seconds < 15
