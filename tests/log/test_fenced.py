@@ -105,6 +105,16 @@ def test_a_record_that_is_too_large_writes_nothing_and_ends_nothing(log: KafkaLo
     assert log.committed("g", "events") == {}
 
 
+def test_a_place_that_the_topic_does_not_have_ends_the_writer(log: KafkaLog) -> None:
+    writer = log.fenced("w")
+    with pytest.raises(LogError, match="Unrecognized partition 9"):
+        writer.write([out("a")], placed=[(out("state", STATE), 9)])
+    with pytest.raises(LogError, match="has ended"):
+        writer.write([out("b")])
+    log.fenced("w").write([out("c")])
+    assert b"a" not in values(log, "episodes")
+
+
 def test_a_member_that_the_group_gave_up_commits_nothing(log: KafkaLog, url: str, until: Until) -> None:
     other = connect(url)
     consumer = log.consumer("g", ["events"], member="worker")

@@ -31,6 +31,7 @@ from everloop.log.kafka.records import message
 
 LOOK_SECONDS = 0.5
 RETRY_SECONDS = 0.2
+SETTLE_SECONDS = 2.0
 
 
 class Batch:
@@ -72,6 +73,7 @@ class Appender:
         self._bytes = 0
         self._lock = threading.Lock()
         self._producer: KafkaProducer | None = None
+        self._spoiled = False  # by a refusal: kafka-python would tell it of the batches that come next as well
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -137,6 +139,7 @@ class Appender:
     def _rebuild(self) -> None:
         """Throw the producer away with all that it holds; the next batch makes a new one."""
         producer, self._producer = self._producer, None
+        self._spoiled = False
         with self._lock:
             given_up = list(self._sent)
         for batch in given_up:
@@ -152,8 +155,11 @@ class Appender:
 
     def _send(self, batch: Batch) -> None:
         producer = self._connected(batch)
-        counts = {topic: self._partitions(topic) for topic in {record.topic for record in batch.records}}
         qualified = self._clients.address.qualified
+        counts = {}
+        for topic in {record.topic for record in batch.records}:
+            self._partitions(topic)  # makes it where it is missing
+            counts[topic] = len(producer.partitions_for(qualified(topic)))  # the producer takes no other number
         with self._lock:
             self._sent[batch] = None
         for index, record in enumerate(batch.records):
@@ -163,6 +169,9 @@ class Appender:
 
     def _connected(self, batch: Batch) -> KafkaProducer:
         """The producer, made where there is none; tried until the batch's deadline while nothing answers."""
+        if self._spoiled:
+            self._settle()
+            self._rebuild()
         while self._producer is None:
             left = batch.began + self._deadline - time.monotonic()
             if left <= 0 or self._closed:
@@ -175,12 +184,19 @@ class Appender:
                 time.sleep(RETRY_SECONDS)
         return self._producer
 
+    def _settle(self) -> None:
+        """Wait a while for what was sent before a refusal."""
+        end = time.monotonic() + SETTLE_SECONDS
+        while self._sent and time.monotonic() < end:
+            time.sleep(0.01)
+
     @staticmethod
     def _acknowledged(batch: Batch, index: int, topic: str, metadata: Any) -> None:
         batch.acknowledged(index, Position(topic, metadata.partition, metadata.offset))
 
     def _refused(self, batch: Batch, topic: str, error: BaseException) -> None:
         closed = isinstance(error, kafka_errors.IllegalStateError)
+        self._spoiled = not closed
         batch.fail(self._late() if closed else self._clients.explain(error, f"appending to {topic!r}"))
 
     def close(self) -> None:

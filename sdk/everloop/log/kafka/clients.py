@@ -8,6 +8,7 @@ What bites in kafka-python 3.0.12, and is dealt with here or by those who use th
 - ``KafkaProducer.close(timeout=0)`` raises before it closes while anything is under way: see :func:`abandon`.
 - A batch that outlives ``delivery_timeout_ms`` wedges an idempotent producer for good: so there is no such limit,
   and the whole producer is thrown away instead.
+- After one refused batch an idempotent producer fails the next ones with the same error: see ``appender.py``.
 - ``commit_transaction`` and its like wait without end: see ``fenced.py``.
 - A transactional producer forgets a request of its transaction where the coordinator cannot be reached, and waits
   for it for good; one that timed out it takes for the end of the transaction: see :class:`PatientClient`.
@@ -35,6 +36,7 @@ from everloop.log.kafka.settings import Access, Address
 CONNECT_SECONDS = 8.0
 REQUEST_SECONDS = 10.0
 LONGEST_BACKOFF = 1.0  # seconds between two tries to connect: a broker that came back is found within it
+METADATA_SECONDS = 30.0  # after which a partition that was added is used
 RECORD_OVERHEAD = 65_536  # bytes a batch may have beyond the record in it
 FOR_EVER = 2**31 - 1
 AWAY_SECONDS = 0.05
@@ -132,6 +134,7 @@ class Clients:
             max_request_size=self._largest,
             batch_size=131_072,
             allow_auto_create_topics=False,
+            metadata_max_age_ms=int(METADATA_SECONDS * 1000),
             metrics_enabled=False,
             **more,
         )
@@ -144,6 +147,7 @@ class Clients:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
+            metadata_max_age_ms=int(METADATA_SECONDS * 1000),
             max_partition_fetch_bytes=max(1_048_576, self._largest),
             fetch_max_bytes=16 * 1_048_576,
             metrics_enabled=False,

@@ -26,11 +26,11 @@ from kafka.admin import (
 )
 
 from everloop.errors import LogError
-from everloop.log.kafka.clients import REFUSALS, Clients
+from everloop.log.kafka.clients import METADATA_SECONDS, REFUSALS, Clients
 from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.grants import Grant
 
-REMEMBER_SECONDS = 30.0  # a topic's number of partitions: one that was added is used after it
+SPREAD_SECONDS = 10.0  # for which a change may not be seen by every broker
 T = TypeVar("T")
 
 
@@ -78,7 +78,7 @@ class Cluster:
             if count:
                 return count
             raise
-        self._known[topic] = (found, time.monotonic() + REMEMBER_SECONDS)
+        self._known[topic] = (found, time.monotonic() + METADATA_SECONDS)
         return found
 
     def _find(self, topic: str) -> int:
@@ -148,6 +148,9 @@ class Cluster:
         name = self._clients.address.qualified(topic)
         self.ask(f"adding partitions to {name!r}", lambda admin: admin.create_partitions({name: count}))
         self._known.pop(topic, None)
+        end = time.monotonic() + SPREAD_SECONDS
+        while self._find(topic) < count and time.monotonic() < end:
+            time.sleep(0.05)
 
     def grants(self, users: Collection[str]) -> set[Grant] | None:
         """What these users may; None where the cluster keeps no permissions."""

@@ -93,7 +93,7 @@ class FencedWriter:
             self._finish(self._manager.begin_commit(), end)
         except LogError as error:
             raise self._end(error) from error
-        except kafka_errors.KafkaError as error:
+        except (kafka_errors.KafkaError, ValueError) as error:  # ValueError: a place that the topic does not have
             raise self._end(self._clients.explain(error, f"writing as {self._name!r}")) from error
 
     @property
@@ -110,8 +110,9 @@ class FencedWriter:
             future.get(timeout=max(0.001, end - time.monotonic()))
 
     def _send(self, record: NewRecord, partition: int | None) -> Any:
-        count = self._log.partitions(record.topic)
-        its = message(record, self._clients.address.qualified(record.topic), count)
+        self._log.partitions(record.topic)  # makes it where it is missing
+        name = self._clients.address.qualified(record.topic)
+        its = message(record, name, len(self._producer.partitions_for(name)))
         if partition is not None:
             its = its._replace(partition=partition)
         return self._producer.send(**its._asdict())

@@ -58,7 +58,6 @@ class Member:
             session_timeout_ms=int(SESSION_SECONDS * 1000),
             heartbeat_interval_ms=int(HEARTBEAT_SECONDS * 1000),
             max_poll_interval_ms=int(POLL_SECONDS * 1000),
-            metadata_max_age_ms=30_000,
             **static,
         )
         self._kafka = consumer
