@@ -246,6 +246,7 @@ class Assembler:
                 wire.encode(episode, self._blobs),
                 {"schema": "Episode", "id": about},
                 episode.updated,
+                route=f"{episode.tenant}/{episode.policy}",  # what is learned of a policy has one reader
             ),
             NewRecord(
                 TRAJECTORIES.name,

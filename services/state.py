@@ -7,10 +7,11 @@ always that of exactly the records before its offsets, wherever the process is k
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ CREATE TABLE IF NOT EXISTS offsets (
 CREATE TABLE IF NOT EXISTS failures (
     topic TEXT NOT NULL, partition INTEGER NOT NULL, position INTEGER NOT NULL, times INTEGER NOT NULL,
     PRIMARY KEY (topic, partition, position)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS mark (one INTEGER PRIMARY KEY CHECK (one = 1), text TEXT NOT NULL);
 """
 LAST = chr(0x10FFFF)  # sorts behind every character that a key may go on with
 Changes = dict[str, bytes | None]
@@ -84,24 +86,52 @@ class StateStore:
     def changed(self) -> bool:
         return any(self._layers)
 
+    @property
+    def changes(self) -> Mapping[str, bytes | None]:
+        """What :meth:`commit` would write: new values by key; None: deleted."""
+        (changes,) = self._layers
+        return changes
+
     def offsets(self) -> dict[TopicPartition, int]:
         """The next offset of each partition that this state has seen."""
         rows = self._connection.execute("SELECT topic, partition, next FROM offsets")
         return {(str(topic), int(partition)): int(offset) for topic, partition, offset in rows}
 
-    def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
+    def mark(self) -> str:
+        """What the last commit was called; empty: nothing."""
+        row = self._connection.execute("SELECT text FROM mark").fetchone()
+        return "" if row is None else str(row[0])
+
+    def commit(self, offsets: Mapping[TopicPartition, int], mark: str = "") -> None:
         """Write changes and offsets in one transaction; durable on return. On an error nothing is, and both wait."""
-        (changes,) = self._layers
-        execute = self._connection.executemany
         with self._transaction():
-            execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", [c for c in changes.items() if c[1] is not None])
-            execute("DELETE FROM entries WHERE key = ?", [(key,) for key, value in changes.items() if value is None])
-            execute("INSERT OR REPLACE INTO offsets VALUES (?, ?, ?)", [(*at, n) for at, n in offsets.items()])
-            execute(
-                "DELETE FROM failures WHERE topic = ? AND partition = ? AND position < ?",
-                [(*at, n) for at, n in offsets.items()],
-            )
+            self._write(self.changes.items(), offsets, mark)
         self._layers = [{}]
+
+    def rebuild(
+        self, entries: Iterable[tuple[str, bytes | None]], offsets: Mapping[TopicPartition, int], mark: str
+    ) -> None:
+        """Replace everything, in one transaction; of entries with one key the last counts."""
+        with self._transaction():
+            for table in ("entries", "offsets", "mark"):
+                self._connection.execute(f"DELETE FROM {table}")
+            for key, value in entries:
+                self._write([(key, value)], {}, "")
+            self._write([], offsets, mark)
+        self._layers = [{}]
+
+    def _write(
+        self, changes: Collection[tuple[str, bytes | None]], offsets: Mapping[TopicPartition, int], mark: str
+    ) -> None:
+        execute = self._connection.executemany
+        execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", [c for c in changes if c[1] is not None])
+        execute("DELETE FROM entries WHERE key = ?", [(key,) for key, value in changes if value is None])
+        execute("INSERT OR REPLACE INTO offsets VALUES (?, ?, ?)", [(*at, n) for at, n in offsets.items()])
+        execute("INSERT OR REPLACE INTO mark VALUES (1, ?)", [(mark,)] if mark else [])
+        execute(
+            "DELETE FROM failures WHERE topic = ? AND partition = ? AND position < ?",
+            [(*at, n) for at, n in offsets.items()],
+        )
 
     def count_failure(self, position: Position) -> int:
         """How often a process has given up on this record, this time included; durable, apart from the changes."""
@@ -147,3 +177,26 @@ def owned(path: Path, stop: threading.Event, every: float = 0.2) -> Iterator[boo
         yield True
     finally:
         os.close(file)
+
+
+@contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """The first folder ``<parent>/<number>`` that no other process uses, for this one alone.
+
+    So workers of one home share nothing but the log, and one that is started anew finds the states that it had.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        file = os.open(parent / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            continue
+        try:
+            folder = parent / str(number)
+            folder.mkdir(exist_ok=True)
+            yield folder
+            return
+        finally:
+            os.close(file)

@@ -22,5 +22,6 @@ COMMANDS = {
     "base": ("build a small base model from your own examples", "services.commands.base"),
     "kafka": ("a real Kafka broker on this machine: start, stop, status", "services.commands.kafka"),
     "topics": ("make and check the topics and grants of the log on Kafka, as declared", "services.commands.topics"),
+    "worker": ("one more worker of a handler, beside those that run (Kafka)", "services.commands.worker"),
     "mlflow": ("open MLflow on this installation's runs", "services.commands.mlflow"),
 }

@@ -4,7 +4,9 @@
 
     log: episodes ──▶ thread "score" ──▶ log: scores, reward-versions     state/score.db, rewards/<t>/<p>/<version>/
 
-One thread does everything; it waits for the log alone. ``/status`` shows under ``rewards``, by ``tenant/policy``:
+It waits for the log alone. On Kafka each partition has a handler, the episodes of a policy are all in one partition,
+and other processes may share them (``everloop worker score``); the numbers are of the policies that are here.
+ ``/status`` shows under ``rewards``, by ``tenant/policy``:
 
 - ``version``: the snapshot that scores; ``snapshot_updates``: what it had learned; ``updates``: what the live one has
 - ``labels``, ``good_labels``; ``may_judge``: whether that is enough for an opinion; ``refused``: not finite
@@ -18,17 +20,21 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from everloop.config import Config
 from everloop.home import Home
-from everloop.log import open_log
+from everloop.log import Log, open_log, partition_of
+from everloop.stream import Handler
+from everloop.topics import EPISODES
 from prometheus_client import REGISTRY
 
 from reward.encoder import Encoder
 from reward.handler import RewardHandler
 from services.scorer.metrics import RewardMetrics
 from services.service import Service, main
-from services.stream import attach
+from services.stream import share
 
 
 @functools.cache
@@ -39,17 +45,35 @@ def encoder(name: str) -> Encoder:
 
 def serve(config: Config) -> int:
     """Run until stopped; returns the exit status."""
-    home = Home(config.home)
+    return work(Service("scorer", config, config.services.reward_port))
+
+
+def work(service: Service) -> int:
+    """Score in this service until it is stopped."""
+    config, home = service.config, Home(service.config.home)
     log = open_log(config)
-    handler = RewardHandler(config, home, encoder)
-    REGISTRY.register(RewardMetrics(handler.status))
-    service = Service("scorer", config, config.services.reward_port)
-    service.describe("rewards", handler.status)
-    attach(service, handler, log, home)
     try:
+        runner = share(service, lambda: RewardHandler(config, home, encoder), log, home)
+
+        def status() -> dict[str, Any]:
+            return rewards(log, runner.handlers())
+
+        REGISTRY.register(RewardMetrics(status))
+        service.describe("rewards", status)
         return service.run()
     finally:
         log.close()
+
+
+def rewards(log: Log, handlers: Mapping[int | None, Handler]) -> dict[str, Any]:
+    """By ``tenant/policy``: what the handler that has its episodes says of it."""
+    found: dict[str, Any] = {}
+    for number, handler in handlers.items():
+        assert isinstance(handler, RewardHandler)
+        for policy, numbers in handler.status().items():
+            if number is None or number == partition_of(policy, log.partitions(EPISODES.name)):
+                found[policy] = numbers
+    return found
 
 
 if __name__ == "__main__":

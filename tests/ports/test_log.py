@@ -147,6 +147,13 @@ def test_records_of_a_key_keep_their_order_in_one_partition(log: Log) -> None:
         assert {r.partition for r in records} == {partition_of(key, log.partitions("events"))}
 
 
+def test_a_route_decides_the_partition_in_place_of_the_key(log: Log) -> None:
+    routes = [f"acme/policy-{i}" for i in range(6)]
+    log.append([new(f"k{i}")._replace(route=routes[i % 6]) for i in range(30)])
+    for record in everything(log):
+        assert record.partition == partition_of(routes[int(record.key[1:]) % 6], log.partitions("events"))
+
+
 def test_offsets_count_up_and_the_end_is_behind_the_last(log: Log) -> None:
     positions = log.append([new(f"k{i}") for i in range(50)]) + log.append([new(f"k{i}") for i in range(50)])
     for partition, end in enumerate(log.end_offsets("events")):

@@ -3,7 +3,7 @@
 Promises, held for every backend by ``tests/ports/test_log.py``:
 
 - A record is durable when :meth:`Log.append` returns (or its future resolves), and never before.
-- Records of one key keep their order: same topic and key, same partition.
+- Records of one key keep their order: same topic and key (or ``route``), same partition.
 - A group reads at least once. Two consumers of a group share its partitions; neither gets the other's.
 - A committed offset is the next one to read, and survives restarts.
 - Offsets count up; there may be gaps. A read that finds nothing has reached the end.
@@ -30,6 +30,12 @@ class NewRecord(NamedTuple):
     headers: Mapping[str, str] = {}
     time: float = 0.0
     """Event time, seconds since 1970, kept to the millisecond; 0: the backend sets its own."""
+    route: str = ""
+    """Decides the partition in place of the key; a key must always come by the same route. Not kept."""
+
+    def partition(self, partitions: int) -> int:
+        """Which one of so many it belongs to."""
+        return partition_of(self.route or self.key, partitions)
 
 
 class Position(NamedTuple):

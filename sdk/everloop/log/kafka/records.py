@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kafka.consumer.fetcher import ConsumerRecord
 
-from everloop.log.base import NewRecord, Record, partition_of
+from everloop.log.base import NewRecord, Record
 
 PAST = 3_600.0
 AHEAD = 86_400.0
@@ -50,7 +50,7 @@ def message(record: NewRecord, topic: str, partitions: int) -> Message:
         record.value,
         record.key.encode(),
         headers,
-        partition_of(record.key, partitions),
+        record.partition(partitions),
         milliseconds(stamp),
     )
 

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 from everloop.errors import LogError
-from everloop.log.base import NewRecord, Position, partition_of
+from everloop.log.base import NewRecord, Position
 from everloop.log.sqlite.database import Database, WriteLock, block_id, row_id
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Transaction:
         return [self._append(record, partitions[record.topic]) for record in records]
 
     def _append(self, record: NewRecord, ids: tuple[int, ...]) -> Position:
-        number = partition_of(record.key, len(ids))
+        number = record.partition(len(ids))
         partition = ids[number]
         offset = self._next.get(partition)
         if offset is None:

@@ -1,0 +1,40 @@
+"""One more worker of a handler, beside those that run: on Kafka they share its partitions. Ctrl-C ends it.
+
+It may run on another machine, with the same configuration: what it must not forget is on Kafka. The others go on with
+its partitions when it ends; as many workers as the topic has partitions have something to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+
+from everloop.config import Config, load
+from everloop.errors import ConfigError
+
+HANDLERS = {"assemble": "assembler", "score": "scorer"}
+"""The service whose work each is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("handler", choices=HANDLERS)
+    parser.add_argument("--port", type=int, default=0, help="of health, metrics and status; any free one if not given")
+
+
+def run(options: argparse.Namespace) -> int:
+    config = load()
+    _check(config)
+    from services.service import Service
+
+    name = HANDLERS[options.handler]
+    its = importlib.import_module(f"services.{name}.__main__")
+    return int(its.work(Service(f"{name}-{os.getpid()}", config, options.port)))
+
+
+def _check(config: Config) -> None:
+    if not config.log.url.startswith("kafka://"):
+        raise ConfigError(
+            f"log.url is {config.log.url!r}, and the embedded log has one worker of each handler, which 'everloop up' "
+            "starts: more of them need log.url = kafka://<host>:9092"
+        )

@@ -1,0 +1,412 @@
+"""A handler on Kafka by Faust, which alone is imported here: membership of the group, and records.
+
+::
+
+    thread of the service: Faust's event loop ─┬─ channel ─▶ a line for each partition ─▶ its task ─┐
+                                               │      (bounded: Faust stops fetching it)            │ a batch at a time
+    Faust's own thread: aiokafka ◀─────────────┘                                                    ▼
+      heartbeats, fetching                                      threads: Partition.take (partition.py) ─▶ Kafka, cache
+
+Handlers work in threads of their own, so heartbeats go on meanwhile. Faust commits no offsets and keeps no tables:
+offsets are committed with what the records gave, and a partition knows from its state where to go on. So whatever
+Faust delivers twice is skipped, and what it leaves out is read from the log.
+
+At a rebalance each partition finishes the record it is at, commits, and lets go; whoever has it next takes its writer's
+name. What fails, or was fenced, ends the process before anything of its batch is committed; it is started anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faust
+from everloop.errors import LogError
+from everloop.home import Home
+from everloop.log.base import Record, TopicPartition
+from everloop.log.kafka.log import KafkaLog
+from everloop.log.kafka.records import record as read_record
+from everloop.log.kafka.settings import Access
+from everloop.stream import Handler
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from prometheus_client import Counter, Gauge
+
+from services.partition import Partition, check_changelog
+from services.retry import Retry, Stopping
+from services.state import own_folder
+from services.unit import AGE, LAG, Behind, Tally
+
+logger = logging.getLogger(__name__)
+SESSION_SECONDS = 8.0  # without a heartbeat, after which the others get the partitions
+IDLE_SECONDS = 1.0  # between flushes of a partition while no record comes
+LOOK_SECONDS = 1.0  # between looks at how far behind it is
+FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
+
+REBALANCES = Counter("everloop_handler_rebalances", "Times that partitions were shared out anew", ["handler"])
+WAITING = Gauge("everloop_handler_oldest_waiting_seconds", "Since the oldest record that waits arrived", ["handler"])
+
+
+class ReadsCommitted(driver.AIOKafkaConsumerThread):
+    """What is not committed, or never will be, is not read: Faust does that only with its own transactions."""
+
+    logger = driver.logger
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._isolation_level = "read_committed"
+        return consumer
+
+
+class _Consumer(driver.Consumer):
+    logger = driver.logger
+
+    def _new_consumer_thread(self) -> ReadsCommitted:
+        return ReadsCommitted(self, loop=self.loop, beacon=self.beacon)
+
+
+class _Transport(driver.Transport):
+    Consumer = _Consumer
+
+
+class Read(NamedTuple):
+    """A record as it lies on Kafka."""
+
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Iterable[tuple[str, bytes]]
+
+    @classmethod
+    def of(cls, message: Any) -> Read:
+        stamp = round(message.timestamp * 1000)
+        headers = message.headers or ()
+        return cls(message.partition, message.offset, stamp, message.key, message.value, headers)
+
+
+class Line:
+    """Messages of one partition that wait, with the task that serves it. On the event loop alone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.partition: Partition | None = None
+        self.stopping = False
+        self.bytes = 0
+        self._waiting: deque[tuple[float, Any]] = deque()
+        self._changed = asyncio.Event()
+
+    def put(self, message: Any) -> None:
+        self._waiting.append((time.monotonic(), message))
+        self.bytes += len(message.value or b"")
+        self._changed.set()
+
+    @property
+    def full(self) -> bool:
+        return len(self._waiting) >= FULL_RECORDS or self.bytes >= FULL_BYTES
+
+    def stop(self) -> None:
+        self.stopping = True
+        if self.partition is not None:
+            self.partition.stop.set()
+        self._changed.set()
+
+    async def take(self, most: int, linger: float) -> list[Any]:
+        """Messages, once there are some, gathered for ``linger`` seconds; none after a while, or at a stop."""
+        if not await self._change(IDLE_SECONDS):
+            return []
+        end = time.monotonic() + linger
+        while len(self._waiting) < most and not self.stopping and (left := end - time.monotonic()) > 0:
+            self._changed.clear()
+            await self._change(left)
+        taken = [self._waiting.popleft()[1] for _ in range(min(most, len(self._waiting)))]
+        self.bytes -= sum(len(message.value or b"") for message in taken)
+        if not self._waiting and not self.stopping:
+            self._changed.clear()
+        return taken
+
+    async def _change(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._changed.wait()
+        except TimeoutError:
+            return False
+
+    def waited(self) -> float:
+        """Seconds since the oldest that waits arrived."""
+        return time.monotonic() - self._waiting[0][0] if self._waiting else 0.0
+
+
+class FaustWorker:
+    """One worker of a handler: ``run`` in a thread; ``status``, ``lag``, ``age`` and ``trouble`` from any.
+
+    ``make`` gives a handler for each partition that this worker has. ``linger`` (seconds) gathers records into a
+    batch, ``max_records`` bounds it. ``session``: see :data:`SESSION_SECONDS`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Handler],
+        log: KafkaLog,
+        home: Home,
+        *,
+        stop: threading.Event | None = None,
+        clock: Callable[[], float] = time.time,
+        max_records: int = 500,
+        linger: float = 0.02,
+        retry: Retry = Retry(),  # noqa: B008 (immutable)
+        stuck_after: float = 300.0,
+        session: float = SESSION_SECONDS,
+    ) -> None:
+        """Raises LogError where the cluster does not answer, or lacks a topic."""
+        handler = make()
+        (self._topic,) = handler.topics  # the state is of one topic's partition
+        self.name = handler.name
+        self._make = make
+        self._log = log
+        self._home = home
+        self._stop = stop or threading.Event()
+        self._clock = clock
+        self._max_records, self._linger = max_records, linger
+        self._retry = retry
+        self._stuck_after = stuck_after
+        self._session = session
+        self._tally = Tally(self.name)
+        self._lines: dict[int, Line] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._behind = Behind(log)
+        self._lag: dict[TopicPartition, int] | None = None  # None: not known
+        self._rebalances = 0
+        self._failure: BaseException | None = None
+        self._running = False
+        self._folder: Path
+        self._app: Any
+        check_changelog(log, self.name, self._topic)
+        LAG.labels(self.name).set_function(lambda: math.nan if self._lag is None else self.lag())
+        AGE.labels(self.name).set_function(self.age)
+        WAITING.labels(self.name).set_function(lambda: max((x.waited() for x in list(self._lines.values())), default=0))
+
+    def run(self) -> None:
+        """Handle records until ``stop`` is set. Raises what did not pass by itself: end the process."""
+        with own_folder(self._home.folder("state") / self.name) as folder:
+            self._folder = folder
+            self._tally.moved()
+            self._running = True
+            try:
+                asyncio.run(self._main())
+            finally:
+                self._running = False
+
+    async def _main(self) -> None:
+        app = self._app = application(self._log, self.name, self._folder, self._session)
+        app.on_partitions_assigned.connect(self._assigned)
+        app.on_partitions_revoked.connect(self._revoked)
+        channel = aiter(app.topic(self._topic_name, key_serializer="raw", value_serializer="raw", acks=False))
+        helpers = [asyncio.create_task(self._guarded(help)) for help in (self._hand_out(channel), self._look())]
+        try:
+            await app.start()
+            while not self._stop.is_set() and self._failure is None and app.crash_reason is None:
+                await asyncio.sleep(0.05)
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await self._let_go(list(self._lines), None)
+            await app.stop()
+        failure = self._failure or app.crash_reason
+        if failure is not None:
+            raise failure
+
+    async def _guarded(self, step: Coroutine[Any, Any, None]) -> None:
+        try:
+            await step
+        except Exception as error:
+            self._failure = self._failure or error
+
+    @property
+    def _topic_name(self) -> str:
+        return self._log.clients.address.qualified(self._topic)
+
+    async def _hand_out(self, channel: Any) -> None:
+        """Each message into the line of its partition; a full one is fetched no more until it is shorter."""
+        async for event in channel:
+            line = self._lines.get(event.message.partition)
+            if line is not None and not line.stopping:
+                line.put(event.message)
+                if line.full:
+                    self._app.consumer.on_buffer_full(event.message.tp)
+
+    async def _assigned(self, _: Any, assigned: Any, **more: Any) -> None:
+        REBALANCES.labels(self.name).inc()
+        self._rebalances += 1
+        numbers = sorted(at.partition for at in assigned)
+        logger.info("%s: partitions %s are ours", self.name, numbers)
+        await self._let_go([number for number in self._lines if number not in numbers], self._session / 2)
+        for number in numbers:
+            line = self._lines[number] = Line(number)
+            task = asyncio.create_task(self._serve(line, self._tasks.get(number)))
+            self._tasks[number] = task
+
+    async def _revoked(self, _: Any, revoked: Any, **more: Any) -> None:
+        await self._let_go([at.partition for at in revoked], self._session / 2)
+
+    async def _let_go(self, numbers: Iterable[int], patience: float | None) -> None:
+        """What is under way is finished; where that takes too long, the next owner fences it."""
+        lines = [self._lines.pop(number) for number in list(numbers) if number in self._lines]
+        for line in lines:
+            line.stop()
+        tasks = [self._tasks[line.number] for line in lines]
+        if tasks:
+            await asyncio.wait(tasks, timeout=patience)
+
+    async def _serve(self, line: Line, before: asyncio.Task[None] | None) -> None:
+        try:
+            if before is not None:  # it still has the files
+                await asyncio.wait([before])
+            if not line.stopping:
+                await self._serve_line(line)
+        except Stopping:
+            logger.info("%s: stopped between two tries; the next owner handles this batch again", self.name)
+        except Exception as error:
+            logger.error("%s: partition %d failed: %r", self.name, line.number, error)
+            self._failure = self._failure or error
+
+    async def _serve_line(self, line: Line) -> None:
+        partition = await asyncio.to_thread(self._take_over, line.number)
+        line.partition = partition
+        try:
+            while not line.stopping:
+                messages = await line.take(self._max_records, self._linger)
+                if not line.full:
+                    self._app.consumer.on_buffer_drop(TP(self._topic_name, line.number))
+                if not line.stopping:
+                    await asyncio.to_thread(self._handle, partition, messages)
+        finally:
+            await asyncio.to_thread(partition.close)
+
+    def _take_over(self, number: int) -> Partition:
+        """In a thread. What the group has got to already is handled first, where the state is older."""
+        partition = Partition(
+            self._make(),
+            self._log,
+            (self._topic, number),
+            self._folder,
+            self._tally,
+            clock=self._clock,
+            blobs=self._home.blobs,
+            retry=self._retry,
+        )
+        try:
+            partition.catch_up(self._log.committed(self.name, self._topic).get(number, 0))
+        except BaseException:
+            partition.close()
+            raise
+        return partition
+
+    def _handle(self, partition: Partition, messages: list[Any]) -> None:
+        """In a thread."""
+        partition.take([self._record(message) for message in messages])
+
+    def _record(self, message: Any) -> Record:
+        return read_record(Read.of(message), self._topic)
+
+    async def _look(self) -> None:
+        """How far behind it is; that is also what tells progress while there is nothing to do."""
+        while True:
+            following = {line.partition.source: line.partition.next for line in self._served()}
+            try:
+                self._lag = await asyncio.to_thread(self._behind, following)
+                if self._rebalances and not self.lag():
+                    self._tally.moved()
+            except LogError as error:
+                logger.warning("%s: its lag is not known: %s", self.name, error)
+                self._lag = None
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _served(self) -> list[Any]:
+        return [line for line in list(self._lines.values()) if line.partition is not None]
+
+    @property
+    def handled(self) -> int:
+        """Records, dead letters included, since the start."""
+        return self._tally.handled
+
+    def handlers(self) -> dict[int | None, Handler]:
+        """The handlers that run here, by the partition that each has."""
+        return {line.number: line.partition.handler for line in self._served()}
+
+    def lag(self) -> int:
+        """Records of the partitions here that are not handled yet, as of about a second ago."""
+        return sum((self._lag or {}).values())
+
+    def age(self) -> float:
+        """Seconds since the last record was done, or there was none to do."""
+        return time.monotonic() - self._tally.progress if self._running else 0.0
+
+    def trouble(self) -> str | None:
+        """For liveness: one sentence where the handler has not moved for ``stuck_after`` seconds."""
+        if self.age() < self._stuck_after:
+            return None
+        return f"handler {self.name} has not moved for {self.age():.0f} s with {self.lag()} records to go"
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "lag": self.lag(),
+            "progress_age": round(self.age(), 3),
+            "dead_letters": self._tally.dead_letters,
+            "last_cause": self._tally.last_cause,
+            "offsets": {f"{self._topic}/{line.number}": line.partition.next for line in self._served()},
+            "rebalances": self._rebalances,
+        }
+
+
+def application(log: KafkaLog, handler: str, folder: Path, session: float) -> faust.App:
+    """A Faust app that does nothing but belong to a group and read: no tables, no web server, no topics of its own."""
+    clients = log.clients
+    app = faust.App(
+        clients.address.qualified(handler),
+        broker=[f"kafka://{server}" for server in clients.address.servers],
+        broker_client_id="everloop",
+        broker_credentials=credentials(clients.access),
+        broker_session_timeout=session,
+        broker_heartbeat_interval=session / 8,
+        broker_request_timeout=max(20.0, session),
+        broker_commit_interval=86_400.0,
+        broker_max_poll_interval=86_400.0,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=max(1_048_576, log.max_record_bytes + 65_536),
+        consumer_metadata_max_age_ms=30_000,
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        stream_recovery_delay=0.0,
+        stream_wait_empty=False,
+        web_enabled=False,
+        store="memory://",
+        datadir=str(folder / "faust"),
+        autodiscover=False,
+    )
+    app.transport = _Transport(app.conf.broker_consumer, app)
+    for noisy in ("faust", "mode", "aiokafka"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return app
+
+
+def credentials(access: Access) -> Any:
+    """``[log]``'s access in Faust's words."""
+    if access.security == "plaintext":
+        return None
+    if access.security == "tls":
+        return faust.SSLCredentials(access.context())
+    return faust.SASLCredentials(
+        username=access.username,
+        password=access.password,
+        ssl_context=access.context(),
+        mechanism="SCRAM-SHA-512",
+    )

@@ -1,0 +1,194 @@
+"""One partition of a handler's topic on Kafka: its own handler, state and writer, whichever process has it now.
+
+Taking it over:
+
+1. take its writer's name: whoever wrote for it before is fenced from here on
+2. bring the cache of the state up to the changelog: ``state/<handler>/<worker>/<topic>-<partition>.db`` is good where
+   it has the changelog's newest mark; else it is built anew from the changelog
+3. go on at the state's own offset, whatever the group's is
+
+A batch, in this order:
+
+1. handle it (:mod:`services.unit`)
+2. in one Kafka transaction: outputs, dead letters, the changes of the state and its mark into the changelog, the
+   group's offset
+3. commit changes and mark to the cache
+
+Killed before 2 is done, nothing of it is there; killed before 3, the next owner's cache is older than the changelog
+and built anew. A changelog and a state that are gone mean handling again from the beginning.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from everloop.errors import LogError
+from everloop.log.base import NewRecord, Record, TopicPartition
+from everloop.log.kafka.fenced import FencedWriter
+from everloop.log.kafka.log import KafkaLog
+from everloop.stream import Handled, Handler
+from everloop.topics import CHANGELOG
+from everloop.wire import BlobStore
+from prometheus_client import Counter
+
+from services.retry import Retry
+from services.state import StateStore
+from services.unit import Tally, Unit
+
+logger = logging.getLogger(__name__)
+MARK = "mark"
+"""Key of the changelog's record that says how far the state is: ``<next offset> <owner> <count>``. The last of each
+transaction; the owner is a name drawn at each takeover, so no two commits have the same mark."""
+ENTRY = "/"
+"""What the key of every entry of the state begins with in the changelog."""
+SOURCE = "source"
+"""Header of a changelog record: topic, partition and next offset of the records that the state is of."""
+READ_AT_ONCE = 2000
+
+RESTORED = Counter(
+    "everloop_handler_restored_entries", "Entries of the state that were read from its changelog", ["handler"]
+)
+TAKEOVERS = Counter("everloop_handler_takeovers", "Partitions that were taken over", ["handler"])
+
+
+class Partition:
+    """See the module. One thread at a time; ``stop`` from any, after which :meth:`take` ends soon."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        log: KafkaLog,
+        source: TopicPartition,
+        folder: Path,
+        tally: Tally,
+        *,
+        clock: Callable[[], float] = time.time,
+        blobs: BlobStore,
+        retry: Retry,
+    ) -> None:
+        """Takes it over. Raises LogError where the cluster does not let it."""
+        self.handler = handler
+        self.source = source
+        self.stop = threading.Event()
+        self._name = handler.name
+        self._log = log
+        self._changelog = CHANGELOG + handler.name
+        self._owner = secrets.token_hex(6)
+        self._count = 0
+        self._writer: FencedWriter = log.fenced(f"{handler.name}-{source[0]}-{source[1]}")
+        self._state = StateStore(folder / f"{source[0]}-{source[1]}.db")
+        try:
+            self._restore()
+            self.next = self._state.offsets().get(source, 0)
+        except BaseException:
+            self.close()
+            raise
+        self._unit = Unit(
+            handler, self._state, self._write, tally, stop=self.stop, clock=clock, blobs=blobs, retry=retry
+        )
+        TAKEOVERS.labels(self._name).inc()
+
+    def _restore(self) -> None:
+        mark = self._newest_mark()
+        if self._state.mark() == mark:
+            return
+        count = 0
+
+        def entries() -> Iterator[tuple[str, bytes | None]]:
+            nonlocal count
+            for record in self._changes(0):
+                if record.key.startswith(ENTRY):
+                    count += 1
+                    yield record.key.removeprefix(ENTRY), record.value
+
+        began = time.monotonic()
+        self._state.rebuild(entries(), {self.source: int(mark.split()[0])} if mark else {}, mark)
+        RESTORED.labels(self._name).inc(count)
+        said = "%s: state of %s/%d built from its changelog: %d entries, %.1f s"
+        logger.info(said, self._name, *self.source, count, time.monotonic() - began)
+
+    def _newest_mark(self) -> str:
+        """That of the last transaction; empty where there was none. It is among the last records, so read those."""
+        end, back = self._log.end_offsets(self._changelog)[self.source[1]], 16
+        while True:
+            start = max(0, end - back)
+            marks = [record.value for record in self._changes(start) if record.key == MARK and record.value]
+            if marks or not start:
+                return marks[-1].decode() if marks else ""
+            back *= 16
+
+    def _changes(self, start: int) -> Iterator[Record]:
+        """The changelog from an offset to its end."""
+        while found := self._log.read(self._changelog, self.source[1], start, READ_AT_ONCE):
+            yield from found
+            start = found[-1].offset + 1
+
+    def catch_up(self, until: int) -> None:
+        """Handle what lies before ``until`` and is not in the state, as the log has it."""
+        while self.next < until and not self.stop.is_set():
+            found = [r for r in self._log.read(*self.source, self.next, READ_AT_ONCE // 4) if r.offset < until]
+            if not found:
+                return
+            self._unit.take(found)
+
+    def take(self, records: Sequence[Record]) -> Handled:
+        """Handle a batch, and what was left out before or in it, in order. Empty: only flush.
+
+        Raises Fenced where another process has taken it over, and whatever did not pass: end the process.
+        """
+        batch: list[Record] = []
+        follows = self.next
+        for record in records:
+            if record.offset > follows and self._left_out(follows, record.offset):
+                self._unit.take(batch)
+                self.catch_up(record.offset)
+                batch = []
+            if record.offset >= follows:
+                batch.append(record)
+                follows = record.offset + 1
+        return Handled(0, 0, 0) if self.stop.is_set() else self._unit.take(batch)
+
+    def _left_out(self, start: int, end: int) -> bool:
+        """Whether the log has records there; ends of transactions have offsets too."""
+        found = self._log.read(*self.source, start, 1)
+        return bool(found) and found[0].offset < end
+
+    def _write(self, new: Sequence[NewRecord], offsets: Mapping[TopicPartition, int]) -> None:
+        """Steps 2 and 3 of a batch."""
+        if not (new or offsets or self._state.changed):
+            return
+        follows = offsets.get(self.source, self.next)
+        self._count += 1
+        mark = f"{follows} {self._owner} {self._count}"
+        headers = {SOURCE: f"{self.source[0]}/{self.source[1]}/{follows}"}
+        entries = [NewRecord(self._changelog, ENTRY + k, value, headers) for k, value in self._state.changes.items()]
+        entries.append(NewRecord(self._changelog, MARK, mark.encode(), headers))
+        self._writer.write(
+            new,
+            placed=[(entry, self.source[1]) for entry in entries],
+            offsets=offsets,
+            group=self._name,
+        )
+        self._unit.attempt("committing the cache of the state", lambda: self._state.commit(offsets, mark))
+        self.next = follows
+
+    def close(self) -> None:
+        """Let go of it; whatever is committed stays."""
+        self._writer.close()
+        self._state.close()
+
+
+def check_changelog(log: KafkaLog, handler: str, topic: str) -> int:
+    """How many partitions ``topic`` has. Raises LogError where the handler's changelog has fewer."""
+    wanted, found = log.partitions(topic), log.partitions(CHANGELOG + handler)
+    if found < wanted:
+        raise LogError(
+            f"the topic {topic!r} has {wanted} partitions, and {CHANGELOG + handler!r} {found}: each has a state of "
+            "its own, so add as many there"
+        )
+    return wanted
