@@ -8,7 +8,10 @@ UV := $(VENV)/uv/bin/uv
 STAMP := $(VENV)/.installed
 # A smaller build of torch (CPU only) from an index that you name: make demo TORCH_INDEX=<url>
 TORCH_INDEX ?=
-DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(ARGS)
+# On Kafka: make demo LOG=kafka (the broker of 'make kafka'), or LOG=kafka://<host>:9092
+LOG ?=
+LOG_URL := $(if $(filter kafka,$(LOG)),kafka://127.0.0.1:9092,$(LOG))
+DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(if $(LOG_URL),--log $(LOG_URL)) $(ARGS)
 
 .PHONY: help install demo up kafka kafka-stop test test-fast check format lock bench clean
 
@@ -31,10 +34,11 @@ $(STAMP): requirements.lock pyproject.toml sdk/pyproject.toml
 	@touch $@
 
 demo: $(STAMP)   ## close the loop on real messages and show the improvement
+	@$(if $(filter kafka,$(LOG)),$(BIN)/everloop kafka start)
 	@$(BIN)/everloop demo $(DEMO_ARGS)
 
 up: $(STAMP)     ## run the platform on embedded defaults, for your own agent
-	@$(BIN)/everloop up $(ARGS)
+	@$(BIN)/everloop up $(if $(LOG_URL),--log $(LOG_URL)) $(ARGS)
 
 kafka: $(STAMP)  ## a real Kafka broker on this machine, data below .everloop/kafka
 	@$(BIN)/everloop kafka start $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import shutil
 import signal
 import sys
@@ -40,6 +41,7 @@ from examples.bank_desk.loop import (
 )
 from examples.bank_desk.measure import Measured, measure, paired_bootstrap
 from examples.bank_desk.platform import (
+    EMBEDDED,
     POLICY,
     TENANT,
     Platform,
@@ -66,8 +68,10 @@ COLUMNS = (
 class Demo:
     """One demo from start to end. ``say`` prints a line of progress."""
 
-    def __init__(self, desk: Desk, home: Path, cache: Path, messages: int, seed: int, say: Any = print) -> None:
-        self.desk, self.home, self.cache, self.seed = desk, home, cache, seed
+    def __init__(
+        self, desk: Desk, home: Path, cache: Path, messages: int, seed: int, log: str, say: Any = print
+    ) -> None:
+        self.desk, self.home, self.cache, self.seed, self.log = desk, home, cache, seed, log
         self.aim = Aim(messages, max(60, messages // RUNS))
         self.say = say
         self.seconds: dict[str, float] = {}
@@ -87,7 +91,7 @@ class Demo:
         """Raises PlatformFailed where a process does not do its part."""
         name = base_name(self.desk.prior, self.seed)
         base = self.cache / "bases" / name
-        config = write_config(self.home, self.cache, base, self.aim.a_run, self.seed)
+        config = write_config(self.home, self.cache, base, self.aim.a_run, self.seed, self.log)
         with self.phase("base"):
             self._build(base, config)
         with Platform(self.home, config) as platform:
@@ -245,13 +249,21 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
     desk = data.load(options.data, cache, options.seed)
     _wipe(home)
     _say(f"Data: {desk.name} ({desk.source}): {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
-    outcome = Demo(desk, home.absolute(), cache.absolute(), options.messages, options.seed, _say).run()
+    log = _fresh(options.log)
+    outcome = Demo(desk, home.absolute(), cache.absolute(), options.messages, options.seed, log, _say).run()
     show(outcome, desk, home.parent / "demo.png", _say)
     if outcome.trouble is None and not options.keep:
         _wipe(home)
     if options.json:
         _say(json.dumps(report.as_json(outcome)))
     return 0 if outcome.trouble is None else 1
+
+
+def _fresh(log: str | None) -> str:
+    """An empty log: of the demo's own home, or under a new prefix of the cluster that was named."""
+    if log is None:
+        return EMBEDDED
+    return f"{log.rstrip('/')}{'-' if log.count('/') > 2 else '/'}demo-{secrets.token_hex(4)}"
 
 
 def _wipe(home: Path) -> None:

@@ -21,10 +21,14 @@ from examples.bank_desk.data import Message
 TENANT, POLICY = "bank", "desk"
 COMMAND = (sys.executable, "-m", "everloop.cli.main")
 START_LIMIT = 180.0
+EMBEDDED = "sqlite:///log.db"
 CONFIG = """\
 # Written by 'everloop demo'. Small numbers, so that a loop closes within minutes.
 home = {home}
 cache = {cache}
+
+[log]
+url = {log}
 
 [gateway]
 port = 0
@@ -72,9 +76,10 @@ class Ready(NamedTuple):
     services: dict[str, str]
 
 
-def write_config(home: Path, cache: Path, base: Path, min_scored: int, seed: int) -> Path:
+def write_config(home: Path, cache: Path, base: Path, min_scored: int, seed: int, log: str = EMBEDDED) -> Path:
     """The demo's configuration, as a person would have written it to ``everloop.toml``."""
     text = {name: json.dumps(str(path.absolute())) for name, path in (("home", home), ("cache", cache), ("base", base))}
+    text["log"] = json.dumps(log)
     path = home / "everloop.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(CONFIG.format(tenant=TENANT, policy=POLICY, min_scored=min_scored, seed=seed, **text))

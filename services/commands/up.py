@@ -15,6 +15,8 @@ from typing import Any
 
 from everloop.config import Config, load
 from everloop.home import Home
+from everloop.log import open_log
+from everloop.topics import EVENTS
 
 from services.gateway.keys import Keys
 from services.supervisor import Supervisor, only_one, services
@@ -40,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     config = load()
     home = Home(config.home)
     with only_one(home.root):
+        _check_log(config)
         wanted = services(config)
         keys = _first_keys(config, home)
         urls = {service.name: service.url for service in wanted}
@@ -56,6 +59,15 @@ def run(options: argparse.Namespace) -> int:
         supervisor.run(_stopped_by_signal(say), announce)
         say("Everything is down.")
     return 0
+
+
+def _check_log(config: Config) -> None:
+    """Raises LogError with cause and mend where the log cannot be used: before six services each find out."""
+    log = open_log(config)
+    try:
+        log.partitions(EVENTS.name)
+    finally:
+        log.close()
 
 
 def _first_keys(config: Config, home: Home) -> dict[str, str]:
@@ -90,7 +102,7 @@ def _welcome(config: Config, urls: dict[str, str], keys: dict[str, str], seconds
     others = "".join(f"\n  API key of {name}: {made}" for name, made in keys.items() if name != tenant)
     options = "".join(
         f" --{name} {os.environ[variable]}"
-        for name, variable in (("config", "EVERLOOP_CONFIG"), ("home", "EVERLOOP_HOME"))
+        for name, variable in (("config", "EVERLOOP_CONFIG"), ("home", "EVERLOOP_HOME"), ("log", "EVERLOOP_LOG__URL"))
         if os.environ.get(variable)
     )
     text = TRY.format(

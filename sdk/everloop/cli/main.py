@@ -25,7 +25,7 @@ OWN: Table = {"init": ("write a commented everloop.toml to start from", "everloo
 # What the platform would register: named here so that the SDK alone can say where they come from.
 PLATFORM = (
     *("up", "status", "doctor", "demo", "pause", "resume", "release", "dead-letters", "retrain", "replay"),
-    *("sql", "export", "gold", "compare", "keys", "base", "kafka", "topics", "mlflow"),
+    *("sql", "export", "gold", "compare", "keys", "base", "kafka", "topics", "worker", "mlflow"),
 )
 
 USAGE = "everloop [--version] <command> [options]"
@@ -84,7 +84,7 @@ def overview(commands: Table) -> str:
     """What ``everloop --help`` prints."""
     width = max(map(len, commands)) + 2
     lines = [f"  {name:<{width}}{line}" for name, (line, _) in commands.items()]
-    tail = "'everloop <command> --help' explains one. Every command takes --config FILE and --home FOLDER."
+    tail = "'everloop <command> --help' explains one. Every command takes --config FILE, --home FOLDER and --log URL."
     return "\n".join([f"usage: {USAGE}", "", *lines, "", tail])
 
 
@@ -112,6 +112,8 @@ def _run(name: str, entry: tuple[str, str], rest: list[str]) -> int:
         os.environ["EVERLOOP_CONFIG"] = str(options.config.absolute())
     if options.home is not None:
         os.environ["EVERLOOP_HOME"] = str(options.home.absolute())
+    if options.log is not None:
+        os.environ["EVERLOOP_LOG__URL"] = options.log
     return int(module.run(options))
 
 
@@ -122,6 +124,7 @@ def _where() -> argparse.ArgumentParser:
         "--config", type=Path, metavar="FILE", help="configuration (else EVERLOOP_CONFIG, everloop.toml)"
     )
     parser.add_argument("--home", type=Path, metavar="FOLDER", help="where all state lives (else EVERLOOP_HOME)")
+    parser.add_argument("--log", metavar="URL", help="kafka://<host>:9092 or sqlite:///<file> (else EVERLOOP_LOG__URL)")
     return parser
 
 
