@@ -263,6 +263,18 @@ def test_a_poll_is_bounded_and_no_partition_starves(log: Log, until: Callable[..
     assert len({r.position for r in records + collect(consumer, 2000 - len(records), until)}) == 2000
 
 
+def test_everything_comes_however_little_is_asked_for(log: Log, until: Callable[..., Any]) -> None:
+    for batch in range(4):
+        log.append([new(f"k{i % 40}", f"{batch}-{i}" + "x" * 1000) for i in range(1500)])
+    consumer = log.consumer("g", ["events"])
+    found: list[Record] = []
+    until(lambda: (found.extend(consumer.poll(max_records=300, timeout=0.2)), len(found) >= 6000)[1], deadline=60)
+    for partition in range(4):
+        offsets = [r.offset for r in found if r.partition == partition]
+        assert offsets == sorted(set(offsets))
+        assert len(offsets) == log.end_offsets("events")[partition]
+
+
 def test_seek_reads_again_from_an_offset(log: Log, until: Callable[..., Any]) -> None:
     log.append([new("k", str(i)) for i in range(10)])
     partition = partition_of("k", 4)

@@ -28,8 +28,10 @@ JOIN_SECONDS = 3.0  # that the constructor waits for its partitions: more, where
 SESSION_SECONDS = 6.0  # without a heartbeat, after which partitions go to the others; the least a broker allows
 HEARTBEAT_SECONDS = 1.0
 POLL_SECONDS = 300.0  # without a poll, after which a member counts as hung
-FETCHED = 2000  # records fetched at once
 REQUEST_SECONDS = 10.0
+ALL = 2**31 - 1
+"""Of what was fetched, which is bounded in bytes. Asked for less, kafka-python keeps the rest of a partition, and
+never gives it back where the partition is paused meanwhile."""
 
 
 class Member:
@@ -79,7 +81,7 @@ class Member:
             assigned = consumer.assignment()
             consumer.pause(*(assigned & self._lines.keys()))
             consumer.resume(*(assigned - self._lines.keys()))
-            fetched = consumer.poll(timeout_ms=int(timeout * 1000), max_records=FETCHED)
+            fetched = consumer.poll(timeout_ms=int(timeout * 1000), max_records=ALL)
             new = self._shared_out_anew()
         own = self._clients.address.own
         for at, found in fetched.items():
