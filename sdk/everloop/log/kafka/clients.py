@@ -10,6 +10,7 @@ What bites in kafka-python 3.0.12, and is dealt with here or by those who use th
   and the whole producer is thrown away instead.
 - After one refused batch an idempotent producer fails the next ones with the same error: see ``appender.py``.
 - A consumer that is paused in the middle of what it fetched does not go on when it is resumed: see ``member.py``.
+- Polls of no length never end a rebalance: see ``member.py``.
 - ``commit_transaction`` and its like wait without end: see ``fenced.py``.
 - A transactional producer forgets a request of its transaction where the coordinator cannot be reached, and waits
   for it for good; one that timed out it takes for the end of the transaction: see :class:`PatientClient`.
@@ -238,3 +239,4 @@ def abandon(producer: KafkaProducer) -> None:
     with suppress(Exception):  # its close() raises first while anything is under way, and then has closed nothing
         producer.close(timeout=0)
     producer._sender.force_close()
+    producer._closed = True  # or it would try, and complain, once more when it is collected

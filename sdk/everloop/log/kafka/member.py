@@ -29,6 +29,9 @@ SESSION_SECONDS = 6.0  # without a heartbeat, after which partitions go to the o
 HEARTBEAT_SECONDS = 1.0
 POLL_SECONDS = 300.0  # without a poll, after which a member counts as hung
 REQUEST_SECONDS = 10.0
+SETTLE_SECONDS = 1.0
+"""That a poll waits while the group is shared out anew: one that ends before its join does begins another join, and
+so on without end."""
 ALL = 2**31 - 1
 """Of what was fetched, which is bounded in bytes. Asked for less, kafka-python keeps the rest of a partition, and
 never gives it back where the partition is paused meanwhile."""
@@ -81,7 +84,8 @@ class Member:
             assigned = consumer.assignment()
             consumer.pause(*(assigned & self._lines.keys()))
             consumer.resume(*(assigned - self._lines.keys()))
-            fetched = consumer.poll(timeout_ms=int(timeout * 1000), max_records=ALL)
+            patience = max(timeout, SETTLE_SECONDS) if consumer._coordinator.need_rejoin() else timeout
+            fetched = consumer.poll(timeout_ms=int(patience * 1000), max_records=ALL)
             new = self._shared_out_anew()
         own = self._clients.address.own
         for at, found in fetched.items():
