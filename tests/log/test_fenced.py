@@ -72,6 +72,20 @@ def test_a_consumer_reads_on_where_the_transaction_left_its_group(log: KafkaLog,
     assert [r.value for r in found] == [b"3"]
 
 
+def test_a_reader_comes_to_the_end_past_the_marks_of_transactions(log: KafkaLog, until: Until) -> None:
+    log.fenced("w").write([out("a"), out("b")])
+    consumer = log.consumer("g", ["episodes"])
+    found: list[Record] = []
+
+    def at_the_end() -> bool:
+        found.extend(consumer.poll(timeout=0.1))
+        return [consumer.position(("episodes", p)) for p in range(4)] == log.end_offsets("episodes")
+
+    until(lambda: at_the_end() and found)
+    assert [r.value for r in found] == [b"a", b"b"]
+    assert sum(log.end_offsets("episodes")) > found[-1].offset + 1, "a gap that no record will fill"
+
+
 def test_the_later_writer_of_a_name_fences_the_earlier(log: KafkaLog, until: Until) -> None:
     first = log.fenced("w")
     first.write([out("of the first")])

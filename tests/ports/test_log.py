@@ -286,6 +286,16 @@ def test_seek_reads_again_from_an_offset(log: Log, until: Callable[..., Any]) ->
         consumer.seek(("scores", 0), 0)
 
 
+def test_the_position_is_at_the_end_once_all_is_read(log: Log, until: Callable[..., Any]) -> None:
+    log.append([new(f"k{i}") for i in range(50)])
+    consumer = log.consumer("g", ["events"])
+    first = until(lambda: consumer.poll(max_records=5))
+    behind = sum(log.end_offsets("events")) - sum(consumer.position(("events", p)) for p in range(4))
+    assert behind == 50 - len(first)
+    collect(consumer, 50 - len(first), until)
+    assert [consumer.position(("events", p)) for p in range(4)] == log.end_offsets("events")
+
+
 def test_a_replay_starts_from_a_time(log: Log) -> None:
     times = [10, 30, 20, 40, 5, 50]
     log.append([new("k", str(t), time=float(t)) for t in times])

@@ -92,6 +92,10 @@ class Consumer(Protocol):
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Read next from ``offset`` (an embedded state's offset overrides the committed one)."""
 
+    def position(self, partition: TopicPartition) -> int:
+        """The next offset that a poll gives or looks at: past what it has found to be a gap. Raises LogError where
+        the partition is not assigned. At the partition's end nothing is left to read: what ``lag`` 0 means."""
+
     def assignment(self) -> frozenset[TopicPartition]:
         """The partitions that this member reads now."""
 

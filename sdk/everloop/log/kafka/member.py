@@ -153,11 +153,22 @@ class Member:
             raise self._clients.explain(error, f"committing offsets of the group {self._group!r}") from error
 
     def seek(self, partition: base.TopicPartition, offset: int) -> None:
+        at = self._assigned(partition)
+        self._lines.pop(at, None)
+        self._kafka.seek(at, max(0, offset))
+
+    def position(self, partition: base.TopicPartition) -> int:
+        at = self._assigned(partition)
+        if at in self._lines:
+            return self._lines[at][0].offset
+        with self._clients.explained(f"asking where {at.topic}/{at.partition} is read"):
+            return int(self._kafka.position(at, timeout_ms=int(REQUEST_SECONDS * 1000)) or 0)
+
+    def _assigned(self, partition: base.TopicPartition) -> TopicPartition:
         at = self._at(partition)
         if at not in self._kafka.assignment():
             raise LogError(f"{partition[0]}/{partition[1]} is not assigned to this consumer: see assignment()")
-        self._lines.pop(at, None)
-        self._kafka.seek(at, max(0, offset))
+        return at
 
     def _at(self, partition: base.TopicPartition) -> TopicPartition:
         if partition[0] not in self._topics:

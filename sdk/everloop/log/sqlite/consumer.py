@@ -135,6 +135,12 @@ class EmbeddedConsumer:
         self._next[wanted] = max(0, offset)
         self._seen = -1
 
+    def position(self, partition: TopicPartition) -> int:
+        wanted = self._id(partition)
+        if wanted not in self._claims:
+            raise LogError(f"{partition[0]}/{partition[1]} is not assigned to this consumer: see assignment()")
+        return self._next[wanted]
+
     def _id(self, name: TopicPartition) -> int:
         try:
             return self._ids[name]
