@@ -293,6 +293,7 @@ class FaustWorker:
 
     def _take_over(self, number: int) -> Partition:
         """In a thread. What the group has got to already is handled first, where the state is older."""
+        check_changelog(self._log, self.name, self._topic)  # partitions may have been added since
         partition = Partition(
             self._make(),
             self._log,

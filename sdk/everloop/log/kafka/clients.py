@@ -200,6 +200,8 @@ class Clients:
         match error:
             case LogError():
                 return error
+            case kafka_errors.KafkaError(args=(_, kafka_errors.KafkaError() as first)):
+                return self.explain(first, what)  # a transaction that cannot go on says what stopped it
             case kafka_errors.MessageSizeTooLargeError() | kafka_errors.RecordListTooLargeError():
                 return RecordTooLarge(
                     f"{what}: the broker takes no record of this size: put the body in the blob store, or raise the "

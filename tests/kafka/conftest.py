@@ -1,0 +1,210 @@
+"""Workers on the real broker: some in this process, some as processes of their own that can be killed at a point."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from everloop.errors import ContractError
+from everloop.home import Home
+from everloop.log import NewRecord, Record, connect
+from everloop.log.kafka.log import KafkaLog
+from everloop.stream import State
+
+from services.broker.process import Broker
+from services.faust_worker import FaustWorker
+from services.retry import Retry
+
+SESSION = 6.0  # the shortest that a broker allows
+FAST = Retry(tries=3, first=0.001, longest=0.002)
+
+PROGRAM = """
+import signal, sys, threading
+from pathlib import Path
+from everloop.home import Home
+from everloop.log import connect
+from everloop.log.kafka.fenced import FencedWriter
+from services.faust_worker import FaustWorker
+from services.partition import Partition
+from services.state import StateStore
+sys.path.insert(0, sys.argv[5])
+from conftest import SESSION, Counting
+
+url, home, point, after = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+lock, reached = threading.Lock(), 0
+
+def at(here):
+    '''Say that this point is reached, and stay there until a line comes on the standard input.'''
+    global reached
+    with lock:
+        reached += here == point
+        mine = here == point and reached == after
+    if mine:
+        print("at", here, flush=True)
+        sys.stdin.readline()
+
+def pausing(owner, name, before="", behind=""):
+    does = getattr(owner, name)
+    def wrapped(*arguments, **more):
+        at(before)
+        given = does(*arguments, **more)
+        at(behind)
+        return given
+    setattr(owner, name, wrapped)
+
+pausing(Partition, "take", before="read")
+pausing(Counting, "handle", behind="transform")
+pausing(FencedWriter, "_begin_and_send", behind="write")
+pausing(FencedWriter, "write", behind="commit")
+pausing(StateStore, "commit", behind="cache")
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+log = connect(url)
+FaustWorker(Counting, log, Home(home), stop=stop, session=SESSION, max_records=20).run()
+log.close()
+"""
+
+
+class Counting:
+    """Counts records by key and says each count; takes no poison."""
+
+    name, topics = "counting", ("events",)
+
+    def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
+        count = int(state.get(record.key) or b"0") + 1
+        state.put(record.key, str(count).encode())
+        if record.value == b"poison":
+            raise ContractError("poison cannot be counted")
+        return [NewRecord("episodes", record.key, str(count).encode(), {"id": record.headers["id"]})]
+
+    def flush(self, state: State, now: float) -> list[NewRecord]:
+        return []
+
+
+@pytest.fixture
+def counting() -> type[Counting]:
+    return Counting
+
+
+@pytest.fixture
+def url(broker: Broker) -> str:
+    return f"kafka://{broker.address}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def log(url: str) -> Iterator[KafkaLog]:
+    log = connect(url)
+    assert isinstance(log, KafkaLog)
+    yield log
+    log.close()
+
+
+class Running:
+    """A worker in a thread of this process."""
+
+    def __init__(self, worker: FaustWorker, stop: threading.Event) -> None:
+        self.worker, self._stop = worker, stop
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.worker.run()
+        except BaseException as error:
+            self.failure = error
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+
+@pytest.fixture
+def work(log: KafkaLog) -> Iterator[Callable[..., Running]]:
+    """Start a worker in a thread: ``work(folder, make=Counting, …)``."""
+    running: list[Running] = []
+
+    def start(folder: Path, make: Callable[[], Any] = Counting, **options: Any) -> Running:
+        stop = threading.Event()
+        worker = FaustWorker(make, log, Home(folder), stop=stop, **{"session": SESSION, "retry": FAST, **options})
+        running.append(Running(worker, stop))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+Started = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(url: str) -> Iterator[Callable[..., Started]]:
+    """Start a worker as a process: ``start(folder, point, after)``; it stops at the point for the n-th time."""
+    processes: list[Started] = []
+
+    def run(folder: Path, point: str = "nowhere", after: int = 1) -> Started:
+        command = [sys.executable, "-u", "-c", PROGRAM, url, str(folder), point, str(after), str(Path(__file__).parent)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=Path.cwd())
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGCONT)
+            process.kill()
+        process.communicate()
+
+
+def group_of(log: KafkaLog) -> str:
+    return log.clients.address.qualified("counting")
+
+
+@pytest.fixture
+def expel(log: KafkaLog) -> Callable[[], None]:
+    """Put all members out of the group, as the broker does once their sessions end."""
+    from kafka.admin import MemberToRemove
+
+    def do() -> None:
+        group = group_of(log)
+        found = log.cluster.ask("looking", lambda admin: admin.describe_groups([group]))
+        members = [MemberToRemove(member_id=m["member_id"]) for m in found[group]["members"]]
+        if members:
+            log.cluster.ask("expelling", lambda admin: admin.remove_group_members(group, members))
+
+    return do
+
+
+@pytest.fixture
+def done(log: KafkaLog) -> Callable[[], int]:
+    """How many of the events are handled and committed."""
+    return lambda: sum(log.committed("counting", "events").values())
+
+
+@pytest.fixture
+def said(log: KafkaLog) -> Callable[[], dict[str, list[int]]]:
+    """What was said by key, in order."""
+
+    def by_key() -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for partition in range(log.partitions("episodes")):
+            for record in log.read("episodes", partition, max_records=10_000):
+                found.setdefault(record.key, []).append(int(record.value or b""))
+        return found
+
+    return by_key

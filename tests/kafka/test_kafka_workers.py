@@ -1,0 +1,223 @@
+"""Workers on the real broker: sharing, poison, what comes back, what is shown, and episodes from any order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from everloop import wire
+from everloop.config import Config
+from everloop.episode import Episode
+from everloop.errors import LogError
+from everloop.event import Call, Ended, Event, FeedbackGiven, Message
+from everloop.feedback import Feedback
+from everloop.home import Home
+from everloop.log import NewRecord, partition_of
+from everloop.log.kafka.log import KafkaLog
+from everloop.run import DeadLetter
+from everloop.topics import CHANGELOG, EPISODES, EVENTS
+from prometheus_client import REGISTRY
+
+from pipelines.assemble import Assembler
+from services.partition import check_changelog
+
+pytestmark = pytest.mark.kafka
+Until = Callable[..., Any]
+KEYS = 9
+
+
+def feed(log: KafkaLog, times: int = 5, value: bytes = b"v") -> None:
+    log.append([NewRecord("events", f"k{k}", value, {"id": f"{k}/{i}"}) for i in range(times) for k in range(KEYS)])
+
+
+def metric(name: str) -> float | None:
+    return REGISTRY.get_sample_value(f"everloop_handler_{name}", {"handler": "counting"})
+
+
+def test_two_workers_share_the_partitions_and_one_goes_on_alone(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, said: Any
+) -> None:
+    feed(log)
+    first = work(tmp_path / "1")
+    until(lambda: len(first.worker.handlers()) == 4, deadline=30)
+    second = work(tmp_path / "2")
+    both = lambda: (set(first.worker.handlers()), set(second.worker.handlers()))  # noqa: E731
+    until(lambda: [len(its) for its in both()] == [2, 2] and not both()[0] & both()[1], deadline=40)
+    feed(log)
+    until(lambda: done() == 2 * KEYS * 5, deadline=30)
+    second.stop()
+    until(lambda: len(first.worker.handlers()) == 4, deadline=40)
+    feed(log)
+    until(lambda: done() == 3 * KEYS * 5, deadline=30)
+    assert said() == {f"k{k}": list(range(1, 16)) for k in range(KEYS)}
+    assert first.failure is second.failure is None
+
+
+def test_poison_becomes_a_dead_letter_and_the_partition_goes_on(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, said: Any
+) -> None:
+    feed(log, 2)
+    (at,) = log.append([NewRecord("events", "k1", b"poison", {"id": "bad"})])
+    feed(log, 2)
+    worker = work(tmp_path)
+    until(lambda: done() == KEYS * 4 + 1, deadline=30)
+    (found,) = log.read("dead-letters", 0)
+    letter = wire.decode(DeadLetter, found.value or b"", Home(tmp_path).blobs)
+    assert (letter.topic, letter.partition, letter.offset) == at
+    assert (letter.value, letter.record_key, letter.headers) == (b"poison", "k1", {"id": "bad"})
+    assert letter.cause == "ContractError: poison cannot be counted"
+    assert "in handle" in letter.stack
+    assert said()["k1"] == [1, 2, 3, 4]
+    assert worker.worker.status()["dead_letters"] == 1
+
+
+def test_a_state_that_is_gone_everywhere_is_built_again_from_the_beginning(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, said: Any
+) -> None:
+    feed(log)
+    first = work(tmp_path)
+    until(lambda: done() == KEYS * 5, deadline=30)
+    first.stop()
+    name = log.clients.address.qualified(CHANGELOG + "counting")
+    log.cluster.ask("deleting", lambda admin: admin.delete_topics([name]))
+    log.cluster._known.clear()
+    log.partitions(CHANGELOG + "counting")
+    work(tmp_path)
+    until(lambda: all(len(its) == 10 for its in said().values()), deadline=30)
+    assert said() == {f"k{k}": [1, 2, 3, 4, 5] * 2 for k in range(KEYS)}, "the offsets of the group do not count"
+
+
+def test_a_state_is_read_back_only_where_the_cache_is_not_that_of_the_changelog(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any
+) -> None:
+    for folder, restored in (("a", 0), ("a", 0), ("b", KEYS), ("a", KEYS), ("a", 0)):
+        before = metric("restored_entries_total") or 0
+        feed(log, 1)
+        wanted = sum(log.end_offsets("events"))
+        worker = work(tmp_path / folder)
+        until(lambda wanted=wanted: done() == wanted, deadline=30)
+        worker.stop()
+        read = (metric("restored_entries_total") or 0) - before
+        assert read == restored if not restored else read >= restored, folder
+
+
+def test_what_does_not_pass_ends_the_worker_with_nothing_committed(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, counting: Any
+) -> None:
+    class Failing(counting):
+        def flush(self, state: Any, now: float) -> list[NewRecord]:
+            raise OSError("the disk is gone")
+
+    feed(log)
+    worker = work(tmp_path, Failing)
+    until(lambda: worker.ended, deadline=30)
+    assert isinstance(worker.failure, OSError)
+    assert done() == 0
+    assert log.end_offsets("episodes") == [0] * 4
+
+
+def test_what_an_operator_watches_is_in_the_metrics(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any
+) -> None:
+    feed(log)
+    before = metric("rebalances_total") or 0
+    worker = work(tmp_path, stuck_after=0.0)
+    until(lambda: done() == KEYS * 5 and metric("lag_records") == 0, deadline=30)
+    assert metric("rebalances_total") == before + 1
+    assert metric("oldest_waiting_seconds") == 0
+    until(lambda: (metric("progress_age_seconds") or 9) < 1.5)
+    assert "has not moved" in worker.worker.trouble(), "liveness is the age of the last progress"
+    assert sum(worker.worker.status()["offsets"].values()) == KEYS * 5
+
+
+def test_a_handler_needs_a_changelog_with_a_place_for_each_partition(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until
+) -> None:
+    from kafka.admin import NewPartitions
+
+    assert check_changelog(log, "counting", "events") == 4
+    name = log.clients.address.qualified("events")
+    log.cluster.ask("adding", lambda admin: admin.create_partitions({name: NewPartitions(6)}))
+
+    def known() -> int:
+        log.cluster._known.clear()
+        return log.partitions("events")
+
+    until(lambda: known() == 6)
+    with pytest.raises(LogError, match="has 6 partitions, and 'everloop-state-counting' 4"):
+        work(tmp_path)
+
+
+def event(episode: str, name: str, payload: Any, seq: int | None = None) -> Event:
+    return Event(
+        id=f"{episode}-{name}", tenant="acme", policy="desk", episode=episode, time=1000.0, seq=seq, payload=payload
+    )
+
+
+def words(episode: str) -> list[Event]:
+    """A call, its end, a thumb that is revised, and a correction."""
+    call = Call(
+        id="c1",
+        messages=(Message(role="user", content="where is my card?"),),
+        output=Message(role="assistant", content="in the post"),
+    )
+
+    def said(name: str, time: float, **what: Any) -> Event:
+        return event(episode, name, FeedbackGiven(feedback=Feedback(id=name, time=time, call="c1", rater="r", **what)))
+
+    return [
+        event(episode, "call", call, 0),
+        event(episode, "end", Ended(events=1)),
+        said("up", 1001.0, kind="thumb", value=1),
+        said("down", 1002.0, kind="thumb", value=-1),
+    ]
+
+
+def test_feedback_in_every_order_early_late_and_twice_makes_the_same_episode(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until
+) -> None:
+    orders = list(itertools.permutations(range(4)))
+    batches = [[words(f"ep_{number}")[i] for i in order] for number, order in enumerate(orders)]
+    config = Config(home=tmp_path)
+    worker = work(tmp_path, lambda: Assembler(config, Home(tmp_path)), linger=0.0, max_records=3)
+    for turn in range(5):  # the last time round each says something again
+        again = [batch[turn % 4] for batch in batches]
+        log.append([NewRecord(EVENTS.name, e.key, wire.encode(e), {}, e.time) for e in again])
+    until(lambda: worker.worker.handled == 5 * len(orders), deadline=40)
+    newest: dict[str, Episode] = {}
+    for partition in range(log.partitions(EPISODES.name)):
+        for record in log.read(EPISODES.name, partition, max_records=10_000):
+            episode = wire.decode(Episode, record.value or b"")
+            assert partition == partition_of("acme/desk", log.partitions(EPISODES.name)), "by its policy"
+            newest[episode.id] = max(newest.get(episode.id, episode), episode, key=lambda one: one.version)
+    assert len(newest) == len(orders)
+    said = {wire.encode(one.model_copy(update={"id": "ep"})) for one in newest.values()}
+    assert len(said) == 1
+
+
+@pytest.mark.processes
+def test_one_more_worker_is_started_by_a_command(url: str, log: KafkaLog, tmp_path: Path, until: Until) -> None:
+    event = words("ep_1")[0]
+    log.append([NewRecord(EVENTS.name, event.key, wire.encode(event), {}, event.time)])
+    command = [sys.executable, "-m", "everloop.cli.main", "worker", "assemble", "--home", str(tmp_path), "--log", url]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until(lambda: sum(log.end_offsets(EPISODES.name)) > 0, deadline=60)
+        (announced,) = (tmp_path / "run").glob("assembler-*.json")
+        address = json.loads(announced.read_text())["url"]
+        with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
+            assert 'everloop_handler_rebalances_total{handler="assemble"} 1.0' in answer.read().decode()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,89 @@
+"""kill -9 a worker on the real broker at each step of a batch, take its disk, stop it past its session."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from everloop.log import NewRecord
+from everloop.log.kafka.log import KafkaLog
+from everloop.topics import CHANGELOG
+
+pytestmark = [pytest.mark.kafka, pytest.mark.processes]
+Until = Callable[..., Any]
+KEYS, EACH = 9, 12
+WHOLE = {f"k{key}": list(range(1, EACH + 1)) for key in range(KEYS)}
+
+
+def feed(log: KafkaLog, first: int = 0, last: int = EACH) -> None:
+    log.append([NewRecord("events", f"k{k}", b"", {"id": f"{k}/{i}"}) for i in range(first, last) for k in range(KEYS)])
+
+
+def state(log: KafkaLog) -> dict[str, int]:
+    """The state that the changelog tells."""
+    topic = CHANGELOG + "counting"
+    records = [r for p in range(log.partitions(topic)) for r in log.read(topic, p, max_records=10_000)]
+    return {r.key[1:]: int(r.value or b"") for r in records if r.key.startswith("/")}
+
+
+def reaches(process: Any, point: str) -> None:
+    line = process.stdout.readline().strip()
+    assert line == f"at {point}", line or process.stderr.read()
+
+
+def test_killed_at_every_step_nothing_is_lost_and_nothing_is_said_twice(
+    log: KafkaLog, tmp_path: Path, start: Any, until: Until, done: Any, said: Any, expel: Any
+) -> None:
+    for round, point in enumerate(("read", "transform", "write", "commit", "cache", "write")):
+        feed(log, 2 * round, 2 * round + 2)
+        process = start(tmp_path, point)
+        reaches(process, point)
+        process.kill()
+        process.wait()
+        expel()
+    start(tmp_path)
+    until(lambda: done() == KEYS * EACH, deadline=30)
+    assert said() == WHOLE
+    assert state(log) == dict.fromkeys(WHOLE, EACH)
+
+
+def test_another_goes_on_where_a_worker_stopped_whose_disk_is_lost(
+    log: KafkaLog, tmp_path: Path, start: Any, until: Until, done: Any, said: Any
+) -> None:
+    feed(log, 0, 5)
+    first = start(tmp_path / "first")
+    until(lambda: done() == KEYS * 5, deadline=30)
+    first.kill()
+    first.wait()
+    killed = time.monotonic()
+    shutil.rmtree(tmp_path / "first")
+    feed(log, 5, EACH)
+    start(tmp_path / "second")
+    until(lambda: done() > KEYS * 5, deadline=30)
+    assert time.monotonic() - killed < 20, "seconds from the kill to the first record that the other committed"
+    until(lambda: done() == KEYS * EACH, deadline=30)
+    assert said() == WHOLE, "it counted on"
+
+
+def test_a_worker_that_was_stopped_past_its_session_cannot_write(
+    log: KafkaLog, tmp_path: Path, start: Any, until: Until, done: Any, said: Any
+) -> None:
+    feed(log)
+    zombie = start(tmp_path, "transform", 9)
+    reaches(zombie, "transform")
+    zombie.send_signal(signal.SIGSTOP)
+    start(tmp_path)
+    until(lambda: done() == KEYS * EACH, deadline=40)
+    before = log.end_offsets("episodes"), log.end_offsets(CHANGELOG + "counting")
+    zombie.stdin.write("\n")
+    zombie.stdin.flush()
+    zombie.send_signal(signal.SIGCONT)
+    assert zombie.wait(30) == 1
+    assert "another process has taken the place" in zombie.stderr.read()
+    assert (log.end_offsets("episodes"), log.end_offsets(CHANGELOG + "counting")) == before, "it wrote nothing"
+    assert said() == WHOLE
