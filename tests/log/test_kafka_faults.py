@@ -189,3 +189,20 @@ def test_a_consumer_reads_on_after_the_broker_was_away(
     until(lambda: poll() == 40, deadline=40)
     consumer.commit({("events", p): end for p, end in enumerate(log.end_offsets("events"))})
     assert sum(log.committed("g", "events").values()) == 40
+
+
+def test_a_log_is_closed_in_time_while_the_broker_is_frozen(own: Broker, opened: Callable[..., KafkaLog]) -> None:
+    log = opened()
+    log.append([new(0)])
+    log.consumer("g", ["events"])
+    own.freeze()
+    try:
+        soon = log.append_soon([new(1)])
+        began = time.monotonic()
+        log.close()
+        assert time.monotonic() - began < 15
+        assert isinstance(soon.exception(1), LogError)
+        with pytest.raises(LogError, match="closed"):
+            log.append([new(2)])
+    finally:
+        own.thaw()

@@ -32,6 +32,7 @@ from everloop.log.kafka.records import message
 LOOK_SECONDS = 0.5
 RETRY_SECONDS = 0.2
 SETTLE_SECONDS = 2.0
+CLOSE_SECONDS = 5.0
 
 
 class Batch:
@@ -200,17 +201,14 @@ class Appender:
         batch.fail(self._late() if closed else self._clients.explain(error, f"appending to {topic!r}"))
 
     def close(self) -> None:
-        """Finish what is under way, for as long as the deadline allows, and let go."""
+        """Finish what is under way, for a few seconds at most, and let go; what is left then fails."""
         with self._lock:
             self._closed = True
             thread, self._thread = self._thread, None
-            waiting = list(self._sent)
         self._queue.put(None)
         if thread is not None:
-            thread.join(self._deadline)
-        with suppress(Exception):
-            for batch in waiting:
-                batch.future.result(self._deadline)
-        if self._producer is not None:
-            abandon(self._producer)
-            self._producer = None
+            thread.join(CLOSE_SECONDS)
+        end = time.monotonic() + CLOSE_SECONDS
+        while self._sent and time.monotonic() < end:
+            time.sleep(0.01)
+        self._rebuild()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 from everloop.errors import LogError
@@ -118,7 +119,8 @@ class KafkaLog:
         with self._lock:
             opened = list(self._opened)
         for each in opened:
-            each.close()
+            with suppress(LogError):  # a group that cannot be left now takes us out by itself
+                each.close()
         self._appender.close()
         self._readers.close()
         self.cluster.close()
