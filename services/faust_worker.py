@@ -57,8 +57,6 @@ WAITING = Gauge("everloop_handler_oldest_waiting_seconds", "Since the oldest rec
 class ReadsCommitted(driver.AIOKafkaConsumerThread):
     """What is not committed, or never will be, is not read: Faust does that only with its own transactions."""
 
-    logger = driver.logger
-
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
         consumer._isolation_level = "read_committed"
@@ -66,10 +64,11 @@ class ReadsCommitted(driver.AIOKafkaConsumerThread):
 
 
 class _Consumer(driver.Consumer):
-    logger = driver.logger
-
     def _new_consumer_thread(self) -> ReadsCommitted:
         return ReadsCommitted(self, loop=self.loop, beacon=self.beacon)
+
+
+ReadsCommitted.logger = _Consumer.logger = driver.logger  # else they speak as this module
 
 
 class _Transport(driver.Transport):
@@ -394,8 +393,6 @@ def application(log: KafkaLog, handler: str, folder: Path, session: float) -> fa
         autodiscover=False,
     )
     app.transport = _Transport(app.conf.broker_consumer, app)
-    for noisy in ("faust", "mode", "aiokafka"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     return app
 
 

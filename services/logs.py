@@ -33,5 +33,6 @@ def log_to_stderr(service: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(service))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for chatty in ("aiohttp.access", "asyncio", "httpx", "httpcore", "urllib3"):
+    for chatty in ("aiohttp.access", "asyncio", "httpx", "httpcore", "urllib3", "kafka", "aiokafka", "faust", "mode"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)  # warns where a batch takes 0.1 s
