@@ -55,7 +55,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """One real Kafka broker for all tests that leave it as it is; each takes a prefix of its own in ``log.url``."""
     from services.broker.process import Broker
 
-    made = Broker(tmp_path_factory.mktemp("broker"))
+    made = Broker(tmp_path_factory.mktemp("broker"), tied=True)
     made.start()
     yield made
     made.stop()

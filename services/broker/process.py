@@ -6,11 +6,12 @@
     stop ─▶ SIGTERM, after a while SIGKILL ─▶ broker.pid is gone
 
 A process is known by the pid in ``broker.pid`` and by the folder in its command line, so that a pid that another
-program got meanwhile is left alone. It outlives whoever started it.
+program got meanwhile is left alone. It outlives whoever started it, unless it is tied to that one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import secrets
@@ -34,7 +35,10 @@ HEAP = ("-Xms128m", "-Xmx512m")
 
 
 class Broker:
-    """The broker of ``folder``. ``port`` 0: a free one, kept for the next start of this object."""
+    """The broker of ``folder``. ``port`` 0: a free one, kept for the next start of this object.
+
+    ``tied``: it is killed when the thread that started it ends, so that a test run that is killed leaves none behind.
+    """
 
     def __init__(
         self,
@@ -43,9 +47,11 @@ class Broker:
         *,
         secured: Secured | None = None,
         more: dict[str, str] | None = None,
+        tied: bool = False,
     ) -> None:
         self.folder = folder.absolute()
         self._settings = Settings(self.folder, port, 0, secured=secured, more=more or {})
+        self._tied = tied
 
     @property
     def address(self) -> str:
@@ -90,6 +96,7 @@ class Broker:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=_die_with_parent if self._tied else None,
             )
         (self.folder / "broker.pid").write_text(str(process.pid))
         self._wait_until_ready(process)
@@ -177,6 +184,10 @@ def _ended(pid: int, seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def _accepts(port: int) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,18 @@ def test_the_command_starts_one_and_says_where_it_is(
     finally:
         assert main(["kafka", "stop"]) == 0
     assert main(["kafka", "status"]) == 1
+
+
+@pytest.mark.kafka
+def test_a_broker_that_is_tied_ends_with_who_started_it(tmp_path: Path, until: Callable[..., object]) -> None:
+    start = (
+        "import sys, pathlib; from services.broker.process import Broker;"
+        " Broker(pathlib.Path(sys.argv[1]), tied=True).start(); print('up', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", start, str(tmp_path / "kafka")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        assert Broker(tmp_path / "kafka").pid is not None
+        process.kill()
+    until(lambda: Broker(tmp_path / "kafka").pid is None)

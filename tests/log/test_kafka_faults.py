@@ -26,7 +26,7 @@ Until = Callable[..., Any]
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """A broker that tests may hurt; each leaves it running."""
-    broker = Broker(tmp_path_factory.mktemp("own"))
+    broker = Broker(tmp_path_factory.mktemp("own"), tied=True)
     broker.start()
     yield broker
     broker.stop()
