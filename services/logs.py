@@ -33,6 +33,7 @@ def log_to_stderr(service: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines(service))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
-    for chatty in ("aiohttp.access", "asyncio", "httpx", "httpcore", "urllib3", "kafka", "aiokafka", "faust", "mode"):
+    for chatty in ("aiohttp.access", "asyncio", "httpx", "httpcore", "urllib3", "faust", "mode"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
-    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)  # warns where a batch takes 0.1 s
+    for shouting in ("kafka", "aiokafka"):  # 30 lines a second while a broker is away; what matters is raised
+        logging.getLogger(shouting).setLevel(logging.CRITICAL)
