@@ -45,7 +45,7 @@ from services.state import own_folder
 from services.unit import AGE, LAG, Behind, Tally
 
 logger = logging.getLogger(__name__)
-SESSION_SECONDS = 8.0  # without a heartbeat, after which the others get the partitions
+SESSION_SECONDS = 6.0  # without a heartbeat, after which the others get the partitions; the least a broker allows
 IDLE_SECONDS = 1.0  # between flushes of a partition while no record comes
 LOOK_SECONDS = 1.0  # between looks at how far behind it is
 FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
