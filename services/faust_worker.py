@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import faust
+import uvloop
 from everloop.errors import LogError
 from everloop.home import Home
 from everloop.log.base import Record, TopicPartition
@@ -200,7 +201,8 @@ class FaustWorker:
             self._tally.moved()
             self._running = True
             try:
-                asyncio.run(self._main())
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(self._main())
             finally:
                 self._running = False
 
