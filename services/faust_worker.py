@@ -48,6 +48,7 @@ from services.unit import AGE, LAG, Behind, Tally
 logger = logging.getLogger(__name__)
 SESSION_SECONDS = 6.0  # without a heartbeat, after which the others get the partitions; the least a broker allows
 IDLE_SECONDS = 1.0  # between flushes of a partition while no record comes
+QUIET = 5  # idle times in a row after which a partition that is behind is read from the log
 LOOK_SECONDS = 1.0  # between looks at how far behind it is
 FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
 
@@ -245,15 +246,16 @@ class FaustWorker:
                     self._app.consumer.on_buffer_full(event.message.tp)
 
     async def _assigned(self, _: Any, assigned: Any, **more: Any) -> None:
+        """Never waits: what comes for a partition without a line would have to be read from the log."""
         REBALANCES.labels(self.name).inc()
         self._rebalances += 1
         numbers = sorted(at.partition for at in assigned)
         logger.info("%s: partitions %s are ours", self.name, numbers)
-        await self._let_go([number for number in self._lines if number not in numbers], self._session / 2)
-        for number in numbers:
-            line = self._lines[number] = Line(number)
-            task = asyncio.create_task(self._serve(line, self._tasks.get(number)))
-            self._tasks[number] = task
+        for line in self._lines.values():
+            line.stop()
+        self._lines = {number: Line(number) for number in numbers}
+        for number, line in self._lines.items():
+            self._tasks[number] = asyncio.create_task(self._serve(line, self._tasks.get(number)))
 
     async def _revoked(self, _: Any, revoked: Any, **more: Any) -> None:
         await self._let_go([at.partition for at in revoked], self._session / 2)
@@ -280,22 +282,36 @@ class FaustWorker:
             self._failure = self._failure or error
 
     async def _serve_line(self, line: Line) -> None:
-        partition = await asyncio.to_thread(self._take_over, line.number)
-        line.partition = partition
+        partition = line.partition = await asyncio.to_thread(self._take_over, line.number)
+        quiet = 0
         try:
+            if not line.stopping:
+                await asyncio.to_thread(self._begin, partition)
             while not line.stopping:
                 messages = await line.take(self._max_records, self._linger)
                 if not line.full:
                     self._app.consumer.on_buffer_drop(TP(self._topic_name, line.number))
+                quiet = 0 if messages else quiet + 1
                 if not line.stopping:
                     await asyncio.to_thread(self._handle, partition, messages)
+                if quiet >= QUIET and self._lag and self._lag.get(partition.source):
+                    await asyncio.to_thread(self._find, partition)
         finally:
             await asyncio.to_thread(partition.close)
 
-    def _take_over(self, number: int) -> Partition:
+    def _begin(self, partition: Partition) -> None:
         """In a thread. What the group has got to already is handled first, where the state is older."""
+        partition.catch_up(self._log.committed(self.name, self._topic).get(partition.source[1], 0))
+
+    def _find(self, partition: Partition) -> None:
+        """In a thread. The log has records that Faust has not delivered for a while."""
+        logger.warning("%s: %s/%d has records that were not delivered: read from the log", self.name, *partition.source)
+        partition.catch_up(self._log.end_offsets(self._topic)[partition.source[1]])
+
+    def _take_over(self, number: int) -> Partition:
+        """In a thread."""
         check_changelog(self._log, self.name, self._topic)  # partitions may have been added since
-        partition = Partition(
+        return Partition(
             self._make(),
             self._log,
             (self._topic, number),
@@ -305,12 +321,6 @@ class FaustWorker:
             blobs=self._home.blobs,
             retry=self._retry,
         )
-        try:
-            partition.catch_up(self._log.committed(self.name, self._topic).get(number, 0))
-        except BaseException:
-            partition.close()
-            raise
-        return partition
 
     def _handle(self, partition: Partition, messages: list[Any]) -> None:
         """In a thread."""

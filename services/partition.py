@@ -131,7 +131,7 @@ class Partition:
     def catch_up(self, until: int) -> None:
         """Handle what lies before ``until`` and is not in the state, as the log has it."""
         while self.next < until and not self.stop.is_set():
-            found = [r for r in self._log.read(*self.source, self.next, READ_AT_ONCE // 4) if r.offset < until]
+            found = [record for record in self._read(self.next, READ_AT_ONCE // 4) if record.offset < until]
             if not found:
                 return
             self._unit.take(found)
@@ -155,8 +155,12 @@ class Partition:
 
     def _left_out(self, start: int, end: int) -> bool:
         """Whether the log has records there; ends of transactions have offsets too."""
-        found = self._log.read(*self.source, start, 1)
+        found = self._read(start, 1)
         return bool(found) and found[0].offset < end
+
+    def _read(self, start: int, most: int) -> list[Record]:
+        found: list[Record] = self._unit.attempt("reading", lambda: self._log.read(*self.source, start, most))
+        return found
 
     def _write(self, new: Sequence[NewRecord], offsets: Mapping[TopicPartition, int]) -> None:
         """Steps 2 and 3 of a batch."""

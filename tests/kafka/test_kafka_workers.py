@@ -28,6 +28,7 @@ from everloop.topics import CHANGELOG, EPISODES, EVENTS
 from prometheus_client import REGISTRY
 
 from pipelines.assemble import Assembler
+from services.faust_worker import Line
 from services.partition import check_changelog
 
 pytestmark = pytest.mark.kafka
@@ -94,6 +95,17 @@ def test_a_state_that_is_gone_everywhere_is_built_again_from_the_beginning(
     work(tmp_path)
     until(lambda: all(len(its) == 10 for its in said().values()), deadline=30)
     assert said() == {f"k{k}": [1, 2, 3, 4, 5] * 2 for k in range(KEYS)}, "the offsets of the group do not count"
+
+
+def test_what_is_not_delivered_is_read_from_the_log(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Line.put
+    monkeypatch.setattr(Line, "put", lambda line, it: put(line, it) if it.offset % 5 == 1 else None)
+    feed(log)
+    work(tmp_path)
+    until(lambda: done() == KEYS * 5, deadline=30)
+    assert said() == {f"k{k}": [1, 2, 3, 4, 5] for k in range(KEYS)}
 
 
 def test_a_state_is_read_back_only_where_the_cache_is_not_that_of_the_changelog(
