@@ -97,8 +97,9 @@ TOPICS = {
 CHANGELOG = "everloop-state-"
 """What the name of a handler's changelog begins with: the compacted topic that its state is restored from."""
 
-HANDLERS = {"assemble": "assembler", "archive": "assembler", "score": "scorer", "learn": "learner"}
-"""The service of each stream handler. A handler's group has the handler's name, and so does its changelog."""
+HANDLERS = {"assemble": "assembler", "score": "scorer"}
+"""The service of each handler whose partitions workers share: it has a changelog and writers for them. A handler's
+group has the handler's name."""
 
-GROUPS = {**HANDLERS, "releaser": "releaser"}
+GROUPS = {**HANDLERS, "archive": "assembler", "learn": "learner", "releaser": "releaser"}
 """The service of each group of readers."""

@@ -12,9 +12,7 @@ import os
 
 from everloop.config import Config, load
 from everloop.errors import ConfigError
-
-HANDLERS = {"assemble": "assembler", "score": "scorer"}
-"""The service whose work each is."""
+from everloop.topics import HANDLERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

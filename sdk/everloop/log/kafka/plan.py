@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 
 
 def declared(keeping: Keeping) -> list[TopicSpec]:
-    """Every topic that there should be: the declared ones, and the changelog of each handler's state."""
+    """Every topic that there should be: the declared ones, and the changelog of each state that workers share."""
     return [spec_of(name, keeping) for name in (*TOPICS, *(CHANGELOG + handler for handler in HANDLERS))]
 
 
