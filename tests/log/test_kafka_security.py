@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from everloop.errors import LogError
+from everloop.home import Home
 from everloop.log import Access, NewRecord, connect
 from everloop.log.kafka.grants import SERVICES, user_of
 from everloop.log.kafka.log import KafkaLog
@@ -28,6 +30,7 @@ from everloop.topics import TOPICS
 
 from services.broker.process import Broker
 from services.broker.settings import ADMIN, Secured
+from services.faust_worker import FaustWorker
 
 pytestmark = pytest.mark.kafka
 PREFIX = "team"
@@ -238,3 +241,29 @@ def test_what_keeps_us_out_is_said_in_one_line(
         assert len(said.splitlines()) == 1, said
         assert "password-of" not in said
         assert seconds < 15
+
+
+def test_a_worker_comes_with_its_service_s_password_and_permissions(
+    as_service: Callable[[str], KafkaLog], tmp_path: Path, until: Until
+) -> None:
+    class Echo:
+        name, topics = "assemble", ("events",)
+
+        def handle(self, state: Any, record: Any, now: float) -> list[NewRecord]:
+            state.put(record.key, b"seen")
+            return [NewRecord("episodes", record.key, b"echo")]
+
+        def flush(self, state: Any, now: float) -> list[NewRecord]:
+            return []
+
+    log, stop = as_service("assembler"), threading.Event()
+    before = sum(log.end_offsets("episodes"))
+    as_service("gateway").append([new("events")])
+    worker = FaustWorker(Echo, log, Home(tmp_path), stop=stop)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        until(lambda: sum(log.end_offsets("episodes")) > before, deadline=30)
+    finally:
+        stop.set()
+        thread.join(30)
