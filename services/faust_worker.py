@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 SESSION_SECONDS = 6.0  # without a heartbeat, after which the others get the partitions; the least a broker allows
 IDLE_SECONDS = 1.0  # between flushes of a partition while no record comes
 QUIET = 5  # idle times in a row after which a partition that is behind is read from the log
+THREADS = 64  # of a worker, made as they are needed: one for each of its partitions that is busy
 LOOK_SECONDS = 1.0  # between looks at how far behind it is
 FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
 
@@ -208,6 +210,8 @@ class FaustWorker:
                 self._running = False
 
     async def _main(self) -> None:
+        # A partition that waits for its next try holds a thread: there must be more of them.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix=self.name))
         app = self._app = application(self._log, self.name, self._folder, self._session)
         app.on_partitions_assigned.connect(self._assigned)
         app.on_partitions_revoked.connect(self._revoked)

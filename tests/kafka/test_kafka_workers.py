@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from everloop.topics import CHANGELOG, EPISODES, EVENTS
 from prometheus_client import REGISTRY
 
 from pipelines.assemble import Assembler
+from services import faust_worker
 from services.faust_worker import Line
 from services.partition import check_changelog
 
@@ -106,6 +108,28 @@ def test_what_is_not_delivered_is_read_from_the_log(
     work(tmp_path)
     until(lambda: done() == KEYS * 5, deadline=30)
     assert said() == {f"k{k}": [1, 2, 3, 4, 5] for k in range(KEYS)}
+
+
+def test_a_partition_that_is_slow_fills_no_memory(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faust_worker, "FULL_BYTES", 1_000_000)
+    go = threading.Event()
+
+    class Slow(counting):
+        def flush(self, state: Any, now: float) -> list[NewRecord]:
+            go.wait(60)
+            return []
+
+    log.append([NewRecord("events", "k", b"x" * 20_000, {"id": str(i)}) for i in range(1000)])
+    seen: list[int] = []
+    put = Line.put
+    monkeypatch.setattr(Line, "put", lambda line, it: (put(line, it), seen.append(line.bytes)))
+    worker = work(tmp_path, Slow, max_records=10)
+    until(lambda: worker.worker.lag() == 1000 and max(seen, default=0) >= 1_000_000, deadline=30)
+    go.set()
+    until(lambda: done() == 1000, deadline=40)
+    assert max(seen) < 6_000_000, "of 20,000,000 that are there"
 
 
 def test_a_state_is_read_back_only_where_the_cache_is_not_that_of_the_changelog(
