@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from everloop.home import Home
 from everloop.log import Position
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.state import StateStore, owned
+from services.state import StateStore, own_folder, owned
 
 
 @pytest.fixture
@@ -138,3 +139,46 @@ def test_one_process_owns_a_state(path: Path) -> None:
             assert not second
     with owned(path, stop) as third:
         assert third
+
+
+def test_a_commit_has_a_mark_and_a_rebuilt_state_is_that_of_its_entries(home: Home) -> None:
+    path = home.folder("state") / "s.db"
+    store = StateStore(path)
+    assert store.mark() == ""
+    store.put("old", b"1")
+    assert store.changes == {"old": b"1"}
+    store.commit({("events", 0): 4}, "4 a 1")
+    store.commit({("events", 0): 5})
+    assert store.mark() == "4 a 1", "a commit without one keeps it"
+    entries = iter([("k", b"1"), ("gone", b"1"), ("k", b"2"), ("gone", None)])
+    store.rebuild(entries, {("events", 0): 9}, "9 b 1")
+    store.close()
+    again = StateStore(path)
+    assert list(again.scan("")) == [("k", b"2")]
+    assert (again.offsets(), again.mark()) == ({("events", 0): 9}, "9 b 1")
+    again.close()
+
+
+def test_a_state_whose_rebuilding_fails_stays_as_it_was(home: Home) -> None:
+    def entries():
+        yield "k", b"1"
+        raise OSError("the broker is gone")
+
+    store = StateStore(home.folder("state") / "s.db")
+    store.put("old", b"1")
+    store.commit({}, "m")
+    with pytest.raises(OSError, match="gone"):
+        store.rebuild(entries(), {}, "n")
+    assert (list(store.scan("")), store.mark()) == ([("old", b"1")], "m")
+    store.close()
+
+
+def test_workers_of_one_home_have_folders_of_their_own_and_find_them_again(home: Home) -> None:
+    parent = home.folder("state") / "assemble"
+    with own_folder(parent) as first:
+        with own_folder(parent) as second:
+            assert first != second
+        with own_folder(parent) as third:
+            assert third == second
+    with own_folder(parent) as again:
+        assert again == first
