@@ -29,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml sdk/pyproject.toml
 	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	@if [ -n "$(TORCH_INDEX)" ]; then $(UV) pip install --quiet --python $(BIN)/python --reinstall-package torch --no-deps \
 	  --default-index "$(TORCH_INDEX)" "$$(grep -oE '^torch==[0-9.]+' requirements.lock)"; fi
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e sdk -e .
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --config-settings editable_mode=compat -e sdk -e .
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # so that no start compiles them again
 	@touch $@
 

@@ -20,6 +20,7 @@ from everloop.home import Home
 
 from services.installation import Installation
 from services.supervisor import PORT_KEYS
+from trainer import recipe as recipes
 
 PACKAGES = {
     "torch": "2.13",
@@ -90,6 +91,16 @@ def _packages(config: Config) -> Iterator[Finding]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def _recipes(config: Config) -> Iterator[Finding]:
+    for tenant, policy in config.policies():
+        name = config.policy(tenant, policy).train.recipe
+        try:
+            recipes.load(name)
+            yield Finding("ok", f"recipe {name} of {tenant}/{policy}")
+        except ConfigError as error:
+            yield Finding("wrong", f"{tenant}/{policy}: {error}", "mend train.recipe, or the file that it names")
 
 
 def _weights(config: Config) -> Iterator[Finding]:
@@ -195,6 +206,7 @@ def _home(config: Config) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _python,
     _packages,
+    _recipes,
     _weights,
     _ports,
     _disk,

@@ -20,6 +20,7 @@ from everloop.topics import EVENTS
 
 from services.gateway.keys import Keys
 from services.supervisor import Supervisor, only_one, services
+from trainer import recipe as recipes
 
 TRY = """
   base URL   {base}
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     home = Home(config.home)
     with only_one(home.root):
         _check_log(config)
+        _check_recipes(config)
         wanted = services(config)
         keys = _first_keys(config, home)
         urls = {service.name: service.url for service in wanted}
@@ -59,6 +61,12 @@ def run(options: argparse.Namespace) -> int:
         supervisor.run(_stopped_by_signal(say), announce)
         say("Everything is down.")
     return 0
+
+
+def _check_recipes(config: Config) -> None:
+    """Refuse now what the first training run would fail by, perhaps hours later."""
+    for tenant, policy in config.policies():
+        recipes.load(config.policy(tenant, policy).train.recipe)
 
 
 def _check_log(config: Config) -> None:

@@ -108,7 +108,11 @@ class Office:
         if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):
             self._note_pause(command)
             paused = command.key in self._paused
-            return self._answer(command, True, "paused: no new canaries" if paused else "new canaries may start")
+            return self._answer(
+                command,
+                True,
+                "paused: no new runs and no new canaries" if paused else "new runs and canaries may start",
+            )
         if command.kind is CommandKind.REGISTER:
             return self._register(order, command, state)
         if command.kind is CommandKind.VETO:

@@ -231,6 +231,18 @@ def test_a_policy_is_named_where_there_are_several(
     assert said(capsys, "pause", "--no-wait")[1].count("pause is ordered") == 3
 
 
+def test_a_recipe_that_is_none_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "everloop.toml").write_text('[tenants.default.policies.assistant.train]\nrecipe = "nosuch"\n')
+    status, _, problem = said(capsys, "up")
+    assert status == 2
+    assert "nosuch" in problem
+    status, out, _ = said(capsys, "doctor")
+    assert status == 1
+    assert "default/assistant" in next(line for line in out.splitlines() if "nosuch" in line)
+
+
 def test_doctor_names_the_fix(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -113,7 +113,7 @@ def _check_keys(body: dict[str, Any]) -> None:
     for name, value in body.items():
         if name in DONE or name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ()):
             continue
-        raise refused(f"{name[:64]!r} is not done by this engine: leave it out, or serve the model with vLLM")
+        raise refused(f"{name[:64]!r} is not done by this engine: leave it out")
 
 
 def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
