@@ -31,6 +31,12 @@ from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.grants import Grant
 
 SPREAD_SECONDS = 10.0  # for which a change may not be seen by every broker
+SETTLE_SECONDS = 10.0  # for which a group may have no coordinator: after the broker's start, or a change of leaders
+UNSETTLED = (
+    kafka_errors.CoordinatorNotAvailableError,
+    kafka_errors.CoordinatorLoadInProgressError,
+    kafka_errors.NotCoordinatorError,
+)
 T = TypeVar("T")
 
 
@@ -55,7 +61,7 @@ class Cluster:
                 self._admin = self._clients.admin()
             admin = self._admin
         try:
-            return step(admin)
+            return _settled(lambda: step(admin))
         except kafka_errors.KafkaError as error:
             if not isinstance(error, kafka_errors.BrokerResponseError) or isinstance(error, REFUSALS):
                 self._drop(admin)
@@ -234,3 +240,15 @@ def _acl(grant: Grant, kind: Any, pattern: Any) -> Any:
     how = ACLResourcePatternType.PREFIXED if grant.prefixed else ACLResourcePatternType.LITERAL
     where = pattern(ResourceType[grant.resource], grant.name, how)
     return kind(f"User:{grant.user}", "*", ACLOperation[grant.operation], ACLPermissionType.ALLOW, where)
+
+
+def _settled(step: Callable[[], T]) -> T:
+    """The answer to ``step``, asked again while the group's coordinator is being found."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        try:
+            return step()
+        except UNSETTLED:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
