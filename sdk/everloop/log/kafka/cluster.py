@@ -31,8 +31,9 @@ from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.grants import Grant
 
 SPREAD_SECONDS = 10.0  # for which a change may not be seen by every broker
-SETTLE_SECONDS = 10.0  # for which a group may have no coordinator: after the broker's start, or a change of leaders
-UNSETTLED = (
+SETTLE_SECONDS = 5.0
+UNSETTLED = (  # a group has no coordinator for a moment, after a start or a change of leaders; too much asked at once
+    kafka_errors.NodeNotReadyError,
     kafka_errors.CoordinatorNotAvailableError,
     kafka_errors.CoordinatorLoadInProgressError,
     kafka_errors.NotCoordinatorError,
@@ -243,7 +244,7 @@ def _acl(grant: Grant, kind: Any, pattern: Any) -> Any:
 
 
 def _settled(step: Callable[[], T]) -> T:
-    """The answer to ``step``, asked again while the group's coordinator is being found."""
+    """The answer to ``step``, asked again while what answers it is not ready."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         try:
