@@ -77,7 +77,10 @@ class Journal:
         return self._decoded(Command, Tail(self.log, PAUSES).all())
 
     def write(self, change: Change) -> None:
-        """Append a change; durable on return, all of it or nothing."""
+        """Append a change; durable on return.
+
+        The embedded log writes all of it or nothing. Kafka may keep a part of one that raised or was killed.
+        """
         records = [self._record(RELEASES, r, f"{r.key}/{r.id}", f"{r.id}-{r.step}") for r in change.releases]
         if change.route is not None:
             records.insert(0, self._record(ROUTES, change.route, change.route.key, f"epoch-{change.route.epoch}"))
