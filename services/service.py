@@ -113,9 +113,8 @@ class Service:
         self._wake = lambda: event_loop.call_soon_threadsafe(woken.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             event_loop.add_signal_handler(number, self._signalled, woken)
-        runner = web.AppRunner(
-            self.app, access_log=None, shutdown_timeout=self.config.services.drain, handler_cancellation=True
-        )
+        half = 0.5 * self.config.services.drain  # aiohttp waits for it twice before it cancels a handler
+        runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=half, handler_cancellation=True)
         await runner.setup()
         try:
             if not await self._listen(runner):

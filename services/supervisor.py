@@ -28,7 +28,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 
 from everloop.config import Config
 from everloop.errors import ConfigError, EverloopError
@@ -37,6 +36,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead service is star
 STABLE = 60.0  # seconds of life after which earlier deaths are forgotten
 GIVE_UP = 4  # deaths in a row of a service that was never ready: it will not come up by trying again
 USAGE_ERROR = 2  # exit status of a service that refuses its configuration: trying again is pointless
+# Parts of the drain. The gateway finishes answers with the engine, which is asked to stop after it.
+SERVICE_PART = 0.7  # what a service has
+GATEWAY_PART = 0.75  # after which the engine is asked, gateway or not
+ENGINE_PART = 0.12  # what the engine has, then
+KILL_PART = 0.9  # after which whoever is left is killed
 POLL = 0.1  # seconds between looks at the children
 LOG_LIMIT = 16_777_216  # bytes after which a service's log is set aside at its next start
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -91,16 +95,24 @@ def services(config: Config) -> list[Service]:
     names = [name for name in ORDER if name != "engine" or config.serving.url == "embedded"]
     with contextlib.ExitStack() as held:  # all at once: a free port that was let go may be given out again
         ports = {name: _claim(config, name, held) for name in names}
-    # The engine is asked to stop after the gateway: each has less than half of the whole time.
-    drain = max(0.45 * config.services.drain - 0.5, 0.5)
-    environment = {"EVERLOOP_HOME": str(config.home.absolute()), "EVERLOOP_SERVICES__DRAIN": f"{drain:.2f}"}
+    environment = {"EVERLOOP_HOME": str(config.home.absolute())}
     for name, port in ports.items():
         section, key = PORT_KEYS[name]
         environment[f"EVERLOOP_{section}__{key}".upper()] = str(port)
     return [
-        Service(name, (sys.executable, "-m", f"services.{name}"), _url(_host(config, name), ports[name]), environment)
+        Service(
+            name,
+            (sys.executable, "-m", f"services.{name}"),
+            _url(_host(config, name), ports[name]),
+            {**environment, "EVERLOOP_SERVICES__DRAIN": f"{_drain(config, name):.2f}"},
+        )
         for name in names
     ]
+
+
+def _drain(config: Config, name: str) -> float:
+    """Seconds of the whole that a service has."""
+    return (ENGINE_PART if name == "engine" else SERVICE_PART) * config.services.drain
 
 
 def _host(config: Config, name: str) -> str:
@@ -149,6 +161,22 @@ def only_one(home: Path) -> Iterator[None]:
         yield
 
 
+class Stop:
+    """The signal that asked this process to stop; None until then.
+
+    The handler does no more than remember: it runs between any two steps of the main thread, which may hold the very
+    lock that an Event or a print would take.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._asked)
+
+    def _asked(self, number: int, frame: object) -> None:
+        self.signal = self.signal or signal.Signals(number)
+
+
 class Supervisor:
     """Runs services until told to stop. ``say`` gets one short line for every change of state."""
 
@@ -159,7 +187,7 @@ class Supervisor:
         self.say = say
         (home / "logs").mkdir(parents=True, exist_ok=True)
 
-    def run(self, stop: Event, on_ready: Callable[[float], None]) -> None:
+    def run(self, stop: Stop, on_ready: Callable[[float], None]) -> None:
         """Start all, call ``on_ready(seconds)`` once when every service is ready, and keep them up until ``stop``.
 
         Raises:
@@ -168,14 +196,15 @@ class Supervisor:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         begun, announced = time.monotonic(), False
         try:
-            while not stop.is_set():
+            while not stop.signal:
                 for child in self.children:
                     self._look_after(child, time.monotonic())
                 self._bury_orphans()
                 if not announced and all(child.ready for child in self.children):
                     announced = True
                     on_ready(time.monotonic() - begun)
-                stop.wait(POLL)
+                time.sleep(POLL)
+            self.say(f"{stop.signal.name}: finishing what is under way …")
         finally:
             self._take_down()
 
@@ -249,13 +278,13 @@ class Supervisor:
 
     def _take_down(self) -> None:
         """The engine once the gateway is down, which finishes answers with it; who stays until the end is killed."""
-        deadline = time.monotonic() + max(self.drain - 1.0, 0.5)
+        begun = time.monotonic()
         first = [child for child in self.children if child.service.name != "engine"]
         self._ask_to_stop(first)
         gateway = [child for child in first if child.service.name == "gateway"]
-        self._await(gateway, time.monotonic() + 0.5 * max(self.drain - 1.0, 0.5))
+        self._await(gateway, begun + GATEWAY_PART * self.drain)
         self._ask_to_stop([child for child in self.children if child not in first])  # a second signal cuts short
-        self._await(self.children, deadline)
+        self._await(self.children, begun + KILL_PART * self.drain)
         for child in self.children:
             if child.process is not None:
                 if child.process.poll() is None:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 DESK = [("where is my card", "card_arrival"), ("block my card now", "block_card"), ("how old must I be", "age_limit")]
 
 
-def until(condition: Callable[[], T], deadline: float = 10.0, every: float = 0.02) -> T:
+def until(condition: Callable[[], T], deadline: float = 30.0, every: float = 0.02) -> T:
     """Wait for ``condition`` to be true and return what it gave; fails after ``deadline`` seconds."""
     end = time.monotonic() + deadline
     while True:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import time
-from threading import Event
 from typing import Any
 
 from everloop.config import Config, load
@@ -19,7 +17,7 @@ from everloop.log import open_log
 from everloop.topics import EVENTS
 
 from services.gateway.keys import Keys
-from services.supervisor import Supervisor, only_one, services
+from services.supervisor import Stop, Supervisor, only_one, services
 from trainer import recipe as recipes
 
 TRY = """
@@ -58,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
             else:
                 print(_welcome(config, urls, keys, seconds), flush=True)
 
-        supervisor.run(_stopped_by_signal(say), announce)
+        supervisor.run(Stop(), announce)
         say("Everything is down.")
     return 0
 
@@ -117,19 +115,6 @@ def _welcome(config: Config, urls: dict[str, str], keys: dict[str, str], seconds
         base=f"{urls['gateway']}/v1", shown=shown, key=key or "$EVERLOOP_API_KEY", policy=policy, options=options
     )
     return f"Everloop is ready after {seconds:.0f} s.{others}\n{text}"
-
-
-def _stopped_by_signal(say: Any) -> Event:
-    stop = Event()
-
-    def asked(number: int, frame: object) -> None:
-        if not stop.is_set():
-            say(f"{signal.Signals(number).name}: finishing what is under way …")
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, asked)
-    return stop
 
 
 def _say(line: str) -> None:

@@ -34,6 +34,7 @@ from services.gateway.turns import Turns
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+UNDER_WAY = 0.85  # of the drain: for answers under way; the rest is for their events to become durable
 ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
 
 
@@ -93,6 +94,10 @@ class Gateway:
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
         router.add_route("*", "/v1/{rest:.*}", self._guarded("other", _no_such_endpoint))
+        app.on_shutdown.append(self._end)
+
+    async def _end(self, app: web.Application) -> None:
+        self._calls.end_within(UNDER_WAY * self.config.services.drain)
 
     def status(self) -> dict[str, Any]:
         """For ``everloop status``: what answers, and how it goes."""

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import orjson
@@ -44,6 +44,9 @@ JSON = "application/json"
 STREAM = "text/event-stream"
 SLOWEST_CLIENT = 30.0  # seconds beyond the engine's time that a client may take to read its stream
 LEFT = "client disconnected"
+SLOW = "the answer, or the client that reads it, took too long"
+STOPPED = "the gateway stopped before the answer was whole"
+SOON = {"Retry-After": "1"}
 CODE = web.RequestKey("code", int)
 """The status that counts, where it is known only after another one was sent: a stream that broke."""
 
@@ -64,6 +67,8 @@ class Calls:
     ) -> None:
         self._tenants = config.tenants
         self._longest = config.gateway.timeout + SLOWEST_CLIENT
+        self._limits: set[asyncio.Timeout] = set()  # of the answers under way
+        self._ends: float | None = None  # when what is then under way is broken off, in the loop's time
         self._door = door
         self._turns = turns
         self._serving = serving
@@ -87,13 +92,29 @@ class Calls:
         with self._retries.answering(mark) as promise:
             return await self._answer(request, ask, turn, promise)
 
+    def end_within(self, seconds: float) -> None:
+        """The gateway stops: break off what is still being answered then, with a word to the client."""
+        self._ends = asyncio.get_running_loop().time() + seconds
+        for limit in self._limits:
+            limit.reschedule(self._ends)
+
+    @contextmanager
+    def _limit(self) -> Iterator[asyncio.Timeout]:
+        limit = asyncio.timeout(self._longest) if self._ends is None else asyncio.timeout_at(self._ends)
+        self._limits.add(limit)
+        try:
+            yield limit
+        finally:
+            self._limits.discard(limit)
+
     async def _answer(self, request: web.Request, ask: Ask, turn: Turn, promise: Promise) -> web.StreamResponse:
         stream = _Stream(request, ask, turn) if ask.stream else None
         try:
-            if stream is None:
-                return await self._whole(ask, turn, promise)
-            async with asyncio.timeout(self._longest):
-                return await self._stream(stream, promise)
+            with self._limit() as limit:
+                async with limit:
+                    if stream is None:
+                        return await self._whole(ask, turn, promise)
+                    return await self._stream(stream, promise)
         except (ServingError, LogError) as error:
             if isinstance(error, ServingError) and error.status >= 500:
                 await self._unanswered(ask, turn, stream, str(error), "error")
@@ -101,7 +122,13 @@ class Calls:
             return await _break_off(stream, refused)
         except Refused as refused:
             return await _break_off(stream, refused)
-        except (asyncio.CancelledError, ConnectionError, TimeoutError):
+        except TimeoutError:
+            await self._unanswered(ask, turn, stream, SLOW if self._ends is None else STOPPED, "cancelled")
+            if self._ends is None:
+                self._metrics.disconnects.inc()
+                raise
+            return await _break_off(stream, Refused(503, f"{STOPPED}: send it again", "stopping", headers=SOON))
+        except (asyncio.CancelledError, ConnectionError):
             self._metrics.disconnects.inc()
             await self._unanswered(ask, turn, stream, LEFT, "cancelled")
             raise

@@ -55,7 +55,7 @@ def url(engine: tuple[subprocess.Popen[str], Path]) -> str:
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         return answer.read().decode()
 
 

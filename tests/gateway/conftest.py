@@ -251,9 +251,9 @@ async def bench(start: Callable[..., Awaitable[Bench]]) -> Bench:
 
 @pytest.fixture
 def soon() -> Callable[..., Awaitable[None]]:
-    """Wait, inside the event loop, until a condition is true; fails after 10 seconds."""
+    """Wait, inside the event loop, until a condition is true; fails after 30 seconds."""
 
-    async def wait(condition: Callable[[], object], deadline: float = 10.0) -> None:
+    async def wait(condition: Callable[[], object], deadline: float = 30.0) -> None:
         async with asyncio.timeout(deadline):
             while not condition():
                 await asyncio.sleep(0.01)

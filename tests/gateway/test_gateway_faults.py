@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import orjson
 import pytest
+from aiohttp import web
 from everloop.config import PolicyConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -201,3 +203,24 @@ def outcome(call: Callable[[], Any]) -> tuple[Any, Refused | None]:
 def test_bytes_that_are_not_json_are_refused(raw: bytes) -> None:
     body, refused = outcome(lambda: ask.parse(raw))
     assert isinstance(body, dict) if refused is None else refused.status == 400
+
+
+async def test_an_answer_that_a_stop_cuts_short_says_so(start: Any, soon: Any) -> None:
+    """By status where nothing was sent, inside the stream else; what had come by then is in the record."""
+    bench = await start(services={"drain": 0.5})
+    bench.engine.resume.clear()
+    whole = asyncio.create_task(bench.chat("Wait for me"))
+    stream = await bench.client().chat.completions.create(
+        model="assistant", messages=[{"role": "user", "content": "Hello"}], stream=True
+    )
+    await soon(lambda: len(bench.engine.asked) == 2)
+    await bench.gateway._end(web.Application())
+    status, body, headers = await whole
+    assert (status, body["error"]["code"], headers["Retry-After"]) == (503, "stopping", "1")
+    with pytest.raises(openai.APIError, match="the gateway stopped before the answer was whole"):
+        async for _ in stream:
+            pass
+    assert (await bench.chat("Too late"))[0] == 503
+    await soon(lambda: len(bench.events()) == 3)
+    assert {event.payload.error for event in bench.events()} == {"the gateway stopped before the answer was whole"}
+    assert bench.engine.cancelled >= 2

@@ -192,7 +192,7 @@ async def test_without_an_engine_it_is_alive_and_not_ready_and_says_what_it_does
             async with http.get(process.url + path) as response:
                 return response.status, await response.text()
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while "no engine answers" not in (await get("/readyz"))[1]:
                 await asyncio.sleep(0.05)
         assert (await get("/readyz"))[0] == 503

@@ -91,7 +91,7 @@ async def test_routes_are_followed_within_100_ms(bench: Any) -> None:
             route = route.model_copy(update={"epoch": attempt + 1})
             bench.log.append([NewRecord("routes", route.key, encode(route))])
             appended = time.monotonic()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while (held := bench.gateway.routes.get("bank", "assistant")) is None or held.epoch <= attempt:
                     await asyncio.sleep(0.002)
             if time.monotonic() - appended < 0.1:

@@ -104,7 +104,7 @@ def test_what_a_fenced_writer_left_open_is_never_seen(log: KafkaLog, until: Unti
     first = log.fenced("w")
     producer = first._producer
     producer.begin_transaction()
-    first._send(out("left open"), None).get(timeout=10)
+    first._send(out("left open"), None).get(timeout=30)
     assert values(log, "episodes") == []
     log.fenced("w").write([out("committed")])
     until(lambda: values(log, "episodes") == [b"committed"])

@@ -74,7 +74,7 @@ class Up:
     def status(self, service: str) -> dict[str, Any]:
         """What a service says of itself; empty while it is on its way up again."""
         try:
-            with urllib.request.urlopen(f"{self.ready['services'][service]}/status", timeout=10) as answer:
+            with urllib.request.urlopen(f"{self.ready['services'][service]}/status", timeout=30) as answer:
                 return dict(json.load(answer))
         except OSError:
             return {}

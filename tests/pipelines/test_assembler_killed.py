@@ -128,7 +128,7 @@ def test_feedback_long_after_and_a_poison_event_while_it_runs(home, make, until)
         letters = "SELECT handler, topic FROM dead_letters ORDER BY handler"
         until(lambda: [row["handler"] for row in store.rows(letters)] == ["archive", "assemble"], deadline=30)
         announced = json.loads((home.root / "run" / "assembler.json").read_text())
-        with urllib.request.urlopen(announced["url"] + "/status", timeout=10) as answer:
+        with urllib.request.urlopen(announced["url"] + "/status", timeout=30) as answer:
             status = json.load(answer)
         assert status["assemble"]["dead_letters"] == 1
         assert status["compaction"]["trouble"] == ""
@@ -145,7 +145,7 @@ def test_the_archives_process_is_watched_and_goes_with_the_assembler(home, make,
 
     def status():
         announced = json.loads((home.root / "run" / "assembler.json").read_text())
-        with urllib.request.urlopen(announced["url"] + "/status", timeout=10) as answer:
+        with urllib.request.urlopen(announced["url"] + "/status", timeout=30) as answer:
             return json.load(answer)
 
     with assembler(home) as process:
@@ -153,7 +153,7 @@ def test_the_archives_process_is_watched_and_goes_with_the_assembler(home, make,
         until(lambda: store.rows("SELECT turns FROM episodes") == [{"turns": 1}], deadline=30)
         until(lambda: status()["archive"].get("records", 0) >= 3, deadline=30)
         (child,) = archiving(process)
-    until(lambda: not Path(f"/proc/{child}").exists(), deadline=10)  # it went with an orderly stop
+    until(lambda: not Path(f"/proc/{child}").exists(), deadline=30)  # it went with an orderly stop
 
     process = subprocess.Popen([sys.executable, "-m", "services.assembler"], env=environment(home), cwd=Path.cwd())
     (child,) = until(lambda: archiving(process), deadline=30)

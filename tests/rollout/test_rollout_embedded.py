@@ -40,7 +40,7 @@ async def serving(policy: Policy) -> AsyncIterator[EmbeddedServing]:
 
 
 async def until_counted(serving: EmbeddedServing, name: str, value: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while getattr(serving.counts, name) < value:
             await asyncio.sleep(0.005)
 

@@ -138,7 +138,7 @@ def test_a_service_announces_itself_finishes_requests_and_withdraws(
     process = start()
     url = until(lambda: announced(home).get("url"), deadline=20)
     assert announced(home)["pid"] == process.pid
-    assert json.load(urllib.request.urlopen(f"{url}/healthz", timeout=10))["ok"] is True
+    assert json.load(urllib.request.urlopen(f"{url}/healthz", timeout=30))["ok"] is True
     request = subprocess.Popen(
         [sys.executable, "-c", f"import urllib.request as u; print(u.urlopen('{url}/slow').read().decode())"],
         stdout=subprocess.PIPE,
@@ -150,7 +150,7 @@ def test_a_service_announces_itself_finishes_requests_and_withdraws(
     out, err = process.communicate(timeout=20)
     assert "code 0" in out
     assert process.returncode == 0
-    assert request.communicate(timeout=10)[0] == "finished\n"
+    assert request.communicate(timeout=30)[0] == "finished\n"
     assert announced(home) == {}
     lines = [json.loads(line) for line in err.splitlines()]
     assert {line["service"] for line in lines} == {"sample"}
