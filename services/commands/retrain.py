@@ -1,5 +1,7 @@
 """Start a training run now, whatever its triggers wait for; or repeat an earlier one.
 
+Says first how much there is to learn from, and where that is little; the run goes on all the same.
+
 The same batch and seed give the same adapter: 'everloop retrain --batch <id> --seed <n> --no-publish' repeats a run
 and leaves the release alone. Batch ids and seeds are in 'everloop sql "select id, batch, seed from runs"'.
 """
@@ -8,15 +10,28 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+from everloop.config import PolicyConfig
 from everloop.run import Command, CommandKind, Run, RunState
 from everloop.topics import RUNS
 
 from services.commands.orders import add_policy
 from services.installation import Installation
+from services.learner.pinned import pinned
 
 ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
 STARTS = 60.0  # seconds within which a learner that runs has begun, or says what it waits for
+
+
+class Material(NamedTuple):
+    """What a run would learn from: what the store has of a policy, and the gate's questions."""
+
+    episodes: int
+    good: int
+    bad: int
+    gold: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,20 +47,67 @@ def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         tenant, policy = here.policy(options.policy)
         publish = False if options.no_publish else None
+        if options.batch is None:
+            told = material(here, tenant, policy)
+            print("\n".join(prospects(f"{tenant}/{policy}", told, here.config.policy(tenant, policy))), flush=True)
+        else:
+            pinned(here.home, options.batch)
         command = here.order(
             CommandKind.RETRAIN, tenant, policy, batch=options.batch, seed=options.seed, publish=publish
         )
         if not here.running():
             print(f"Ordered ({command.id}); it starts once the platform runs: everloop up")
             return 1
+        print(f"Ordered ({command.id}).", flush=True)
         return _follow(options, here, command)
 
 
+def material(here: Installation, tenant: str, policy: str) -> Material:
+    """As of now; the store follows the log by a second or two."""
+    from pipelines.gold import GoldSet
+    from pipelines.store import Store
+
+    store = Store(here.home.root / "store", tenant=tenant, blobs=here.home.blobs)
+    query = """
+        select count(distinct episode) episodes, count(*) filter (label >= 0.5) good, count(*) filter (label < 0.5) bad
+        from scores where policy = ?
+    """
+    try:
+        (row,) = store.rows(query, [policy])
+    finally:
+        store.close()
+    return Material(**row, gold=len(GoldSet(here.home.root / "gold").items(tenant, policy, "gate")))
+
+
+def prospects(name: str, told: Material, config: PolicyConfig) -> Iterator[str]:
+    """What there is to learn from, and a line for each part of it that is little."""
+    from reward.model import FEWEST_OF_A_KIND, MIN_LABELS
+
+    labels, gold = told.good + told.bad, config.gate.min_gold
+    yield (
+        f"{name} has {told.episodes} scored episodes with {labels} labels ({told.good} good, {told.bad} bad), and "
+        f"{told.gold} gold items for the gate."
+    )
+    if told.episodes < config.train.min_scored:
+        yield f"  few episodes: by itself a run starts at {config.train.min_scored} (train.min_scored)"
+    if labels < MIN_LABELS or min(told.good, told.bad) < FEWEST_OF_A_KIND:
+        yield (
+            f"  few labels: below {MIN_LABELS}, {FEWEST_OF_A_KIND} of either kind, the reward model has no opinion, so "
+            "that the run learns from these alone"
+        )
+    if told.gold < gold:
+        yield (
+            f"  few gold items: below {gold} (gate.min_gold) nobody can tell whether the adapter is better, and a "
+            "person promotes it on their word ('everloop gold import' adds some)"
+        )
+
+
 def _follow(options: argparse.Namespace, here: Installation, command: Command) -> int:
-    """Tell what becomes of the order: the learner's answer, then its run, until it has begun (or ended)."""
+    """Tell what becomes of the order: what it waits for, the learner's answer, then its run, until begun (or ended)."""
     began, shown, start = False, "", time.monotonic()
     while time.monotonic() - start < (options.timeout if options.wait or not began else 0):
-        said = ((here.status("learner") or {}).get("commands") or {}).get(command.id)
+        status = here.status("learner") or {}
+        said = (status.get("commands") or {}).get(command.id)
         if said is not None and not said.get("done", True):
             print(f"Not done: {said.get('says')}")
             return 1
@@ -54,17 +116,34 @@ def _follow(options: argparse.Namespace, here: Installation, command: Command) -
             newest, began = its[-1], True
             if newest.state.value != shown:
                 shown = newest.state.value
-                print(f"run {newest.id} is {shown}. {newest.reason or newest.trigger}")
+                print(f"run {newest.id} is {shown}. {newest.reason or newest.trigger}", flush=True)
             if newest.state in ENDED:
                 return 0 if newest.state is not RunState.FAILED else 1
             if not options.wait:
                 return 0
-        elif time.monotonic() - start > STARTS and not options.wait:
-            print(f"Ordered ({command.id}); it has not begun yet, see everloop status")
-            return 0
+        else:
+            waits = held_up(status, command.key)
+            if waits and waits != shown:
+                shown = waits
+                print(f"It waits for {waits}", flush=True)
+            if time.monotonic() - start > STARTS and not options.wait:
+                print("It has not begun yet, see everloop status")
+                return 0
         time.sleep(0.3)
     print("The time to wait is over; 'everloop status' shows how far it is.")
     return 1
+
+
+def held_up(status: dict[str, Any], key: str) -> str:
+    """What an order waits for, by the learner's own words: a run under way of any policy, or a pause."""
+    policies: dict[str, Any] = status.get("policies") or {}
+    if not policies:
+        return "the learner, which does not answer yet"
+    under_way = [(name, its["running"]) for name, its in policies.items() if its.get("running")]
+    if under_way:
+        name, current = under_way[0]
+        return f"run {current['run']} of {name} to end: one trains at a time"
+    return "everloop resume: the policy is paused" if (policies.get(key) or {}).get("paused") else ""
 
 
 def _is_of(run: Run, command: Command) -> bool:

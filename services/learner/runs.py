@@ -23,7 +23,7 @@ from typing import Any
 from everloop import wire
 from everloop.config import Config
 from everloop.contract import Contract
-from everloop.errors import ConfigError, ContractError, NotEnoughData
+from everloop.errors import ConfigError, ContractError
 from everloop.event import BASE
 from everloop.home import Home
 from everloop.log.base import Log, NewRecord
@@ -37,6 +37,7 @@ from pipelines.gold import GoldSet
 from pipelines.store import Store
 from services.learner.facts import Facts
 from services.learner.opinions import Estimator, rescoring
+from services.learner.pinned import pinned
 from services.learner.triggers import Due
 from trainer import publish
 from trainer import recipe as recipes
@@ -65,7 +66,7 @@ class Runs:
         """
         train = self._config.policy(tenant, policy).train
         order = due.order or {}
-        seed = int(order["seed"] if order.get("seed") is not None else train.seed)
+        seed = self._seed(tenant, policy, order)
         recipe = recipes.load(train.recipe)
         batch = self._batch(tenant, policy, order, facts, ask)
         run_id = _run_id(tenant, policy, batch.stem, seed, facts.live, order.get("id") or str(now))
@@ -110,13 +111,15 @@ class Runs:
     def refuse(self, tenant: str, policy: str, due: Due, facts: Facts, why: str, now: float) -> Run:
         """Answer an order that cannot become a run with a failed one, so that it is taken and its cause is told."""
         order = due.order or {}
-        run_id = _run_id(tenant, policy, "", 0, facts.live, str(order.get("id")))
+        seed = self._seed(tenant, policy, order)
+        run_id = _run_id(tenant, policy, "", seed, facts.live, str(order.get("id")))
         run = Run(
             id=run_id,
             tenant=tenant,
             policy=policy,
             state=RunState.FAILED,
             batch=str(order.get("batch") or ""),
+            seed=seed,
             parent=facts.live,
             trigger=due.reason,
             reason=why,
@@ -125,6 +128,10 @@ class Runs:
         )
         self._append((RUNS.name, run))
         return run
+
+    def _seed(self, tenant: str, policy: str, order: dict[str, Any]) -> int:
+        """The order's; where it names none, the configuration's."""
+        return int(order["seed"] if order.get("seed") is not None else self._config.policy(tenant, policy).train.seed)
 
     def under_way(self) -> list[Run]:
         """Runs that a kill interrupted, oldest first."""
@@ -181,17 +188,12 @@ class Runs:
 
     def _batch(self, tenant: str, policy: str, order: dict[str, Any], facts: Facts, ask: Estimator) -> Path:
         """The pinned batch that is asked for, else a new one. A person may train on less than triggers wait for."""
-        folder, wanted = self._home.folder("batches"), order.get("batch")
-        if wanted is not None:
-            path = folder / f"{wanted}.parquet"
-            if path.parent != folder or not path.is_file():
-                raise NotEnoughData(
-                    f"there is no batch {wanted} in {folder}; 'everloop sql' shows the batch of each run"
-                )
-            return path
+        if order.get("batch") is not None:
+            return pinned(self._home, str(order["batch"]))
         store = Store(self._home.root / "store", tenant=tenant, blobs=self._home.blobs)
         try:
-            return self._selected(store, tenant, policy, facts, ask, least=1 if order else None).save(folder)
+            batch = self._selected(store, tenant, policy, facts, ask, least=1 if order else None)
+            return batch.save(self._home.folder("batches"))
         finally:
             store.close()
 

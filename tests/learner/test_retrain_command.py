@@ -1,0 +1,91 @@
+"""What 'everloop retrain' says before it orders a run, and what it does not order at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from everloop.cli.main import main
+from everloop.config import Config, PolicyConfig
+from everloop.home import Home
+from everloop.log import open_log
+from everloop.run import Command, Run, RunState
+from everloop.topics import COMMANDS, RUNS
+
+from services.commands.retrain import Material, held_up, prospects
+from services.installation import Installation
+from services.learner.facts import Facts
+from services.learner.runs import Runs
+from services.learner.triggers import Due
+
+
+@pytest.fixture(autouse=True)
+def this_one(installation: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVERLOOP_CONFIG", str(Home(installation.home).root / "everloop.toml"))
+
+
+def orders() -> list[Command]:
+    with Installation.here() as here:
+        return list(here.records(COMMANDS, Command))
+
+
+def test_a_run_on_five_labels_is_ordered_with_a_warning(
+    capture: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture(5)
+    assert main(["retrain"]) == 1
+    told = capsys.readouterr().out
+    assert "bank/desk has 5 scored episodes with 5 labels (3 good, 2 bad), and 0 gold items for the gate" in told
+    assert "few episodes: by itself a run starts at 20 (train.min_scored)" in told
+    assert "few labels: below 30" in told
+    assert "few gold items: below 50 (gate.min_gold)" in told
+    assert len(orders()) == 1
+
+
+def test_where_there_is_enough_nothing_is_said_to_be_little() -> None:
+    (told,) = prospects("bank/desk", Material(episodes=400, good=30, bad=5, gold=60), PolicyConfig())
+    assert told.startswith("bank/desk has 400 scored episodes with 35 labels")
+    lopsided = "\n".join(prospects("bank/desk", Material(episodes=400, good=300, bad=4, gold=60), PolicyConfig()))
+    assert "few labels" in lopsided
+    assert "few episodes" not in lopsided
+
+
+def test_a_batch_that_is_not_there_is_refused_at_once_and_nothing_is_ordered(
+    installation: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Home(installation.home).folder("batches") / "batch_1.parquet").touch()
+    for name in ("zzz", "../secret"):
+        assert main(["retrain", "--batch", name, "--seed", "7"]) == 2
+        told = capsys.readouterr().err
+        assert f"there is no batch '{name}'" in told
+        assert "the newest are batch_1" in told
+    assert orders() == []
+    assert main(["retrain", "--batch", "batch_1"]) == 1
+    assert orders()[0].arguments == {"batch": "batch_1"}
+
+
+def test_a_refused_run_has_the_seed_that_it_would_have_had(installation: Config) -> None:
+    log = open_log(installation)
+    runs = Runs(installation, log, None, threads=1)  # type: ignore[arg-type]
+    for seed, expected in ((7, 7), (None, 0)):
+        order = {"id": f"c{seed}", "batch": "zzz", "seed": seed}
+        assert runs.refuse("bank", "desk", Due("ordered", order), Facts(), "there is no batch", 1.0).seed == expected
+    log.close()
+    with Installation.here() as here:
+        kept = list(here.records(RUNS, Run))
+    assert [(run.seed, run.state) for run in kept] == [(7, RunState.FAILED), (0, RunState.FAILED)]
+
+
+@pytest.mark.parametrize(
+    ("policies", "words"),
+    [
+        ({}, "the learner, which does not answer yet"),
+        ({"bank/desk": {"running": None, "paused": False}}, ""),
+        ({"bank/desk": {"running": None, "paused": True}}, "everloop resume: the policy is paused"),
+        ({"bank/other": {"running": {"run": "run_1"}}, "bank/desk": {}}, "run run_1 of bank/other to end"),
+    ],
+)
+def test_an_order_that_has_to_wait_says_for_what(policies: dict[str, object], words: str) -> None:
+    said = held_up({"policies": policies}, "bank/desk")
+    assert said.startswith(words)
+    assert bool(said) == bool(words)
