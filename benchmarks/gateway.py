@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,18 +175,17 @@ def check_log(home: Home, acknowledged: int) -> int:
 
 def check_store(home: Home, engine: str, noted: list[str], calls: int) -> None:
     """Let the assembler make the store, and find every noted call there once. Raises SystemExit where one is not."""
-    store = Store(home.root / "store")
-    with service("assembler", home, engine):
+    with closing(Store(home.root / "store")) as store, service("assembler", home, engine):
         end = time.monotonic() + DEADLINE
         while (found := _in_store(store)) < calls:
             if time.monotonic() > end:
                 raise SystemExit(f"after {DEADLINE:g} s only {found} of {calls} calls are in the store")
             time.sleep(1)
-    stored = [str(row["call"]) for row in store.rows("SELECT call FROM turns WHERE error IS NULL")]
-    missing = set(noted) - set(stored)
-    if missing or len(stored) != len(set(stored)):
-        twice = len(stored) - len(set(stored))
-        raise SystemExit(f"{len(missing)} acknowledged calls are not in the store, {twice} are there twice")
+        stored = [str(row["call"]) for row in store.rows("SELECT call FROM turns WHERE error IS NULL")]
+        missing = set(noted) - set(stored)
+        if missing or len(stored) != len(set(stored)):
+            twice = len(stored) - len(set(stored))
+            raise SystemExit(f"{len(missing)} acknowledged calls are not in the store, {twice} are there twice")
 
 
 def _in_store(store: Store) -> int:
