@@ -117,13 +117,18 @@ def judge(canary: Arm, control: Arm, plan: CanaryPlan, *, seconds: float, episod
     seen = f"{plan.metric} {canary.mean:.3f} against {control.mean:.3f} ({canary.units} and {control.units} units)"
     if fewest >= FEWEST and high < 0:
         return Verdict("harm", f"{seen}: worse, the upper bound is {high:+.3f}", difference, low, high)
-    if fewest >= max(FEWEST, plan.min_units) and low > -plan.margin:
+    if not_inferior(fewest, low, plan):
         text = f"{seen}: not inferior, the lower bound {low:+.3f} is above -{plan.margin:g}"
         return Verdict("promote", text, difference, low, high)
     over = _over(plan, seconds, episodes)
     if over:
         return Verdict("inconclusive", f"{seen}: undecided {over}, so the incumbent stays", difference, low, high)
     return Verdict("continue", f"{seen}: undecided, between {low:+.3f} and {high:+.3f}", difference, low, high)
+
+
+def not_inferior(units: int, low: float, plan: CanaryPlan) -> bool:
+    """Whether ``units`` in the smaller arm, with this lower bound of the difference, show that nothing is lost."""
+    return units >= max(FEWEST, plan.min_units) and low > -plan.margin
 
 
 def _over(plan: CanaryPlan, seconds: float, episodes: int) -> str:

@@ -64,7 +64,7 @@ class CommandKind(StrEnum):
     PAUSE = "pause"  # no new runs, no new canaries; serving goes on. In the topic ``pauses``: the newest holds
     RESUME = "resume"  # as above
     RETRAIN = "retrain"  # arguments: batch, seed, publish
-    PROMOTE = "promote"  # arguments: release
+    PROMOTE = "promote"  # arguments: release, reason, without_evidence
     ROLLBACK = "rollback"
     VETO = "veto"  # arguments: release, reason
     REGISTER = "register"  # arguments: path of an adapter made elsewhere, reason

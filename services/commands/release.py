@@ -1,7 +1,8 @@
 """List releases; promote, roll back, veto or register one.
 
-list       every release: its state, why, and what is live
-promote    make a release live now (the canary, or a candidate that waits; or the one named)
+list       every release: its state, why, what is live, and what evidence stands behind it
+promote    make a release live now (the canary, or a candidate that waits; or the one named); one that did not pass
+           gate and canary only --without-evidence, on your own word
 rollback   end the canary that runs, else take the live release back to the one before it
 veto       end a release for good: it never goes live
 register   take in an adapter that was made elsewhere: it becomes a candidate like any other
@@ -14,12 +15,14 @@ import json
 import time
 from pathlib import Path
 
+from everloop.errors import ConfigError
 from everloop.release import Release
 from everloop.run import CommandKind
 from everloop.topics import RELEASES
 
 from services.commands.orders import add_policy, add_wait, give
 from services.installation import Installation
+from services.releaser.evidence import told
 from services.tables import table
 
 
@@ -30,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(listing, all_of_them=True)
     promote = verbs.add_parser("promote", help="make a release live now")
     promote.add_argument("release", nargs="?", help="id or adapter, or a beginning of either")
+    promote.add_argument(
+        "--without-evidence", action="store_true", help="although gate or canary did not pass it; needs --reason"
+    )
     rollback = verbs.add_parser("rollback", help="end the canary, else take back what is live")
     rollback.add_argument("release", nargs="?", help="id or adapter, or a beginning of either")
     rollback.add_argument("--live", action="store_true", help="what is live, even while a canary runs")
@@ -54,7 +60,19 @@ def run(options: argparse.Namespace) -> int:
             return give(options, here, CommandKind.REGISTER, pair, path=path, reason=options.reason)
         kind = CommandKind(options.verb)
         live = True if getattr(options, "live", False) else None
-        return give(options, here, kind, pair, release=options.release, reason=options.reason, live=live)
+        alone = _on_their_word(options)
+        return give(
+            options, here, kind, pair, release=options.release, reason=options.reason, live=live, without_evidence=alone
+        )
+
+
+def _on_their_word(options: argparse.Namespace) -> bool | None:
+    """True where a person answers for a release that nothing else speaks for. Raises ConfigError without a reason."""
+    if not getattr(options, "without_evidence", False):
+        return None
+    if not (options.reason or "").strip():
+        raise ConfigError("--without-evidence needs --reason '…': it is kept with the release, for whoever asks later")
+    return True
 
 
 def _list(options: argparse.Namespace, here: Installation) -> int:
@@ -79,9 +97,10 @@ def _list(options: argparse.Namespace, here: Installation) -> int:
 def _told(releases: list[Release]) -> str:
     """A row for each, and below it the whole sentence that says why."""
     rows = [
-        [r.key, r.id, r.adapter[:12], r.state.value, time.strftime("%m-%d %H:%M", time.localtime(r.time))]
+        [r.key, r.id, r.adapter[:12], r.state.value, told(r), time.strftime("%m-%d %H:%M", time.localtime(r.time))]
         for r in releases
     ]
-    head, rule, *lines = table(["policy", "release", "adapter", "state", "since"], rows).splitlines()
-    told = (f"{line}\n    {release.reason}" for line, release in zip(lines, releases, strict=True))
-    return "\n".join((head, rule, *told))
+    names = ["policy", "release", "adapter", "state", "evidence", "since"]
+    head, rule, *lines = table(names, rows).splitlines()
+    whole = (f"{line}\n    {release.reason}" for line, release in zip(lines, releases, strict=True))
+    return "\n".join((head, rule, *whole))

@@ -60,6 +60,8 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
     live = its["live"]
     if live["since"]:
         yield f"  live          {live['adapter'][:12]} since {_clock(live['since'])}, before it {live['previous'][:12]}"
+        if live["lacks"]:
+            yield f"                on a person's word: it has {' and '.join(live['lacks'])}"
     else:
         yield "  live          the base model"
     progress = its.get("in_progress")

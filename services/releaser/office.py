@@ -20,7 +20,7 @@ from everloop.run import Command, CommandKind
 
 from services.releaser import orders
 from services.releaser.journal import Journal
-from services.releaser.state import PolicyState, S
+from services.releaser.state import Change, PolicyState, S
 
 if TYPE_CHECKING:
     from services.releaser.releaser import Releaser
@@ -122,7 +122,9 @@ class Office:
         return self._promote(order, command, state)
 
     def _change(self, command: Command, state: PolicyState, made: Any) -> bool:
-        change = made(state, command, self._releaser.now())
+        return self._write(command, state, made(state, command, self._releaser.now()))
+
+    def _write(self, command: Command, state: PolicyState, change: Change) -> bool:
         self._releaser.write(state, change)
         return self._answer(command, True, orders.described(state, change))
 
@@ -138,14 +140,16 @@ class Office:
         return self._change(command, state, orders.rolled_back)
 
     def _promote(self, order: Order, command: Command, state: PolicyState) -> bool:
-        release = orders.to_promote(state, command)
+        seen = self._releaser.seen(command.key)
+        release = orders.to_promote(state, command, seen)
         if release.state not in (S.CANARY, S.LIVE):
             if order.future is None:
                 order.future = self._releaser.examiner.prepare(release)
             if not order.future.done():
                 return False
             order.future.result()
-        return self._change(command, state, orders.promoted)
+        change = orders.promoted(state, command, self._releaser.now(), seen)
+        return self._write(command, state, change)
 
     def _register(self, order: Order, command: Command, state: PolicyState) -> bool:
         if order.future is None:

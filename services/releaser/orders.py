@@ -12,6 +12,7 @@ from everloop.event import BASE
 from everloop.release import Release
 from everloop.run import Command, CommandKind
 
+from services.releaser.evidence import lacking, refusal
 from services.releaser.state import Change, PolicyState, promote, roll_back, veto
 
 MINE = frozenset(
@@ -51,19 +52,35 @@ def vetoed(state: PolicyState, command: Command, now: float) -> Change:
     return veto(state, release, _because(command, "Vetoed"), now, _evidence(command))
 
 
-def promoted(state: PolicyState, command: Command, now: float) -> Change:
-    release = to_promote(state, command)
-    return promote(state, release, _because(command, "Promoted"), now, _evidence(command))
+Seen = dict[str, dict[str, Any]]
+"""By release, evidence of a canary that runs now: nowhere else yet."""
 
 
-def to_promote(state: PolicyState, command: Command) -> Release:
-    """The release that a promotion is about: the one named, else the canary, else the candidate that waits."""
+def promoted(state: PolicyState, command: Command, now: float, seen: Seen | None = None) -> Change:
+    """Raises TransitionRefused as :func:`to_promote` does."""
+    release = to_promote(state, command, seen)
+    missing = lacking(release)
+    what = f"Promoted without evidence ({', '.join(missing)})" if missing else "Promoted"
+    return promote(state, release, _because(command, what), now, _evidence(command))
+
+
+def to_promote(state: PolicyState, command: Command, seen: Seen | None = None) -> Release:
+    """The release that a promotion is about: the one named, else the canary, else the candidate that waits.
+
+    Raises TransitionRefused where there is none, or where its evidence is not whole and the order does not say that
+    it goes live without.
+    """
     if name := str(command.arguments.get("release") or ""):
-        return state.find(name)
-    target = state.canary or state.gated or state.waiting
+        target: Release | None = state.find(name)
+    else:
+        target = state.canary or state.gated or state.waiting
     if target is None:
         raise TransitionRefused(f"{state.tenant}/{state.policy} has no canary and no candidate: nothing to promote")
-    return target
+    release = target.model_copy(update={"evidence": {**target.evidence, **(seen or {}).get(target.id, {})}})
+    why = None if command.arguments.get("without_evidence") else refusal(release)
+    if why is not None:
+        raise TransitionRefused(why)
+    return release
 
 
 def described(state: PolicyState, change: Change) -> str:

@@ -53,6 +53,7 @@ from services.releaser.traffic import Traffic
 logger = logging.getLogger(__name__)
 ROUND = 0.1  # seconds that a round waits for an order
 LOOK = 0.25  # seconds between looks at a canary's traffic
+BY_HAND = "Waits for a person ('everloop release promote {} --without-evidence --reason …')"
 LATER = 5.0  # seconds before something that failed is tried again
 AT_ONCE = 250  # records of a partition that one look takes: an order must not wait for a long backlog
 MOVED = Counter("everloop_release_transitions", "Transitions of releases, by the state they led to", ["state"])
@@ -119,6 +120,7 @@ class Releaser:
 
     def recover(self) -> None:
         """Rebuild the state from the log; make the route what the releases say, where a kill left it otherwise."""
+        self.journal.open()
         for release in self.journal.releases():
             if release.key in self.states:
                 self.states[release.key].take(release)
@@ -140,6 +142,11 @@ class Releaser:
 
     def now(self) -> float:
         return self._clock()
+
+    def seen(self, key: str) -> dict[str, dict[str, Any]]:
+        """By release, evidence of the policy's canary as of the last look at it; empty where none runs."""
+        canary = self.work[key].canary
+        return {} if canary is None else {canary.traffic.release: self._evidence(canary)}
 
     def write(self, state: PolicyState, change: Change) -> None:
         """Append a change, and only then believe it."""
@@ -206,7 +213,7 @@ class Releaser:
             self.write(state, rejected(release, decision.reason, now, decision.numbers()))
         else:
             work.undecided = release.id, gold, release.incumbent
-            work.waits[release.id] = f"Waits for a person ('everloop release promote {release.id}'): {decision.reason}"
+            work.waits[release.id] = f"{BY_HAND.format(release.id)}: {decision.reason}"
             logger.info("%s: release %s: %s", state_key(state), release.id, work.waits[release.id])
 
     def _try_canary(self, state: PolicyState, release: Release, work: Work, now: float) -> None:

@@ -10,6 +10,7 @@ from everloop.event import BASE
 from everloop.release import CanaryPlan, Release
 
 from pipelines.sequential import bounds, units_needed
+from services.releaser.evidence import lacking
 from services.releaser.releaser import Canary, Releaser, Work, state_key
 from services.releaser.state import PolicyState, S, last_decision
 
@@ -48,6 +49,7 @@ def _policy(releaser: Releaser, state: PolicyState, work: Work) -> dict[str, Any
             "release": None if live is None else live.id,
             "since": None if live is None else live.time,
             "previous": state.previous.adapter if state.previous else BASE,
+            "lacks": [] if live is None else lacking(live),
         },
         "in_progress": _in_progress(state, work, releaser.now()),
         "waiting": [_brief(release, work) for release in state.among(S.CANDIDATE)],

@@ -174,8 +174,22 @@ def test_releases_are_listed_with_why(capsys: pytest.CaptureFixture[str], here: 
     out = said(capsys, "release", "list")[1]
     assert "rejected" in out
     assert "gold -3.0 points" in out
+    assert "gate none, canary none" in out
     assert "candidate" not in out
     assert json.loads(said(capsys, "release", "list", "--json")[1])["state"] == "rejected"
+
+
+def test_a_promotion_without_evidence_needs_a_reason_that_is_kept(
+    capsys: pytest.CaptureFixture[str], here: Installation
+) -> None:
+    status, _, err = said(capsys, "release", "promote", "rel_1", "--without-evidence")
+    assert status == 2
+    assert "needs --reason" in err
+    said(capsys, "release", "promote", "rel_1", "--without-evidence", "--reason", "seen", "--no-wait")
+    said(capsys, "release", "promote", "rel_1", "--no-wait")
+    first, second = here.records(COMMANDS, Command)
+    assert first.arguments == {"release": "rel_1", "reason": "seen", "without_evidence": True}
+    assert second.arguments == {"release": "rel_1"}
 
 
 def test_dead_letters_are_listed_and_replayed(capsys: pytest.CaptureFixture[str], here: Installation) -> None:

@@ -72,7 +72,13 @@ def test_an_operator_s_day(up: Callable[[str], Any], untrained: Path, adapter: P
 
     assert adapter.name in platform.does("release", "register", str(adapter), "--reason", "made by hand")
     until(lambda: "50 are needed" in platform.does("status"), 60, every=0.5)
-    assert "is live" in platform.does("release", "promote", adapter.name[:10], "--reason", "I looked at it")
+    status, told = platform.tries("release", "promote", adapter.name[:10])
+    assert status == 1
+    assert "no gate verdict and no canary" in told
+    word = ("--without-evidence", "--reason", "I looked at it")
+    assert "is live" in platform.does("release", "promote", adapter.name[:10], *word)
+    until(lambda: "on a person's word" in platform.does("status"), 60, every=0.5)
+    assert "gate none, canary none" in platform.does("release", "list")
     until(lambda: ask(client).version == adapter.name)
 
     os.kill(platform.status("releaser")["pid"], signal.SIGKILL)  # it comes back by itself, and takes the next order

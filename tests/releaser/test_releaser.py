@@ -166,11 +166,28 @@ def test_too_few_gold_items_wait_for_a_person(world: MakeWorld, start: Start, un
     assert "20 gold items, 50 are needed" in running.policy()["waiting"][0]["waits"], waits
     assert w.state("a") == "candidate"
     assert running.policy()["gold"] == {"items": 20, "needed": 50, "enough": False}
-    command = w.order(CommandKind.PROMOTE, reason="I looked at it")
+    command = w.order(CommandKind.PROMOTE, reason="I looked at it", without_evidence=True)
     until(lambda: w.state("a") == "live")
     assert [r.state for r in w.releases()] == ["candidate", "gated", "canary", "live"]
-    assert w.newest("a").reason == "Promoted by ann: I looked at it."
+    assert w.newest("a").reason == ("Promoted without evidence (no gate verdict, no canary) by ann: I looked at it.")
     until(lambda: running.answer(command).get("done"))
+
+
+def test_an_order_without_evidence_is_answered_before_anything_is_loaded(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    w = world()
+    running = start(w)
+    w.announce("a")
+    order = w.order(CommandKind.PROMOTE, release="a")
+    said = until(lambda: running.answer(order), 30)
+    assert not said["done"]
+    assert "no gate verdict and no canary" in said["says"]
+    assert w.state("a") == "candidate"
+    assert running.policy()["live"]["lacks"] == []
+    w.order(CommandKind.PROMOTE, release="a", without_evidence=True, reason="I looked at it")
+    until(lambda: w.live() == "a", 30)
+    until(lambda: running.policy()["live"]["lacks"] == ["no gate verdict", "no canary"], 30)
 
 
 def test_more_gold_lets_a_waiting_candidate_go_on(world: MakeWorld, start: Start, until: Until) -> None:
@@ -187,7 +204,7 @@ def test_a_rollback_does_not_wait_for_an_examination(world: MakeWorld, start: St
     w = world()
     start(w)
     w.announce("a")
-    w.order(CommandKind.PROMOTE, release="a")
+    w.order(CommandKind.PROMOTE, release="a", without_evidence=True)
     until(lambda: w.live() == "a")
     w.gold()
     w.engine.delay = 2.0
@@ -233,7 +250,7 @@ def test_an_engine_that_comes_back_gets_its_adapters_again(world: MakeWorld, sta
     running = start(w)
     for name in ("a", "b"):
         w.announce(name)
-        w.order(CommandKind.PROMOTE, release=name)
+        w.order(CommandKind.PROMOTE, release=name, without_evidence=True)
         until(lambda name=name: w.live() == name)
     w.engine.stop()
     until(lambda: running.examiner.trouble is not None)
@@ -248,7 +265,7 @@ def test_a_full_engine_drops_adapters_of_ended_releases(world: MakeWorld, start:
     w.engine.adapters["somebody else's"] = 0.0
     for name in "abcdefgh":
         w.announce(name)
-        w.order(CommandKind.PROMOTE, release=name)
+        w.order(CommandKind.PROMOTE, release=name, without_evidence=True)
         until(lambda name=name: w.live() == name)
     assert {"g", "h", "somebody else's"} <= set(w.engine.adapters)
     assert len(w.engine.adapters) <= w.config.serving.resident_adapters
@@ -280,7 +297,7 @@ def test_an_order_that_is_read_twice_is_done_once(world: MakeWorld, start: Start
     running = start(w)
     for name in ("a", "b"):
         w.announce(name)
-        w.order(CommandKind.PROMOTE, release=name)
+        w.order(CommandKind.PROMOTE, release=name, without_evidence=True)
         until(lambda name=name: w.live() == name)
     command = w.order(CommandKind.ROLLBACK)
     until(lambda: w.live() == "a")
@@ -303,6 +320,8 @@ def test_a_person_promotes_where_the_canary_may_not(world: MakeWorld, start: Sta
     assert "rated units" in progress["decides"]
     w.order(CommandKind.PROMOTE)
     until(lambda: w.state("a") == "live")
+    assert w.newest("a").reason == "Promoted by ann."
+    assert w.newest("a").evidence["canary"]["low"] > -0.15  # what the person saw is kept
 
 
 def test_the_registry_s_alias_follows_what_is_live(
@@ -312,7 +331,7 @@ def test_the_registry_s_alias_follows_what_is_live(
     running = start(w)
     running.releaser._mirror_at = 0.0
     adapter = w.announce("a")
-    w.order(CommandKind.PROMOTE, release="a")
+    w.order(CommandKind.PROMOTE, release="a", without_evidence=True)
     until(lambda: {"do": "mirror", "tenant": "default", "policy": "assistant", "uri": adapter.uri} in brought)
     w.order(CommandKind.ROLLBACK)
     until(lambda: {"do": "mirror", "tenant": "default", "policy": "assistant", "uri": None} in brought)
@@ -376,7 +395,7 @@ def test_what_passed_is_examined_again_where_something_else_went_live(
     w = world()
     first = start(w)
     w.announce("b", skill=1.0)
-    w.order(CommandKind.PROMOTE, release="b")
+    w.order(CommandKind.PROMOTE, release="b", without_evidence=True)
     until(lambda: w.live() == "b")
     first.end()
     w.gold()
@@ -396,7 +415,7 @@ def test_a_candidate_is_compared_with_what_is_live_when_it_is_decided(
     w = world()
     start(w)
     w.announce("good", skill=1.0)
-    w.order(CommandKind.PROMOTE, release="good")
+    w.order(CommandKind.PROMOTE, release="good", without_evidence=True)
     until(lambda: w.live() == "good")
     w.gold()
     w.engine.delay, asked = 0.3, w.engine.asked

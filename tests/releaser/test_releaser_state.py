@@ -145,19 +145,21 @@ def test_there_is_never_a_second_canary() -> None:
 def test_a_person_promotes_a_candidate_by_every_state_on_the_way() -> None:
     policy = Policy()
     policy.candidate("a")
-    change = policy.does(orders.promoted(policy.state, command(CommandKind.PROMOTE, reason="seen it"), 5.0))
+    change = policy.does(
+        orders.promoted(policy.state, command(CommandKind.PROMOTE, reason="seen it", without_evidence=True), 5.0)
+    )
     assert [release.state for release in change.releases] == [S.GATED, S.CANARY, S.LIVE]
-    assert change.releases[-1].reason == "Promoted by ann: seen it."
+    assert change.releases[-1].reason == "Promoted without evidence (no gate verdict, no canary) by ann: seen it."
     assert policy.state.live_adapter == "a"
     with pytest.raises(TransitionRefused, match="live already"):
-        orders.promoted(policy.state, command(CommandKind.PROMOTE, release="a"), 6.0)
+        orders.promoted(policy.state, command(CommandKind.PROMOTE, release="a", without_evidence=True), 6.0)
 
 
 def test_a_person_brings_back_what_was_retired() -> None:
     policy = Policy()
     policy.live("a")
     policy.live("b")
-    policy.does(orders.promoted(policy.state, command(CommandKind.PROMOTE, release="a"), 6.0))
+    policy.does(orders.promoted(policy.state, command(CommandKind.PROMOTE, release="a", without_evidence=True), 6.0))
     assert policy.state.live_adapter == "a"
     assert policy.state.among(S.RETIRED)[0].adapter == "b"
 
@@ -231,7 +233,7 @@ def _do(policy: Policy, step: str, name: str, now: float) -> None:
     elif step == "canary" and state.gated is not None:
         policy.does(start_canary(state, state.gated, PLAN, now))
     elif step == "promote":
-        policy.does(orders.promoted(state, command(CommandKind.PROMOTE), now))
+        policy.does(orders.promoted(state, command(CommandKind.PROMOTE, without_evidence=True), now))
     elif step == "roll back" and state.canary is not None:
         policy.does(roll_back(state, state.canary, step, now, {}))
     elif step == "roll back live":
