@@ -61,6 +61,9 @@ class LogConfig(Section):
     password: str = Field(default="", repr=False)
     password_file: Path | None = Field(default=None, description="holds the password alone; better than password")
     create_topics: bool = Field(default=True, description="False: 'everloop topics apply' alone makes Kafka topics")
+    spool_bytes: int = Field(
+        default=1_073_741_824, ge=1_048_576, description="of events that wait in the gateway's spool for Kafka"
+    )
     replicas: int = Field(default=0, ge=0, le=32, description="of a new Kafka topic; 0: as the cluster does by itself")
 
     @field_validator("url")

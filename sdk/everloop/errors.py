@@ -27,6 +27,10 @@ class LogFull(LogError):
     """No room left on the log's disk. Nothing was written; retry after room is made."""
 
 
+class LogRefused(LogError):
+    """The log's cluster refuses this client, or lacks what it needs, until a person mends it; the message says how."""
+
+
 class ServingError(EverloopError):
     """The serving engine answered with an error; ``status`` is the HTTP status that fits."""
 

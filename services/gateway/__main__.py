@@ -18,6 +18,7 @@ from everloop.log import open_log
 from prometheus_client import REGISTRY
 
 from services.gateway.app import Gateway
+from services.gateway.metrics import SpoolMetrics
 from services.gateway.scribe import Scribe
 from services.gateway.upstream import HttpServing
 from services.service import Service
@@ -68,8 +69,10 @@ def build(config: Config) -> tuple[Service, Gateway]:
     service.loop("routes", lambda: gateway.routes.follow(service.stop))
     service.ready("engine", lambda: watch.trouble)
     service.ready("log", lambda: scribe.trouble)
-    service.ready("routes", lambda: gateway.routes.trouble)
+    service.ready("routes", lambda: gateway.routes.unready)
     service.describe("gateway", gateway.status)
+    service.describe("spool", lambda: scribe.spool)
+    REGISTRY.register(SpoolMetrics(lambda: scribe.spool))
     return service, gateway
 
 

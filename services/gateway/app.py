@@ -13,6 +13,7 @@ from everloop.config import Config
 from everloop.errors import LogError
 from everloop.home import Home
 from everloop.log.base import Log
+from everloop.log.embedded import EmbeddedLog
 from everloop.serving.base import Serving
 from prometheus_client import CollectorRegistry
 
@@ -29,6 +30,7 @@ from services.gateway.retries import Recovered, Retries
 from services.gateway.routes import Routes
 from services.gateway.scribe import Appends
 from services.gateway.sealing import sealed_log
+from services.gateway.spool import waiting
 from services.gateway.tokens import Tokens
 from services.gateway.turns import Turns
 
@@ -57,8 +59,11 @@ class Gateway:
         self.serving = serving
         self.metrics = Metrics(registry or CollectorRegistry())
         self.keys = Keys(home.root / "keys.db")
-        self.routes = Routes(log, home.blobs)
+        self._home = home
+        away = not isinstance(log, EmbeddedLog)  # it may be
+        self.routes = Routes(log, home.blobs, home.folder("state") / "routes.json" if away else None)
         self.metrics.route_epoch.set_function(self.routes.epoch)
+        self.metrics.routes_age.set_function(self.routes.age)
         self.conversations = Conversations()
         ids, secret = home.ids, home.secret()
         tokens = Tokens(secret)
@@ -78,8 +83,13 @@ class Gateway:
 
     def prepare(self) -> None:
         """What must be known before the first request: routes, and answers that may be asked for again. Blocks."""
-        self.routes.catch_up()
-        if self._replays:
+        self.routes.begin()
+        if not self._replays:
+            return
+        with waiting(self._home, self._log) as spool:
+            if spool is not None:
+                self._recovered.read(spool)
+        if self.routes.trouble is None:  # else the log is away
             self._recovered.read(self._log)
 
     def add_to(self, app: web.Application) -> None:
@@ -101,7 +111,11 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """For ``everloop status``: what answers, and how it goes."""
-        return {"routes": self.routes.described(), "engine": getattr(self.serving, "url", "in this process")}
+        return {
+            "routes": self.routes.described(),
+            "routes_trouble": self.routes.trouble,
+            "engine": getattr(self.serving, "url", "in this process"),
+        }
 
     def close(self) -> None:
         self.keys.close()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 ADDED = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 1)
@@ -28,6 +33,7 @@ class Metrics:
         in_flight = Gauge("everloop_gateway_in_flight_requests", "Calls under way.", registry=registry)
         in_flight.set_function(lambda: self.under_way)
         self.route_epoch = Gauge("everloop_gateway_route_epoch", "Newest epoch of any route.", registry=registry)
+        self.routes_age = Gauge("everloop_gateway_routes_age_seconds", "Since routes were read.", registry=registry)
         self.duration = Histogram(
             "everloop_gateway_request_duration_seconds",
             "From the request's head to the answer's last byte.",
@@ -51,3 +57,32 @@ class Metrics:
     def counted(self, prompt: int, completion: int) -> None:
         self._prompt.inc(prompt)
         self._completion.inc(completion)
+
+
+class SpoolMetrics(Collector):
+    """What the scribe said last of its spool (``everloop.log.spool.SpoolState``). Counters begin anew with it."""
+
+    def __init__(self, state: Callable[[], dict[str, Any]]) -> None:
+        self._state = state
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        if not state:
+            return
+        gauges = {
+            "records": ("records", "Events that wait in the spool for Kafka."),
+            "bytes": ("bytes", "Bytes of the spool's file that are in use."),
+            "oldest_seconds": ("oldest", "For how long the oldest event in the spool waits."),
+            "undeliverable_records": ("aside", "Events set aside: Kafka takes none of their size."),
+        }
+        for name, (field, words) in gauges.items():
+            yield GaugeMetricFamily(f"everloop_gateway_spool_{name}", words, state[field])
+        counters = {
+            "drained": ("drained", "Events that Kafka acknowledged."),
+            "rebuilds": ("rebuilds", "Clients of Kafka that were thrown away and made anew."),
+        }
+        for name, (field, words) in counters.items():
+            yield CounterMetricFamily(f"everloop_gateway_spool_{name}", words, state[field])

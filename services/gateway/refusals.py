@@ -53,10 +53,10 @@ def from_engine(error: ServingError) -> Refused:
 def from_log(error: LogError) -> Refused:
     """The answer was made and may not leave: its events could not be made durable."""
     if isinstance(error, LogFull):
-        why = f"the log's disk is full ({error})"
+        why = f"there is no room ({error})"
         return Refused(
             503,
-            f"The answer is withheld because it could not be recorded: {why}. Make room on the log's disk, or send "
+            f"The answer is withheld because it could not be recorded: {why}. Make room there, or send "
             "'X-Everloop-Capture: off' for requests that need no record; the gateway recovers by itself.",
             "log_full",
             headers={"Retry-After": "5"},

@@ -7,15 +7,22 @@
                                                       event loop: reads them, never waits ◀┘
 
 Adapters are followed for the sake of pins: a researcher may ask for one of the policy's own that has no route.
+
+Where the log may be away when the gateway starts, what was read last is kept in a file, and answers until then.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
+import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from everloop.errors import ContractError, LogError
+import orjson
+from everloop.errors import ContractError, LogError, LogRefused
 from everloop.event import BASE
 from everloop.log.base import Log, Record
 from everloop.release import Adapter, Route
@@ -38,17 +45,30 @@ class Assignment(NamedTuple):
 class Routes:
     """The route of each (tenant, policy). Written by one thread, read by the event loop: a dict, replaced by key."""
 
-    def __init__(self, log: Log, blobs: BlobStore) -> None:
+    def __init__(self, log: Log, blobs: BlobStore, kept: Path | None = None) -> None:
         self._log = log
         self._blobs = blobs
-        self._offsets = {
-            (topic.name, partition): 0
-            for topic in (ROUTES, ADAPTERS)
-            for partition in range(log.partitions(topic.name))
-        }
+        self._kept = kept
+        self._offsets: dict[tuple[str, int], int] = {}
         self._table: dict[tuple[str, str], Route] = {}
         self._adapters: dict[tuple[str, str], frozenset[str]] = {}
+        self._read_at = -math.inf
         self.trouble: str | None = None
+        self.unready: str | None = None
+        """The trouble, unless it is one through which the routes that are kept may answer."""
+
+    def begin(self) -> None:
+        """Before the gateway is ready. Raises LogError where the log is away and nothing is kept from before."""
+        try:
+            self.catch_up()
+        except LogError as error:
+            if not self._restored():
+                raise
+            self._say(error)
+
+    def age(self) -> float:
+        """Seconds since the routes were read; infinite where they were not, since the start."""
+        return time.monotonic() - self._read_at
 
     def get(self, tenant: str, policy: str) -> Route | None:
         """None before the first route: the base model answers."""
@@ -87,23 +107,62 @@ class Routes:
 
     def catch_up(self) -> None:
         """Read what is new. Called before the gateway is ready, then by follow."""
+        if not self._offsets:
+            topics = (ROUTES.name, ADAPTERS.name)
+            self._offsets = {(t, partition): 0 for t in topics for partition in range(self._log.partitions(t))}
+        news = False
         for (topic, partition), offset in self._offsets.items():
             while records := self._log.read(topic, partition, offset):
                 for record in records:
                     self._take(record)
                 offset = records[-1].offset + 1
                 self._offsets[topic, partition] = offset
+                news = True
+        self._read_at = time.monotonic()
+        if news and self._kept is not None:
+            self._keep(self._kept)
 
     def follow(self, stop: threading.Event) -> None:
         """Blocks until ``stop`` is set. A log that is away for a while leaves the routes as they are."""
         while not stop.wait(EVERY):
             try:
                 self.catch_up()
-                self.trouble = None
+                self.trouble = self.unready = None
             except LogError as error:
-                if self.trouble is None:
-                    logger.error("the routes cannot be read, the last ones stay in force: %s", error)
-                self.trouble = f"the routes cannot be read: {error}"
+                self._say(error)
+
+    def _say(self, error: LogError) -> None:
+        if self.trouble is None:
+            logger.error("the routes cannot be read, the last ones stay in force: %s", error)
+        self.trouble = f"the routes cannot be read: {error}"
+        self.unready = self.trouble if self._kept is None or isinstance(error, LogRefused) else None
+
+    def _keep(self, path: Path) -> None:
+        """For a start without the log. A disk that does not take it takes nothing from those that answer now."""
+        kept = {
+            "routes": [route.model_dump() for route in self._table.values()],
+            "adapters": [[*unit, sorted(hashes)] for unit, hashes in self._adapters.items()],
+        }
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(orjson.dumps(kept))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            logger.error("the routes could not be kept in %s: %s", path, error)
+
+    def _restored(self) -> bool:
+        try:
+            kept = orjson.loads(self._kept.read_bytes()) if self._kept is not None else {}
+            for fields in kept["routes"]:
+                self._replace(Route.model_validate(fields))
+            for tenant, policy, hashes in kept["adapters"]:
+                self._adapters[tenant, policy] = frozenset(hashes)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return True
 
     def _take(self, record: Record) -> None:
         if record.value is None:

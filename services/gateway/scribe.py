@@ -4,6 +4,7 @@
 
     gateway: append_soon ─▶ numbered frames ─▶ scribe: seal ─▶ log.append_soon ─▶ durable ─▶ a reply of that number
                                              (the next are sealed while the last one waits for the disk)
+                                 on Kafka: ─▶ spool.append_soon ─▶ durable;  drain ─▶ Kafka   (see spool.py)
 
 SQLite takes the interpreter's lock at every row, and the gateway's event loop holds it: in one process each waits
 for the other many times a request. What the engine said of each token, nine tenths of an answer, is read here too:
@@ -37,6 +38,8 @@ from everloop.home import Home
 from everloop.log import open_log
 
 from services.gateway.sealing import Unsealed, sealed_log
+from services.gateway.spool import draining, open_spool
+from services.logs import log_to_stderr
 
 logger = logging.getLogger(__name__)
 SIZE = struct.Struct("<I")
@@ -69,14 +72,18 @@ class Scribe(asyncio.Protocol):
         self._closing = False
         self._restart: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self.spool: dict[str, Any] = {}
+        """What the scribe said last of its spool (``everloop.log.spool.SpoolState``); empty where there is none."""
 
     @property
     def trouble(self) -> str | None:
-        """None while appends are answered."""
+        """None while appends are answered, and the spool behind them has nothing that a person must mend."""
         if self._transport is None:
             return "the log's writing process is not running"
         waited = time.monotonic() - next(iter(self._sent.values()))[1] if self._sent else 0.0
-        return f"the log has given no answer for {waited:.0f} s" if waited > STALLED else None
+        if waited > STALLED:
+            return f"the log has given no answer for {waited:.0f} s"
+        return self.spool.get("refused")
 
     async def start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -115,6 +122,9 @@ class Scribe(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         replies, self._rest = split(self._rest + data)
         for number, size, kind, message in replies:
+            if number is None:
+                self.spool = message
+                continue
             future, _ = self._sent.pop(number)
             if kind is None:
                 future.set_result(size)
@@ -189,8 +199,15 @@ class Desk:
         if error is not None and not isinstance(error, LogError):
             logger.error("events could not be appended", exc_info=error)
         kind, message = (None, "") if error is None else (type(error).__name__, str(error))
+        self._send((number, size, kind, message))
+
+    def tell(self, spool: dict[str, Any]) -> None:
+        """The state of the spool, for the gateway's metrics."""
+        self._send((None, 0, None, spool))
+
+    def _send(self, reply: tuple[Any, ...]) -> None:
         with self._sending, contextlib.suppress(OSError):  # the gateway is gone; what it sent is written all the same
-            self._connection.sendall(framed((number, size, kind, message)))
+            self._connection.sendall(framed(reply))
 
 
 def _body(stream: BinaryIO) -> bytes:
@@ -213,10 +230,15 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH)
     config = load()
+    home = Home(config.home)
+    log_to_stderr("scribe", config.log_level)
     log = open_log(config)
     try:
         with socket.socket(fileno=int(sys.argv[1])) as connection:
-            Desk(connection, sealed_log(config, Home(config.home), log)).serve()
+            spool = open_spool(config, home, log)
+            desk = Desk(connection, sealed_log(config, home, spool or log))
+            with draining(spool, desk.tell):
+                desk.serve()
     finally:
         log.close()
     return 0

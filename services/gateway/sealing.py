@@ -13,13 +13,13 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 from everloop.config import Config
 from everloop.errors import LogError, LogFull
 from everloop.home import Home
-from everloop.log.base import Log, NewRecord, Position
+from everloop.log.base import NewRecord, Position
 from everloop.topics import EVENTS
 from everloop.wire import BlobStore, seal
 
@@ -55,10 +55,16 @@ class Unsealed(NamedTuple):
         return event, headers, None if sampled is None else tuple(sampled)
 
 
+class Takes(Protocol):
+    """The part of a log, or of a spool before one, that is needed here."""
+
+    def append_soon(self, records: Sequence[NewRecord]) -> Future[list[Position]]: ...
+
+
 class SealedLog:
     """A log that takes events: seals each, and appends it. Thread-safe."""
 
-    def __init__(self, log: Log, blobs: BlobStore, inline_bytes: int) -> None:
+    def __init__(self, log: Takes, blobs: BlobStore, inline_bytes: int) -> None:
         self._log = log
         self._blobs = blobs
         self._inline = inline_bytes
@@ -98,8 +104,8 @@ def _pass_on(written: Future[list[Position]], durable: Future[int], size: int) -
         durable.set_exception(error)
 
 
-def sealed_log(config: Config, home: Home, log: Log) -> SealedLog:
-    """The installation's log, as one that takes events."""
+def sealed_log(config: Config, home: Home, log: Takes) -> SealedLog:
+    """The installation's log, or the spool before it, as one that takes events."""
     return SealedLog(log, home.blobs, min(config.log.inline_bytes, config.log.max_record_bytes - HEADROOM))
 
 

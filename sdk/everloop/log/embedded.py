@@ -91,7 +91,7 @@ class EmbeddedLog:
         return consumer
 
     def read(self, topic: str, partition: int, offset: int = 0, max_records: int = 500) -> list[Record]:
-        with self._reader() as reader:
+        with self.reading() as reader:
             return self.fetch(reader, self._partition_id(topic, partition), topic, partition, offset, max_records)
 
     def fetch(
@@ -126,7 +126,7 @@ class EmbeddedLog:
         return known
 
     def _find(self, topic: str) -> tuple[int, ...]:
-        with self._reader() as reader:
+        with self.reading() as reader:
             return _partition_ids(reader, topic)
 
     def _create(self, transaction: Transaction, topic: str) -> tuple[int, ...]:
@@ -149,14 +149,14 @@ class EmbeddedLog:
 
     def end_offsets(self, topic: str) -> list[int]:
         self.partition_ids(topic)
-        with self._reader() as reader:
+        with self.reading() as reader:
             rows = reader.execute("SELECT next FROM partitions WHERE topic = ? ORDER BY number", (topic,))
             return [int(row[0]) for row in rows]
 
     def offset_at(self, topic: str, partition: int, time: float) -> int:
         """See the port. Blocks whose newest record is older are skipped, so one block at most is read."""
         number = self._partition_id(topic, partition)
-        with self._reader() as reader:
+        with self.reading() as reader:
             (end,) = reader.execute("SELECT next FROM partitions WHERE id = ?", (number,)).fetchone()
             block = reader.execute(
                 "SELECT id FROM blocks WHERE id >= ? AND id < ? AND newest >= ? ORDER BY id LIMIT 1",
@@ -177,7 +177,7 @@ class EmbeddedLog:
             "SELECT p.number, o.next FROM offsets o JOIN partitions p ON p.id = o.partition"
             " WHERE o.grp = ? AND p.topic = ?"
         )
-        with self._reader() as reader:
+        with self.reading() as reader:
             return {int(number): int(offset) for number, offset in reader.execute(query, (group, topic))}
 
     def close(self) -> None:
@@ -212,7 +212,7 @@ class EmbeddedLog:
             self._cleaned = -math.inf if more else now
 
     @contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
         """A reading connection for the length of one call."""
         if self._closed:
             raise LogError(f"the log {self.database.path} is closed")

@@ -77,6 +77,7 @@ class Appender:
         self._spoiled = False  # by a refusal: kafka-python would tell it of the batches that come next as well
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.rebuilds = 0  # producers thrown away because of a refusal, or because nothing was acknowledged
 
     def submit(self, records: Sequence[NewRecord], size: int) -> Future[list[Position]]:
         """Does not wait. ``size``: bytes of the records. Raises LogError where too much waits already."""
@@ -146,6 +147,7 @@ class Appender:
         for batch in given_up:
             batch.fail(self._late())
         if producer is not None:
+            self.rebuilds += not self._closed
             abandon(producer)
 
     def _late(self) -> LogError:

@@ -31,7 +31,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 
-from everloop.errors import LogError, RecordTooLarge
+from everloop.errors import LogError, LogRefused, RecordTooLarge
 from everloop.log.kafka.diagnosis import why_silent
 from everloop.log.kafka.settings import Access, Address
 
@@ -208,19 +208,19 @@ class Clients:
                     "topic's max.message.bytes ('everloop topics apply' sets it from log.max_record_bytes)"
                 )
             case kafka_errors.UnsupportedSaslMechanismError() | kafka_errors.IllegalSaslStateError():
-                return LogError(f"{self.address} does not take log.security = 'sasl' (SCRAM-SHA-512) there: {error}")
+                return LogRefused(f"{self.address} does not take log.security = 'sasl' (SCRAM-SHA-512) there: {error}")
             case kafka_errors.SaslAuthenticationFailedError():
-                return LogError(
+                return LogRefused(
                     f"{self.address} refuses {who}: name or password is wrong. Mend log.username and log.password_file "
                     "(or log.password)"
                 )
             case kafka_errors.AuthorizationError():
-                return LogError(
+                return LogRefused(
                     f"{what}: {who} has no permission for it ({_name(error)}). 'everloop topics apply', run as an "
                     "administrator of the cluster, grants what each service needs"
                 )
             case kafka_errors.UnknownTopicOrPartitionError():
-                return LogError(f"{what}: the topic is not there. 'everloop topics apply' makes it")
+                return LogRefused(f"{what}: the topic is not there. 'everloop topics apply' makes it")
             case (
                 kafka_errors.ProducerFencedError()
                 | kafka_errors.InvalidProducerEpochError()

@@ -60,6 +60,11 @@ class KafkaLog:
         size = sum(checked_size(record, self.max_record_bytes) for record in records)
         return self._appender.submit(records, size)
 
+    @property
+    def rebuilds(self) -> int:
+        """How often the client that appends was thrown away and made anew."""
+        return self._appender.rebuilds
+
     def consumer(self, group: str, topics: Sequence[str], *, start: str = "earliest", member: str = "") -> Member:
         if start not in ("earliest", "latest"):
             raise LogError(f"start is 'earliest' or 'latest', not {start!r}")
