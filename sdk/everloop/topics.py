@@ -101,5 +101,8 @@ HANDLERS = {"assemble": "assembler", "score": "scorer"}
 """The service of each handler whose partitions workers share: it has a changelog and writers for them. A handler's
 group has the handler's name."""
 
+RELEASER = "releaser"
+"""The writer of releases and routes on Kafka: one at a time in the cluster, by this name."""
+
 GROUPS = {**HANDLERS, "archive": "assembler", "learn": "learner", "releaser": "releaser"}
 """The service of each group of readers."""

@@ -1,22 +1,25 @@
 """The releaser's reading and writing of the log: its own topics as the authority, the others as news.
 
-Every change is one append: the route first, then the releases. So a kill leaves all of a step or nothing of it, and
-what is in the log is what the next process starts from.
+A change is written whole or not at all: the route first, then the releases; in one append to the embedded log, in one
+transaction on Kafka. So a kill leaves all of a step or nothing of it, and what is in the log is what the next process
+starts from. On Kafka whoever opens the journal fences the one before, on whatever machine that runs: one that was
+paused cannot write any more.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from everloop import wire
 from everloop.contract import Contract
 from everloop.errors import ContractError
 from everloop.log.base import Log, NewRecord, Record
+from everloop.log.embedded import EmbeddedLog
 from everloop.release import Adapter, Release, Route
 from everloop.run import Command
-from everloop.topics import ADAPTERS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES, Topic
+from everloop.topics import ADAPTERS, EPISODES, EVENTS, PAUSES, RELEASER, RELEASES, ROUTES, Topic
 from everloop.wire import BlobStore
 
 from services.releaser.state import Change
@@ -53,13 +56,23 @@ class Tail:
             yield from records
 
 
+def sole_writer(log: Log) -> Callable[[Sequence[NewRecord]], object]:
+    """Writes records whole or not at all. The embedded log is of one home, where one releaser works at a time."""
+    return log.append if isinstance(log, EmbeddedLog) else log.fenced(RELEASER).write
+
+
 class Journal:
-    """Typed access to the topics that the releaser lives on."""
+    """Typed access to the topics that the releaser lives on. :meth:`open` it before what it holds is believed."""
 
     def __init__(self, log: Log, blobs: BlobStore) -> None:
         self.log = log
+        self._append: Callable[[Sequence[NewRecord]], object]
         self._blobs = blobs
         self._adapters = Tail(log, ADAPTERS)
+
+    def open(self) -> None:
+        """From here on nobody else writes: read after this. Raises LogError where the cluster does not let it."""
+        self._append = sole_writer(self.log)
 
     def releases(self) -> Iterator[Release]:
         """Every version that the log holds, oldest first."""
@@ -77,18 +90,15 @@ class Journal:
         return self._decoded(Command, Tail(self.log, PAUSES).all())
 
     def write(self, change: Change) -> None:
-        """Append a change; durable on return.
-
-        The embedded log writes all of it or nothing. Kafka may keep a part of one that raised or was killed.
-        """
+        """Append a change, whole or not at all; durable on return. Raises Fenced where another releaser took over."""
         records = [self._record(RELEASES, r, f"{r.key}/{r.id}", f"{r.id}-{r.step}") for r in change.releases]
         if change.route is not None:
             records.insert(0, self._record(ROUTES, change.route, change.route.key, f"epoch-{change.route.epoch}"))
         if records:
-            self.log.append(records)
+            self._append(records)
 
     def announce(self, adapter: Adapter) -> None:
-        self.log.append([self._record(ADAPTERS, adapter, adapter.key, adapter.hash)])
+        self._append([self._record(ADAPTERS, adapter, adapter.key, adapter.hash)])
 
     def traffic_begins(self) -> dict[str, dict[str, int]]:
         """Where a canary's traffic begins: the present ends of the topics that tell of it."""

@@ -1,7 +1,7 @@
 """Who may do what on the cluster, from the writers and readers declared in :mod:`everloop.topics`. No kafka import.
 
 Each service has a user of its own, and may no more than it needs: write what it writes, read what it reads, commit
-for its own groups, keep the changelogs of its own handlers, and write transactions under its handlers' names.
+for its own groups, keep the changelogs of its own handlers, and write transactions under its own names.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from everloop.log.kafka.settings import Address
-from everloop.topics import CHANGELOG, GROUPS, HANDLERS, OPERATOR, TOPICS
+from everloop.topics import CHANGELOG, GROUPS, HANDLERS, OPERATOR, RELEASER, TOPICS
 
 SERVICES = ("gateway", "assembler", "scorer", "learner", "releaser", OPERATOR)
 
@@ -50,8 +50,14 @@ def _service(service: str, address: Address) -> Iterator[Grant]:
         yield Grant(user, "READ", "GROUP", address.qualified(group))
     for handler in (handler for handler, its in HANDLERS.items() if its == service):
         yield from _topic(user, address.qualified(CHANGELOG + handler), "WRITE", "READ")
-        for operation in ("WRITE", "DESCRIBE"):
-            yield Grant(user, operation, "TRANSACTIONAL_ID", address.qualified(f"{handler}-"), prefixed=True)
+        yield from _writer(user, address.qualified(f"{handler}-"), prefixed=True)
+    if service == RELEASER:
+        yield from _writer(user, address.qualified(RELEASER))
+
+
+def _writer(user: str, name: str, prefixed: bool = False) -> Iterator[Grant]:
+    for operation in ("WRITE", "DESCRIBE"):
+        yield Grant(user, operation, "TRANSACTIONAL_ID", name, prefixed)
 
 
 def _topic(user: str, name: str, *operations: str) -> Iterator[Grant]:
@@ -60,8 +66,8 @@ def _topic(user: str, name: str, *operations: str) -> Iterator[Grant]:
 
 
 def _operator(address: Address) -> Iterator[Grant]:
-    """All of what is ours: without a prefix, all of the cluster's topics and groups."""
-    for resource in ("TOPIC", "GROUP"):
+    """All of what is ours: without a prefix, all of the cluster's topics, groups and writers."""
+    for resource in ("TOPIC", "GROUP", "TRANSACTIONAL_ID"):
         if address.prefix:
             yield Grant(user_of(OPERATOR, address), "ALL", resource, f"{address.prefix}.", prefixed=True)
         else:
