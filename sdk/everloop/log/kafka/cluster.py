@@ -1,11 +1,20 @@
-"""Questions and orders to the cluster that concern no record: topics, ends, times, groups. Thread-safe."""
+"""Questions and orders to the cluster that concern no record: topics, ends, times, groups. Thread-safe.
+
+::
+
+    thread that asks ─▶ a place (there are :data:`MOST`) ─▶ an idle client, else a new one ─▶ answer ─▶ idle again
+                                                                                           └─ error ─▶ thrown away
+
+So nobody asks through a client that another asks through, or throws away: kafka-python refuses what is asked while
+five answers are awaited on a connection.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from kafka import IsolationLevel, KafkaAdminClient, TopicPartition
@@ -26,14 +35,15 @@ from kafka.admin import (
 )
 
 from everloop.errors import LogError
-from everloop.log.kafka.clients import METADATA_SECONDS, REFUSALS, Clients
+from everloop.log.kafka.clients import METADATA_SECONDS, Clients, Unreachable
 from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.grants import Grant
 
 SPREAD_SECONDS = 10.0  # for which a change may not be seen by every broker
 SETTLE_SECONDS = 5.0
-UNSETTLED = (  # a group has no coordinator for a moment, after a start or a change of leaders; too much asked at once
-    kafka_errors.NodeNotReadyError,
+MOST = 4  # clients, each with a thread and a connection of its own
+PLACE_SECONDS = 30.0  # that one who asks waits for a place
+UNSETTLED = (  # a group has no coordinator for a moment, after a start of the broker or a change of leaders
     kafka_errors.CoordinatorNotAvailableError,
     kafka_errors.CoordinatorLoadInProgressError,
     kafka_errors.NotCoordinatorError,
@@ -49,29 +59,38 @@ class Cluster:
         self._keeping = keeping
         self._make = make
         self._known: dict[str, tuple[int, float]] = {}
-        self._admin: KafkaAdminClient | None = None
+        self._idle: list[KafkaAdminClient] = []
+        self._places = threading.BoundedSemaphore(MOST)
         self._lock = threading.Lock()
         self._closed = False
 
     def ask(self, what: str, step: Callable[[KafkaAdminClient], T]) -> T:
-        """The answer to ``step``; a client that lost touch is thrown away, so that the next call has a new one."""
+        """The answer to ``step``. Raises LogError, in bounded time."""
+        if not self._places.acquire(timeout=PLACE_SECONDS):
+            raise Unreachable(f"{what}: the questions before it had no answer within {PLACE_SECONDS:g} s")
+        try:
+            with self._clients.explained(what), self._client() as admin:
+                return _settled(lambda: step(admin))
+        finally:
+            self._places.release()
+
+    @contextmanager
+    def _client(self) -> Iterator[KafkaAdminClient]:
+        """A client for this thread alone; kept for the next where all went well."""
         with self._lock:
             if self._closed:
                 raise LogError("the log is closed")
-            if self._admin is None:
-                self._admin = self._clients.admin()
-            admin = self._admin
+            admin = self._idle.pop() if self._idle else None
+        admin = admin or self._clients.admin()
         try:
-            return _settled(lambda: step(admin))
-        except kafka_errors.KafkaError as error:
-            if not isinstance(error, kafka_errors.BrokerResponseError) or isinstance(error, REFUSALS):
-                self._drop(admin)
-            raise self._clients.explain(error, what) from error
-
-    def _drop(self, admin: KafkaAdminClient) -> None:
+            yield admin
+        except BaseException:
+            admin.close()
+            raise
         with self._lock:
-            if self._admin is admin:
-                self._admin = None
+            if not self._closed:
+                self._idle.append(admin)
+                return
         admin.close()
 
     def partitions(self, topic: str) -> int:
@@ -213,16 +232,28 @@ class Cluster:
         offsets = found.get(qualified, {})
         return {at.partition: int(its.offset) for at, its in offsets.items() if its.offset >= 0}
 
+    def members(self, group: str) -> int:
+        """How many a group has; ``group`` without prefix. 0 where there is no such group."""
+        name = self._clients.address.qualified(group)
+        try:
+            found = self.ask(f"looking at the group {name!r}", lambda admin: admin.describe_groups([name]))
+        except LogError as error:
+            if isinstance(error.__cause__, kafka_errors.GroupIdNotFoundError):
+                return 0
+            raise
+        return len(found[name]["members"])
+
     def remove_member(self, group: str, member_id: str, name: str) -> None:
         """A static member leaves its group: kafka-python's ``close`` leaves it in until its session ends."""
         member = MemberToRemove(member_id=member_id, group_instance_id=name)
         self.ask(f"leaving the group {group!r}", lambda admin: admin.remove_group_members(group, [member]))
 
     def close(self) -> None:
+        """Who asks at this moment still has the answer."""
         with self._lock:
             self._closed = True
-            admin, self._admin = self._admin, None
-        if admin is not None:
+            idle, self._idle = self._idle, []
+        for admin in idle:
             admin.close()
 
 
@@ -244,7 +275,7 @@ def _acl(grant: Grant, kind: Any, pattern: Any) -> Any:
 
 
 def _settled(step: Callable[[], T]) -> T:
-    """The answer to ``step``, asked again while what answers it is not ready."""
+    """The answer to ``step``, asked again while a group's coordinator is being found."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         try:
