@@ -21,7 +21,6 @@ and built anew. A changelog and a state that are gone mean handling again from t
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,19 +35,12 @@ from everloop.topics import CHANGELOG
 from everloop.wire import BlobStore
 from prometheus_client import Counter
 
+from services.changelog import READ_AT_ONCE, Changelog, next_of, writer_name
 from services.retry import Retry
 from services.state import StateStore
 from services.unit import Tally, Unit
 
 logger = logging.getLogger(__name__)
-MARK = "mark"
-"""Key of the changelog's record that says how far the state is: ``<next offset> <owner> <count>``. The last of each
-transaction; the owner is a name drawn at each takeover, so no two commits have the same mark."""
-ENTRY = "/"
-"""What the key of every entry of the state begins with in the changelog."""
-SOURCE = "source"
-"""Header of a changelog record: topic, partition and next offset of the records that the state is of."""
-READ_AT_ONCE = 2000
 
 RESTORED = Counter(
     "everloop_handler_restored_entries", "Entries of the state that were read from its changelog", ["handler"]
@@ -77,10 +69,8 @@ class Partition:
         self.stop = threading.Event()
         self._name = handler.name
         self._log = log
-        self._changelog = CHANGELOG + handler.name
-        self._owner = secrets.token_hex(6)
-        self._count = 0
-        self._writer: FencedWriter = log.fenced(f"{handler.name}-{source[0]}-{source[1]}")
+        self._changelog = Changelog(log, handler.name, source)
+        self._writer: FencedWriter = log.fenced(writer_name(handler.name, source))
         self._state = StateStore(folder / f"{source[0]}-{source[1]}.db")
         try:
             self._restore()
@@ -94,39 +84,22 @@ class Partition:
         TAKEOVERS.labels(self._name).inc()
 
     def _restore(self) -> None:
-        mark = self._newest_mark()
+        mark = self._changelog.mark()
         if self._state.mark() == mark:
             return
         count = 0
 
-        def entries() -> Iterator[tuple[str, bytes | None]]:
+        def counted() -> Iterator[tuple[str, bytes | None]]:
             nonlocal count
-            for record in self._changes(0):
-                if record.key.startswith(ENTRY):
-                    count += 1
-                    yield record.key.removeprefix(ENTRY), record.value
+            for change in self._changelog.changes():
+                count += 1
+                yield change
 
         began = time.monotonic()
-        self._state.rebuild(entries(), {self.source: int(mark.split()[0])} if mark else {}, mark)
+        self._state.rebuild(counted(), {self.source: next_of(mark)} if mark else {}, mark)
         RESTORED.labels(self._name).inc(count)
         said = "%s: state of %s/%d built from its changelog: %d entries, %.1f s"
         logger.info(said, self._name, *self.source, count, time.monotonic() - began)
-
-    def _newest_mark(self) -> str:
-        """That of the last transaction; empty where there was none. It is among the last records, so read those."""
-        end, back = self._log.end_offsets(self._changelog)[self.source[1]], 16
-        while True:
-            start = max(0, end - back)
-            marks = [record.value for record in self._changes(start) if record.key == MARK and record.value]
-            if marks or not start:
-                return marks[-1].decode() if marks else ""
-            back *= 16
-
-    def _changes(self, start: int) -> Iterator[Record]:
-        """The changelog from an offset to its end."""
-        while found := self._log.read(self._changelog, self.source[1], start, READ_AT_ONCE):
-            yield from found
-            start = found[-1].offset + 1
 
     def catch_up(self, until: int) -> None:
         """Handle what lies before ``until`` and is not in the state, as the log has it."""
@@ -167,18 +140,9 @@ class Partition:
         if not (new or offsets or self._state.changed):
             return
         follows = offsets.get(self.source, self.next)
-        self._count += 1
-        mark = f"{follows} {self._owner} {self._count}"
-        headers = {SOURCE: f"{self.source[0]}/{self.source[1]}/{follows}"}
-        entries = [NewRecord(self._changelog, ENTRY + k, value, headers) for k, value in self._state.changes.items()]
-        entries.append(NewRecord(self._changelog, MARK, mark.encode(), headers))
-        self._writer.write(
-            new,
-            placed=[(entry, self.source[1]) for entry in entries],
-            offsets=offsets,
-            group=self._name,
-        )
-        self._unit.attempt("committing the cache of the state", lambda: self._state.commit(offsets, mark))
+        written = self._changelog.written(self._state.changes, follows)
+        self._writer.write(new, placed=written.placed, offsets=offsets, group=self._name)
+        self._unit.attempt("committing the cache of the state", lambda: self._state.commit(offsets, written.mark))
         self.next = follows
 
     def close(self) -> None:

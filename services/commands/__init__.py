@@ -13,7 +13,7 @@ COMMANDS = {
     "release": ("list releases; promote, roll back, veto or register one", "services.commands.release"),
     "dead-letters": ("list what handlers could not take; replay it once mended", "services.commands.dead_letters"),
     "retrain": ("start a training run now, or repeat an earlier one", "services.commands.retrain"),
-    "replay": ("score history again with another reward model", "services.commands.replay"),
+    "replay": ("handle the log again from a time on, or score history again", "services.commands.replay"),
     "sql": ("ask DuckDB about episodes, turns, scores, feedback, releases", "services.commands.sql"),
     "export": ("write a pinned data set", "services.commands.export"),
     "gold": ("add, import or list held-out questions with right answers", "services.commands.gold"),

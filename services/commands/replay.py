@@ -1,30 +1,77 @@
-"""Score history again with another version of the reward model: what was said and expected then stays as it was.
+"""Handle history again: a handler the log from a time on, or all scores with another version of the reward model.
 
-Only episodes that another version scored last get a new score, so doing it twice changes nothing.
+--handler has one handler (assemble, score or archive) handle everything again that happened at --from or later, once
+it is started. Its state stays: what it took before it knows by its id and passes over, and what it writes has the
+ids that it had. So it brings what it could not take then, or what was lost since, and changes nothing else. It must
+not run meanwhile.
+
+--scores scores history again: what was said and expected then stays as it was. Only episodes that another version
+scored last get a new score, so doing it twice changes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from datetime import datetime
+
+from everloop.config import seconds
+from everloop.errors import ConfigError
 
 from services.commands.orders import add_policy
 from services.installation import Installation
+from services.rewind import rewind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scores", action="store_true", required=True, help="what is replayed: scores")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--handler", metavar="NAME", help="this handler's records: assemble, score or archive")
+    what.add_argument("--scores", action="store_true", help="scores, by another version of the reward model")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="TIME",
+        help="with --handler: such as 2026-03-01T12:00 (local, or with +00:00), or how long ago, such as 6h",
+    )
     parser.add_argument("--reward", metavar="VERSION", help="of the reward model, or its beginning; else the newest")
     add_policy(parser, all_of_them=True)
 
 
 def run(options: argparse.Namespace) -> int:
+    if bool(options.handler) != bool(options.start):
+        raise ConfigError("--handler and --from belong together: which handler, and from when on")
+    with Installation.here() as here:
+        return _rewind(here, options) if options.handler else _rescore(here, options)
+
+
+def _rewind(here: Installation, options: argparse.Namespace) -> int:
+    now = time.time()
+    back = rewind(here.log, here.home, options.handler, moment(options.start, now), now)
+    for (topic, partition), (before, after) in sorted(back.items()):
+        print(f"{topic}/{partition}: {options.handler} goes on at offset {after}, not {before}")
+    print("It handles them once it is started." if back else "Nothing that it has handled is of that time or later.")
+    return 0
+
+
+def moment(text: str, now: float) -> float:
+    """A point in time, in seconds since 1970, from ISO 8601 or a duration before now. Raises ConfigError."""
+    try:
+        return now - seconds(text)
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise ConfigError(f"--from {text!r} is no time: write 2026-03-01T12:00, or how long ago, such as 6h") from None
+
+
+def _rescore(here: Installation, options: argparse.Namespace) -> int:
     from reward.encoder import Encoder
     from reward.rescore import newest_version, rescore
 
-    with Installation.here() as here:
-        for tenant, policy in here.policies(options.policy):
-            version = options.reward or newest_version(here.log, tenant, policy)
-            encoder = Encoder(here.config.policy(tenant, policy).reward.encoder)
-            made = rescore(here.log, here.home, encoder, tenant, policy, version=version)
-            print(f"{tenant}/{policy}: {made} scores by reward model {version}")
+    for tenant, policy in here.policies(options.policy):
+        version = options.reward or newest_version(here.log, tenant, policy)
+        encoder = Encoder(here.config.policy(tenant, policy).reward.encoder)
+        made = rescore(here.log, here.home, encoder, tenant, policy, version=version)
+        print(f"{tenant}/{policy}: {made} scores by reward model {version}")
     return 0
