@@ -29,6 +29,7 @@ from everloop.stream import State
 from everloop.topics import EPISODES, EVENTS, TRAJECTORIES
 from everloop.trajectory import Trajectory
 
+from pipelines import settled
 from pipelines.gold import GoldSet
 from pipelines.holdout import split_of, touches, user_texts
 from pipelines.settled import Memory, entry, known
@@ -193,6 +194,8 @@ class Assembler:
 
     name = "assemble"
     topics: tuple[str, ...] = (EVENTS.name,)
+    route_of, moved = staticmethod(settled.route_of), staticmethod(settled.moved)
+    joined = staticmethod(settled.joined)
 
     def __init__(self, config: Config, home: Home) -> None:
         self._config = config

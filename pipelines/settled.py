@@ -12,6 +12,9 @@ episode is settled only once each of its events was found in the store, so a sto
 
 When an episode is to be looked at again stands in the state too, under steps of time: each look takes those of the
 steps that have passed, at most so many. Times are the handler's ``now``: when something came, not when it happened.
+
+Where partitions were added, an episode may be in another one than its first events. Their offsets are then set below
+all that the new partition has (:func:`moved`), and since the store knows only what they were, it is not settled again.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ STEP = 10.0  # seconds
 LOOK_EVERY = 30.0  # seconds between two looks
 AT_ONCE = 20_000  # episodes of one look: 666 a second, day in, day out
 AGAIN = 60.0  # seconds until an episode whose events are not all in the store is looked at again
+EARLIER = 2**48
+"""Taken from offsets of a partition that an episode was in before; more than any offset."""
 PASSED = "\npassed"
 DUE = "\ndue/"
 
@@ -52,6 +57,17 @@ class Known(NamedTuple):
 
     def has(self, event: str) -> bool:
         return any(name == event for _, name in self.events)
+
+    def place(self, event: str, offset: int) -> int | None:
+        """The offset of a settled event, from what the store has; None: it came after settling."""
+        if self.last < EARLIER:
+            return offset if offset <= self.last else None
+        return None if self.has(event) else offset - EARLIER
+
+    @property
+    def settles(self) -> bool:
+        """Whether the store's offsets, at the end, say which events it has."""
+        return all(offset >= 0 for offset, _ in self.events)
 
 
 def known(state: State, key: str) -> Known | None:
@@ -94,8 +110,9 @@ class Memory:
             return {}
         stored: dict[str, dict[str, int]] = {key: {} for key in wanted}
         for key, event, offset, envelope in self._store.events_of(wanted, _days(wanted.values())):
-            if offset <= wanted[key].last:
-                stored[key][event] = offset
+            place = wanted[key].place(event, offset)
+            if place is not None:
+                stored[key][event] = place
                 state.put(entry(key, event), envelope)
         for key, held in wanted.items():
             new = [(offset, event) for offset, event in held.events if event not in stored[key]]
@@ -130,20 +147,45 @@ class Memory:
         stored = self._store.events_held(idle, _days(idle.values()))
         for key, held in idle.items():
             late = any((key, event) not in stored for _, event in held.events)
-            if late and held.touched + self._forget > now:
-                _schedule(state, key, now + AGAIN)
+            forget = held.touched + self._forget
+            if forget > now and (late or not held.settles):
+                _schedule(state, key, now + AGAIN if late else forget)
                 continue
             for _, event in held.events:
                 state.delete(entry(key, event))
+            if forget <= now:
+                state.delete(key)
+                continue
             last = max(offset for offset, _ in held.events)
             state.put(key, _packed(Known(held.touched, (), len(held.events), last, held.days)))
-            _schedule(state, key, held.touched + self._forget)
+            _schedule(state, key, forget)
 
     @property
     def _store(self) -> Store:
         if self._opened is None:
             self._opened = self._open_store()
         return self._opened
+
+
+def route_of(key: str) -> str | None:
+    """See :class:`everloop.stream.Movable`: the episode's key."""
+    if key == PASSED:
+        return None
+    return key.removeprefix(DUE).partition("/")[2] if key.startswith(DUE) else key.partition("\n")[0]
+
+
+def moved(key: str, value: bytes) -> bytes:
+    """See :class:`everloop.stream.Movable`: all that an episode has came before what its new partition will have."""
+    if "\n" in key:
+        return value
+    held = Known(*ormsgpack.unpackb(value))
+    events = [(offset - EARLIER, event) for offset, event in held.events]
+    return _packed(held._replace(events=events, last=EARLIER if held.settled else -1))
+
+
+def joined(key: str, values: Sequence[bytes]) -> bytes:
+    """See :class:`everloop.stream.Movable`: the steps that all have passed."""
+    return str(min(map(int, values))).encode()
 
 
 def _packed(held: Known) -> bytes:

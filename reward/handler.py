@@ -14,7 +14,7 @@ was learned and scored. What is learned depends on the order of episodes alone, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +75,22 @@ class RewardHandler:
         self._waiting: list[Read] = []
         self._desks: dict[tuple[str, str], Desk] = {}
         self._status: dict[str, dict[str, Any]] = {}
+
+    @staticmethod
+    def route_of(key: str) -> str | None:
+        """See :class:`everloop.stream.Movable`: episodes come by their policy."""
+        _, tenant, policy, _ = key.split("/", 3)
+        return f"{tenant}/{policy}"
+
+    @staticmethod
+    def moved(key: str, value: bytes) -> bytes:
+        """See :class:`everloop.stream.Movable`: versions count, not offsets."""
+        return value
+
+    @staticmethod
+    def joined(key: str, values: Sequence[bytes]) -> bytes:
+        """See :class:`everloop.stream.Movable`: every entry is of a policy."""
+        raise ValueError(f"{key!r} is of no policy")
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         if record.value is None:

@@ -152,11 +152,12 @@ class Partition:
 
 
 def check_changelog(log: KafkaLog, handler: str, topic: str) -> int:
-    """How many partitions ``topic`` has. Raises LogError where the handler's changelog has fewer."""
+    """How many partitions ``topic`` has. Raises LogError where the handler's changelog has not as many."""
     wanted, found = log.partitions(topic), log.partitions(CHANGELOG + handler)
-    if found < wanted:
+    if found != wanted:
         raise LogError(
             f"the topic {topic!r} has {wanted} partitions, and {CHANGELOG + handler!r} {found}: each has a state of "
-            "its own, so add as many there"
+            "its own, so they have to be as many. 'everloop topics apply --add-partitions' makes them so, and moves "
+            "the states ('Add partitions' in docs/operations.md)"
         )
     return wanted

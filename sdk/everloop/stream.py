@@ -7,7 +7,7 @@ A batch that is handled twice changes nothing: outputs have the same ids, state 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from everloop.log.base import NewRecord, Record
@@ -51,6 +51,21 @@ class Handler(Protocol):
         Also called about once a second while no record comes. Effects outside the log (Parquet files, snapshots)
         happen here, idempotently.
         """
+
+
+class Movable(Protocol):
+    """What a handler's class says besides where its partitions have states of their own: partitions that are added
+    take keys over, and the state has to follow."""
+
+    def route_of(self, key: str) -> str | None:
+        """What decides the partition of the records that an entry of the state is of (their route, else their key);
+        None: the entry is of no key, but of the partition as a whole."""
+
+    def moved(self, key: str, value: bytes) -> bytes:
+        """An entry as it is in another partition, whose offsets have nothing to do with those of the one before."""
+
+    def joined(self, key: str, values: Sequence[bytes]) -> bytes:
+        """An entry of no key, as it is right for every partition, from what each of them had."""
 
 
 class Handled(NamedTuple):

@@ -2,6 +2,10 @@
 
 'check' prints the plan and changes nothing; exit status 1 where something differs. 'apply' prints it and carries it
 out; exit status 1 where something is left that only a person can do. Grants are made where the cluster keeps any.
+
+With --add-partitions topics that exist get as many partitions as log.partitions says. Keys move to other partitions
+then, and what handlers know of them moves with them; so workers and gateways must be down, and nothing may wait: else
+nothing is changed, and what is in the way is said.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     apply = verbs.add_parser("apply", help="print what differs, and make it as declared")
     for verb in (check, apply):
         verb.add_argument(
-            "--add-partitions", action="store_true", help="also to topics that exist: keys move, so drain workers first"
+            "--add-partitions", action="store_true", help="also to topics that exist: while nothing else runs"
         )
 
 
@@ -34,12 +38,26 @@ def run(options: argparse.Namespace) -> int:
         _show(plan)
         if options.verb == "check":
             return int(bool(plan.changes))
-        carry_out(plan.changes)
+        if options.add_partitions:
+            _grow(log)
+            carry_out(log.plan(add_partitions=True).changes)
+        else:
+            carry_out(plan.changes)
         left = [change for change in plan.changes if change.make is None]
         print(f"{len(plan.changes) - len(left)} changes made." if plan.changes else "Nothing to do.")
         return int(bool(left))
     finally:
         log.close()
+
+
+def _grow(log: KafkaLog) -> None:
+    """Topics of handlers first: their states go with them."""
+    from services.moving import grow
+
+    for its in grow(log):
+        print(f"{its.topic} has {its.partitions} partitions; {its.entries} entries of {its.handler}'s state moved.")
+        if its.late:
+            print(f"{its.late} records came to it meanwhile: the episodes they are of may be in two pieces.")
 
 
 def _show(plan: Plan) -> None:

@@ -134,12 +134,12 @@ class Running:
 
 @pytest.fixture
 def work(log: KafkaLog) -> Iterator[Callable[..., Running]]:
-    """Start a worker in a thread: ``work(folder, make=Counting, …)``."""
+    """Start a worker in a thread: ``work(folder, make=Counting, …)``; ``on`` another log of the same broker."""
     running: list[Running] = []
 
-    def start(folder: Path, make: Callable[[], Any] = Counting, **options: Any) -> Running:
+    def start(folder: Path, make: Callable[[], Any] = Counting, on: KafkaLog = log, **options: Any) -> Running:
         stop = threading.Event()
-        worker = FaustWorker(make, log, Home(folder), stop=stop, **{"session": SESSION, "retry": FAST, **options})
+        worker = FaustWorker(make, on, Home(folder), stop=stop, **{"session": SESSION, "retry": FAST, **options})
         running.append(Running(worker, stop))
         return running[-1]
 

@@ -70,6 +70,11 @@ class Desk:
             self.now += seconds / looks
             self.flush()
 
+    def move(self):
+        """As where partitions were added: the state goes to another one, whose offsets begin anew."""
+        self.state.entries = {key: settled.moved(key, value) for key, value in self.state.entries.items()}
+        self.offset = 0
+
     def final(self, episode="ep_1"):
         its = [one for one in self.versions if one.id == episode]
         return max(its, key=lambda one: one.version) if its else None
@@ -122,6 +127,44 @@ def test_any_order_and_any_settling_between_give_the_same_final_state(make, emit
     desk.store()
     desk.wait(4 * HOUR, looks=8)
     assert desk.events_held() == []
+
+
+@given(data=st.data())
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_an_episode_that_moves_to_another_partition_stays_one_in_its_order(make, emitted, tmp_path_factory, data):
+    events = [*story(make), *(make.event(make.call(f"u{n}"), time=START - n) for n in range(3))]  # order by the log
+    order = data.draw(st.permutations(events))
+    whole = Desk(make, emitted, Home(tmp_path_factory.mktemp("whole")))
+    whole.take(*order)
+    desk = Desk(make, emitted, Home(tmp_path_factory.mktemp("moved")))
+    cuts = sorted(data.draw(st.lists(st.integers(1, len(order) - 1), min_size=1, max_size=3)))
+    for start, end in itertools.pairwise([0, *cuts, len(order)]):
+        desk.take(*order[start:end])
+        desk.wait(data.draw(st.sampled_from([0.0, 2 * HOUR])))
+        desk.move()
+    assert desk.final() == whole.final()
+
+
+def test_what_moved_while_it_was_open_is_kept_until_it_is_forgotten(make, emitted, home):
+    desk = Desk(make, emitted, home, forget="2d")
+    desk.take(make.event(make.call(), seq=0))
+    desk.move()
+    desk.wait(5 * HOUR)
+    assert len(desk.events_held()) == 1
+    desk.take(make.event(make.thumb(1)))
+    assert desk.final().version == 2
+    desk.wait(100 * HOUR, looks=30)
+    assert desk.state.entries.keys() == {settled.PASSED}
+
+
+def test_the_key_of_every_entry_is_known(desk, make):
+    desk.take(make.event(make.call(), seq=0))
+    assert {settled.route_of(key) for key in desk.state.entries} == {"acme/ep_1", None}
+    assert settled.joined(settled.PASSED, [b"7", b"5", b"9"]) == b"5"
 
 
 def long_call(make, number):

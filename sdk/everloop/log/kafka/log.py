@@ -13,7 +13,7 @@ from everloop.log.base import NewRecord, Position, Record, checked_size
 from everloop.log.kafka.appender import Appender
 from everloop.log.kafka.clients import Clients
 from everloop.log.kafka.cluster import Cluster
-from everloop.log.kafka.declared import Keeping
+from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.fenced import FencedWriter
 from everloop.log.kafka.member import Member
 from everloop.log.kafka.plan import Plan, plan
@@ -52,6 +52,10 @@ class KafkaLog:
     def plan(self, *, add_partitions: bool = False) -> Plan:
         """What differs on the cluster from what is declared. Raises LogError with cause and mend, within 15 s."""
         return plan(self.cluster, self.clients.address, self._keeping, add_partitions=add_partitions)
+
+    def declared(self, topic: str) -> TopicSpec:
+        """As a topic should be."""
+        return spec_of(topic, self._keeping)
 
     def append(self, records: Sequence[NewRecord]) -> list[Position]:
         return self._appender.wait(self.append_soon(records))

@@ -1,0 +1,146 @@
+"""Adds partitions to topics whose handlers have a state for each, and moves the states after their keys.
+
+::
+
+    no worker runs, nothing waits ─▶ changelog gets partitions ─▶ entries move, some in each transaction ─▶ source gets
+    (else it is refused)                 └───── the two differ in number: no worker starts ─────┘           as many
+
+So a kill at any moment leaves workers that refuse to start, and the next call goes on where this one stopped. An entry
+leaves its old partition in the transaction that brings it to its new one. Memory: the state of one partition.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from itertools import islice
+from typing import NamedTuple
+
+from everloop.errors import EverloopError
+from everloop.log.base import TopicPartition, partition_of
+from everloop.log.kafka.log import KafkaLog
+from everloop.stream import Movable
+from everloop.topics import CHANGELOG, EPISODES, EVENTS
+
+from services.changelog import Changelog, writer_name
+from services.rewind import refuse_while_it_runs
+from services.unit import Behind
+
+SHARED = {
+    "assemble": (EVENTS.name, "pipelines.assemble", "Assembler"),
+    "score": (EPISODES.name, "reward.handler", "RewardHandler"),
+}
+"""By handler: its topic, and the class that knows its state."""
+AT_ONCE = 500  # entries of one transaction
+LOOK_SECONDS = 2.0  # for which nothing must come to a topic
+
+
+class NotMoved(EverloopError):
+    """Why no partition is added, and what to do."""
+
+
+class Growth(NamedTuple):
+    """``entries``: of the handler's state, how many went to another partition. ``late``: records that came meanwhile;
+    what they are of may be in two pieces."""
+
+    handler: str
+    topic: str
+    partitions: int
+    entries: int
+    late: int
+
+
+def grow(log: KafkaLog) -> list[Growth]:
+    """Give each handler's topic and changelog the partitions that are declared. Raises NotMoved before any change."""
+    wanted = {handler: found for handler, (topic, _, _) in SHARED.items() if (found := _wanted(log, handler, topic))}
+    ends = {handler: _drained(log, handler, SHARED[handler][0]) for handler in wanted}
+    if wanted:
+        time.sleep(LOOK_SECONDS)
+    for handler, before in ends.items():
+        topic = SHARED[handler][0]
+        if log.end_offsets(topic) != before:
+            raise NotMoved(f"records come to {topic!r}: take the gateways down first, and wait until nothing waits")
+    return [_grow(log, handler, count, ends[handler]) for handler, count in wanted.items()]
+
+
+def _wanted(log: KafkaLog, handler: str, topic: str) -> int:
+    """How many partitions both topics should have; 0 where they have them, or are not there yet."""
+    changelog = CHANGELOG + handler
+    found = log.cluster.describe([topic, changelog])
+    if len(found) < 2:
+        return 0
+    both = {found[topic].partitions, found[changelog].partitions}
+    count = max(log.declared(topic).partitions, *both)
+    return count if both != {count} else 0
+
+
+def _drained(log: KafkaLog, handler: str, topic: str) -> list[int]:
+    """The ends of a topic of which its handler, which does not run, has handled everything."""
+    refuse_while_it_runs(log, handler)
+    sources: list[TopicPartition] = [(topic, number) for number in range(log.partitions(topic))]
+    places = log.partitions(CHANGELOG + handler)
+    following = {at: Changelog(log, handler, at).next() if at[1] < places else 0 for at in sources}
+    waiting = sum(Behind(log)(following).values())
+    if waiting:
+        raise NotMoved(
+            f"{handler!r} has {waiting} records of {topic!r} to go: run 'everloop worker {handler}' until "
+            "everloop_handler_lag_records is 0, end it, and try again"
+        )
+    return log.end_offsets(topic)
+
+
+def _grow(log: KafkaLog, handler: str, count: int, before: list[int]) -> Growth:
+    topic, module, name = SHARED[handler]
+    if log.partitions(CHANGELOG + handler) < count:
+        log.cluster.add_partitions(CHANGELOG + handler, count)
+    moved = move(log, handler, topic, count, getattr(importlib.import_module(module), name))
+    late = sum(log.end_offsets(topic)) - sum(before)
+    if log.partitions(topic) < count:
+        log.cluster.add_partitions(topic, count)
+    return Growth(handler, topic, count, moved, late)
+
+
+def move(log: KafkaLog, handler: str, topic: str, count: int, its: Movable) -> int:
+    """Bring every entry of a handler's state to the partition that its key has among ``count``; how many moved."""
+    for number in range(count):
+        log.fenced(writer_name(handler, (topic, number))).close()  # a worker that was paused writes no more
+    logs = [Changelog(log, handler, (topic, number)) for number in range(count)]
+    follows = [one.next() for one in logs]
+    moved, whole = 0, dict[str, list[bytes]]()
+    with closing(log.fenced(f"{handler}-moving")) as writer:
+        for number, one in enumerate(logs):
+            for to, entries in _strays(one, number, count, its, whole).items():
+                for some in _pieces(entries):
+                    arrive = logs[to].written(some, follows[to])
+                    leave = one.written(dict.fromkeys(some), follows[number])
+                    writer.write([], placed=[*arrive.placed, *leave.placed])
+                    moved += len(some)
+        for key, values in whole.items():
+            change = {key: its.joined(key, values)}
+            placed = [one.written(change, follows[number]).placed for number, one in enumerate(logs)]
+            writer.write([], placed=[record for each in placed for record in each])
+    return moved
+
+
+def _strays(
+    changelog: Changelog, number: int, count: int, its: Movable, whole: dict[str, list[bytes]]
+) -> dict[int, dict[str, bytes]]:
+    """By the partition where they belong: entries that lie elsewhere. ``whole`` takes those of no key."""
+    found: dict[int, dict[str, bytes]] = {}
+    for key, value in dict(changelog.changes()).items():
+        if value is None:
+            continue
+        route = its.route_of(key)
+        if route is None:
+            whole.setdefault(key, []).append(value)
+        elif (to := partition_of(route, count)) != number:
+            found.setdefault(to, {})[key] = its.moved(key, value)
+    return found
+
+
+def _pieces(entries: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+    left = iter(entries.items())
+    while piece := dict(islice(left, AT_ONCE)):
+        yield piece
