@@ -50,6 +50,6 @@ def test_a_call_that_is_missing_in_the_store_or_there_twice_fails_the_run(monkey
 
 def test_aims_are_of_the_worst_try():
     tries = [Recovered(7.0, 8.0, 0.1), Recovered(13.0, 14.0, 0.2), Recovered(9.0, 9.0, 0.1)]
-    rows, aims = report({kind: tries for kind in recovery.KINDS})
+    rows, aims = report(dict.fromkeys(recovery.KINDS, tries))
     assert (rows[0]["first median s"], rows[0]["worst first s"], rows[0]["tries"]) == (9.0, 13.0, 3)
     assert [one.met for one in aims] == [False, False, True]
