@@ -229,7 +229,7 @@ class Supervisor:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **child.service.environment},
                 process_group=0,  # Ctrl-C at the terminal reaches the supervisor alone, which drains
-                preexec_fn=_die_with_parent,  # safe: this process has one thread
+                preexec_fn=die_with_parent,  # safe: this process has one thread
             )
         child.started, child.ready = now, False
 
@@ -339,6 +339,6 @@ def _prctl(option: int, value: int) -> None:
         _libc.prctl(option, value, 0, 0, 0)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Runs in the child between fork and exec. SIGTERM, so that the child drains as at any other stop."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -26,7 +26,7 @@ def publish(registry: Registry, run: Run, request: Request, trained: Trained, no
     Raises:
         RegistryError: the registry does not answer; nothing was announced, try again.
     """
-    registry_run = log(registry, run, request, trained)
+    registry_run = log(registry, run, request, trained, now)
     lineage = {"everloop.run": run.id, "everloop.batch": run.batch, "everloop.parent": run.parent}
     uri = registry.register(run.tenant, run.policy, registry_run=registry_run, adapter=trained.adapter, tags=lineage)
     return Adapter(
@@ -47,10 +47,18 @@ def publish(registry: Registry, run: Run, request: Request, trained: Trained, no
     )
 
 
-def log(registry: Registry, run: Run, request: Request, trained: Trained) -> str:
+def log(registry: Registry, run: Run, request: Request, trained: Trained, now: float) -> str:
     """Step 1; the registry's id of the run."""
-    params = {**flat(request.recipe), "seed": run.seed, "base": request.base, "threads": request.threads}
+    recipe = flat(request.recipe)
+    params = {
+        "recipe": recipe.pop("name"),
+        **recipe,
+        "seed": run.seed,
+        "base": request.base,
+        "threads": request.threads,
+    }
     tags = {
+        "everloop.adapter": trained.adapter,
         "everloop.batch": run.batch,
         "everloop.parent": run.parent,
         "everloop.reward": Path(request.reward).name if request.reward else "",
@@ -60,8 +68,12 @@ def log(registry: Registry, run: Run, request: Request, trained: Trained) -> str
         run.tenant,
         run.policy,
         run.id,
+        title=f"{trained.adapter[:8]} seed {run.seed}",  # short: a list of runs has room for 18 letters
+        took=(run.time, now),
+        batch=run.batch,
         params=params,
         curves=trained.curves,
+        results=trained.metrics,
         tags=tags,
         files={ADAPTER_FILES: Path(request.adapters) / trained.adapter},
     )

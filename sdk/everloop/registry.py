@@ -39,6 +39,11 @@ QUIET = {
 """A registry that is down must be noticed in seconds; MLflow's own defaults take minutes."""
 
 
+RESULTS = "result/"
+"""Before the name of a run's result: MLflow shows those in a section of their own, apart from the curves. At step 0
+alone a metric is a bar for each run, not a curve of one point."""
+
+
 class Point(NamedTuple):
     """One value of a curve, at an optimizer step."""
 
@@ -92,28 +97,37 @@ class Registry:
         policy: str,
         run: str,
         *,
+        title: str,
+        took: tuple[float, float],
+        batch: str,
         params: Mapping[str, Any],
         curves: Sequence[Point],
+        results: Mapping[str, float],
         tags: Mapping[str, str],
         files: Mapping[str, Path],
         failed: bool = False,
     ) -> str:
         """Write a whole training run and return the registry's id of it; the same one if it was written before.
 
+        ``title`` is what people read in a list of runs. ``took``: its start and end, seconds since 1970. ``batch``:
+        what it learned from, shown as its data set; "": nothing. ``results``: what it came to, beside the curves.
         ``files``: artifact folder name to the local folder whose files go there.
         """
+        start, end = (int(1000 * at) for at in took)
         with self._client() as client:
             known = self._run_of(client, tenant, policy, run)
             if known is not None and known.info.status in ("FINISHED", "FAILED"):
                 return str(known.info.run_id)
-            made = known or client.create_run(
-                self._experiment(client, tenant, policy), run_name=run, tags={RUN_TAG: run, **tags}
-            )
+            experiment, named = self._experiment(client, tenant, policy), {RUN_TAG: run, **tags}
+            made = known or client.create_run(experiment, start_time=start, run_name=title, tags=named)
             run_id = str(made.info.run_id)
-            _log(client, run_id, params, curves)
+            totals = [Point(RESULTS + name, 0, value) for name, value in results.items()]
+            _log(client, run_id, params, [*curves, *totals], start)
+            if batch:
+                client.log_inputs(run_id, [_data_set(batch)])
             for name, folder in files.items():
                 client.log_artifacts(run_id, str(folder), name)
-            client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+            client.set_terminated(run_id, "FAILED" if failed else "FINISHED", end_time=end)
             return run_id
 
     def _experiment(self, client: MlflowClient, tenant: str, policy: str) -> str:
@@ -130,6 +144,11 @@ class Registry:
         quoted = run.replace("'", "")
         found = client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{quoted}'", max_results=1)
         return found[0] if found else None
+
+    def experiments(self) -> dict[str, str]:
+        """MLflow's id of each policy's experiment, by ``tenant/policy``; those that have runs."""
+        with self._client() as client:
+            return {str(found.name): str(found.experiment_id) for found in client.search_experiments()}
 
     def register(self, tenant: str, policy: str, *, registry_run: str, adapter: str, tags: Mapping[str, str]) -> str:
         """Register the adapter files of a logged run; returns ``models:/<tenant>.<policy>/<n>``.
@@ -246,15 +265,35 @@ def _connect(uri: str) -> MlflowClient:
 
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     client.search_experiments(max_results=1)
+    if uri.startswith("sqlite:"):
+        _hide_default(client)
     return client
 
 
-def _log(client: MlflowClient, run_id: str, params: Mapping[str, Any], curves: Sequence[Point]) -> None:
+def _hide_default(client: MlflowClient) -> None:
+    """MLflow makes an experiment "Default" in a new store, which stays empty here: it is not listed. A deleted one
+    is kept, and is not made again; one that somebody logged runs to stays.
+    """
+    default = client.get_experiment_by_name("Default")
+    if default is None or default.lifecycle_stage != "active" or client.search_runs([default.experiment_id]):
+        return
+    client.delete_experiment(default.experiment_id)
+
+
+def _data_set(batch: str) -> Any:
+    from mlflow.entities import Dataset, DatasetInput
+
+    digest = batch.rpartition("_")[2][:8]
+    return DatasetInput(Dataset(name=batch, digest=digest, source_type="everloop", source=batch))
+
+
+def _log(client: MlflowClient, run_id: str, params: Mapping[str, Any], points: Sequence[Point], start: int) -> None:
+    """``start`` in ms since 1970. A point has no time of its own: one ms a step, the same whenever it is written."""
     from mlflow.entities import Metric, Param
 
     fixed = [Param(name, str(value)[:6000]) for name, value in params.items()]
-    for start in range(0, len(fixed), 100):
-        client.log_batch(run_id, params=fixed[start : start + 100])
-    points = [Metric(name, float(value), step, step) for name, step, value in curves]
-    for start in range(0, len(points), 1000):
-        client.log_batch(run_id, metrics=points[start : start + 1000])
+    for first in range(0, len(fixed), 100):
+        client.log_batch(run_id, params=fixed[first : first + 100])
+    metrics = [Metric(name, float(value), start + step, step) for name, step, value in points]
+    for first in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[first : first + 1000])

@@ -149,7 +149,7 @@ class Runs:
             raise ContractError(f"run {run.id} has no result in {folder}: it is not done")
         metrics = {**trained.metrics, "kl": trained.metrics.get("kl_base", 0.0)}
         if not run.publish:
-            publish.log(self._registry, run, request, trained)
+            publish.log(self._registry, run, request, trained, now)
             says = f"trained adapter {trained.adapter}, which was not to be published"
             return self._end(run, RunState.FINISHED, says, metrics, now, adapter=trained.adapter)
         adapter = publish.publish(self._registry, run, request, trained, now)

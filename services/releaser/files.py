@@ -105,8 +105,12 @@ class AdapterFiles:
             tenant,
             policy,
             run,
+            title=f"{adapter[:8]} registered",
+            took=(now, now),
+            batch="",
             params={"rank": fields["r"], "reason": reason},
             curves=[],
+            results={},
             tags={"everloop.source": "registered by a person"},
             files={ADAPTER_FILES: folder},
         )

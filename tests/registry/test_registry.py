@@ -39,6 +39,10 @@ def publish(registry: Registry, folder: Path, run: str, policy: str = "desk") ->
         "bank",
         policy,
         run,
+        title=f"{run} of the desk",
+        took=(1_000.0, 1_060.0),
+        batch="batch_0123456789",
+        results={"kl": 0.15, "steps": 2.0},
         params={"rank": 32, "recipe": "ppo"},
         curves=[Point("kl", 1, 0.1), Point("kl", 2, 0.2)],
         tags={"everloop.batch": "b1"},
@@ -57,6 +61,16 @@ def test_a_run_is_logged_registered_and_fetched_back(registry: Registry, tmp_pat
         assert logged.data.params["rank"] == "32"
         assert [m.value for m in client.get_metric_history(run_id, "kl")] == [0.1, 0.2]
         assert logged.data.tags["everloop.batch"] == "b1"
+        assert (logged.info.run_name, logged.info.start_time, logged.info.end_time) == (
+            "run-a of the desk",
+            1_000_000,
+            1_060_000,
+        )
+        assert [(data.dataset.name, data.dataset.digest) for data in logged.inputs.dataset_inputs] == [
+            ("batch_0123456789", "01234567")
+        ]
+        assert logged.data.metrics == {"kl": 0.2, "result/kl": 0.15, "result/steps": 2.0}
+        assert [m.timestamp for m in client.get_metric_history(run_id, "kl")] == [1_000_001, 1_000_002]
     fetched = registry.fetch(uri, content_hash(folder), tmp_path / "adapters", content_hash)
     assert fetched == tmp_path / "adapters" / content_hash(folder)
     assert (fetched / "adapter_model.safetensors").read_bytes() == b"weights"
@@ -106,3 +120,18 @@ def test_a_registry_that_is_down_is_noticed_in_seconds(tmp_path: Path):
     with pytest.raises(RegistryError, match="does not answer"):
         down.register("bank", "desk", registry_run="r", adapter="a", tags={})
     assert time.monotonic() - started < 60
+
+
+def test_no_experiment_is_listed_that_nobody_uses(registry: Registry, tmp_path: Path):
+    publish(registry, adapter(tmp_path / "made", b"of the list"), "run-list")
+    assert "bank/desk" in registry.experiments()
+    assert "Default" not in registry.experiments()
+
+
+def test_an_experiment_default_that_somebody_uses_stays(tmp_path: Path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MlflowClient(tracking_uri=uri).create_run("0")
+    for _ in range(2):
+        assert Registry(uri, tmp_path).experiments() == {"Default": "0"}
