@@ -44,7 +44,7 @@ from prometheus_client import Counter, Gauge
 from services.partition import Partition, check_changelog
 from services.retry import Retry, Stopping
 from services.state import own_folder
-from services.unit import AGE, LAG, Behind, Tally
+from services.unit import LAG, Behind, Tally
 
 logger = logging.getLogger(__name__)
 SESSION_SECONDS = 6.0  # without a heartbeat, after which the others get the partitions; the least a broker allows
@@ -149,7 +149,7 @@ class Line:
 
 
 class FaustWorker:
-    """One worker of a handler: ``run`` in a thread; ``status``, ``lag``, ``age`` and ``trouble`` from any.
+    """One worker of a handler: ``run`` in a thread; ``status``, ``lag`` and ``trouble`` from any.
 
     ``make`` gives a handler for each partition that this worker has. ``linger`` (seconds) gathers records into a
     batch, ``max_records`` bounds it. ``session``: see :data:`SESSION_SECONDS`.
@@ -180,21 +180,18 @@ class FaustWorker:
         self._clock = clock
         self._max_records, self._linger = max_records, linger
         self._retry = retry
-        self._stuck_after = stuck_after
         self._session = session
-        self._tally = Tally(self.name)
+        self._tally = Tally(self.name, stuck_after)
         self._lines: dict[int, Line] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._behind = Behind(log)
         self._lag: dict[TopicPartition, int] | None = None  # None: not known
         self._rebalances = 0
         self._failure: BaseException | None = None
-        self._running = False
         self._folder: Path
         self._app: Any
         check_changelog(log, self.name, self._topic)
         LAG.labels(self.name).set_function(lambda: math.nan if self._lag is None else self.lag())
-        AGE.labels(self.name).set_function(self.age)
         WAITING.labels(self.name).set_function(lambda: max((x.waited() for x in list(self._lines.values())), default=0))
 
     def run(self) -> None:
@@ -202,12 +199,12 @@ class FaustWorker:
         with own_folder(self._home.folder("state") / self.name) as folder:
             self._folder = folder
             self._tally.moved()
-            self._running = True
+            self._tally.running = True
             try:
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     runner.run(self._main())
             finally:
-                self._running = False
+                self._tally.running = False
 
     async def _main(self) -> None:
         # A partition that waits for its next try holds a thread: there must be more of them.
@@ -362,25 +359,13 @@ class FaustWorker:
         """Records of the partitions here that are not handled yet, as of about a second ago."""
         return sum((self._lag or {}).values())
 
-    def age(self) -> float:
-        """Seconds since the last record was done, or there was none to do."""
-        return time.monotonic() - self._tally.progress if self._running else 0.0
-
     def trouble(self) -> str | None:
-        """For liveness: one sentence where the handler has not moved for ``stuck_after`` seconds."""
-        if self.age() < self._stuck_after:
-            return None
-        return f"handler {self.name} has not moved for {self.age():.0f} s with {self.lag()} records to go"
+        """For liveness: see :meth:`services.unit.Tally.trouble`."""
+        return self._tally.trouble(self.lag)
 
     def status(self) -> dict[str, Any]:
-        return {
-            "lag": self.lag(),
-            "progress_age": round(self.age(), 3),
-            "dead_letters": self._tally.dead_letters,
-            "last_cause": self._tally.last_cause,
-            "offsets": {f"{self._topic}/{line.number}": line.partition.next for line in self._served()},
-            "rebalances": self._rebalances,
-        }
+        offsets = {f"{self._topic}/{line.number}": line.partition.next for line in self._served()}
+        return {**self._tally.status(self.lag(), offsets), "rebalances": self._rebalances}
 
 
 def application(log: KafkaLog, handler: str, folder: Path, session: float) -> faust.App:

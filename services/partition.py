@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from everloop.errors import LogError
+from everloop.errors import LogError, RecordTooLarge
 from everloop.log.base import NewRecord, Record, TopicPartition
 from everloop.log.kafka.fenced import FencedWriter
 from everloop.log.kafka.log import KafkaLog
@@ -41,6 +41,7 @@ from services.state import StateStore
 from services.unit import Tally, Unit
 
 logger = logging.getLogger(__name__)
+OVERHEAD = 200  # bytes of a changelog record beyond key and value
 
 RESTORED = Counter(
     "everloop_handler_restored_entries", "Entries of the state that were read from its changelog", ["handler"]
@@ -140,10 +141,21 @@ class Partition:
         if not (new or offsets or self._state.changed):
             return
         follows = offsets.get(self.source, self.next)
+        self._check_sizes(self._state.changes)
         written = self._changelog.written(self._state.changes, follows)
         self._writer.write(new, placed=written.placed, offsets=offsets, group=self._name)
         self._unit.attempt("committing the cache of the state", lambda: self._state.commit(offsets, written.mark))
         self.next = follows
+
+    def _check_sizes(self, changes: Mapping[str, bytes | None]) -> None:
+        """Raises RecordTooLarge where an entry has grown above what the changelog takes: what made it grow becomes a
+        dead letter, and the entry stays as it was."""
+        for key, value in changes.items():
+            if len(key.encode()) + len(value or b"") + OVERHEAD > self._log.max_record_bytes:
+                raise RecordTooLarge(
+                    f"what {self._name!r} knows under {key!r} would have {len(value or b''):,} bytes, and its "
+                    f"changelog takes {self._log.max_record_bytes:,} (log.max_record_bytes): no more of this key is taken"
+                )
 
     def close(self) -> None:
         """Let go of it; whatever is committed stays."""

@@ -46,7 +46,7 @@ IDLE_EVERY = 1.0  # seconds between flushes while no record comes
 
 
 class Stream:
-    """One handler, bound to a log: ``run`` in a thread; ``status``, ``lag``, ``age`` and ``trouble`` from any.
+    """One handler, bound to a log: ``run`` in a thread; ``status``, ``lag`` and ``trouble`` from any.
 
     ``linger`` (seconds) gathers records into a larger batch before ``flush``, ``max_records`` bounds it. Partitions
     that the state has not seen are read from their beginning, so that a state that was deleted is built anew.
@@ -77,20 +77,17 @@ class Stream:
         self._linger = linger
         self._patience = POLL_SECONDS
         self._retry = retry
-        self._stuck_after = stuck_after
         self._next: dict[TopicPartition, int] = {}  # the next offset to handle: what the state's offsets say
         self._unread: dict[TopicPartition, int] = {}  # the next offset to read: ahead of it within a batch
         self._reported: dict[TopicPartition, int] = {}
         self._report_due = 0.0
         self._idle_due = 0.0
-        self._running = False
-        self._tally = Tally(handler.name)
+        self._tally = Tally(handler.name, stuck_after)
         self._behind = Behind(log)
         self._state: StateStore
         self._unit: Unit
         self._consumer: Consumer
         LAG.labels(self.name).set_function(self._shown_lag)
-        AGE.labels(self.name).set_function(self.age)
 
     def run(self, *, until_idle: bool = False) -> None:
         """Handle records until ``stop`` is set (``until_idle``: or until there is none left).
@@ -101,7 +98,7 @@ class Stream:
             if not mine:
                 return
             self._tally.moved()
-            self._running = True
+            self._tally.running = True
             self._patience = 0.0 if until_idle else POLL_SECONDS
             self._state = StateStore(self._path)
             self._unit = self._new_unit()
@@ -112,7 +109,7 @@ class Stream:
             except Stopping:
                 logger.info("%s: stopped between two tries; the next start handles this batch again", self.name)
             finally:
-                self._running = False
+                self._tally.running = False
                 self._state.close()
                 self._close_consumer()
 
@@ -214,15 +211,9 @@ class Stream:
         except LogError:
             return math.nan
 
-    def age(self) -> float:
-        """Seconds since the last record was done, or the log was found empty; 0 while another process runs it."""
-        return time.monotonic() - self._tally.progress if self._running else 0.0
-
     def trouble(self) -> str | None:
-        """For liveness: one sentence where the handler has not moved for ``stuck_after`` seconds."""
-        if self.age() < self._stuck_after:
-            return None
-        return f"handler {self.name} has not moved for {self.age():.0f} s with {self.lag()} records to go"
+        """For liveness: see :meth:`services.unit.Tally.trouble`."""
+        return self._tally.trouble(self.lag)
 
     @property
     def handled(self) -> int:
@@ -235,13 +226,7 @@ class Stream:
 
     def status(self) -> dict[str, Any]:
         offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in sorted(self._next.items())}
-        return {
-            "lag": self.lag(),
-            "progress_age": round(self.age(), 3),
-            "dead_letters": self._tally.dead_letters,
-            "last_cause": self._tally.last_cause,
-            "offsets": offsets,
-        }
+        return self._tally.status(self.lag(), offsets)
 
 
 def run_handler(

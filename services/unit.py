@@ -49,20 +49,45 @@ Write = Callable[[Sequence[NewRecord], Mapping[TopicPartition, int]], None]
 
 
 class Tally:
-    """What the runner of a handler counts and shows, over all of its units. Thread-safe."""
+    """What the runner of a handler counts and shows, over all of its units. Thread-safe.
 
-    def __init__(self, name: str) -> None:
+    ``stuck_after``: seconds without progress that mean trouble. ``running``: the runner says whether it runs here.
+    """
+
+    def __init__(self, name: str, stuck_after: float) -> None:
         self.name = name
+        self.running = False
         self.handled = 0  # records, dead letters included, since the start
         self.dead_letters = 0
         self.last_cause = ""
         self.progress = time.monotonic()  # when the last record was done, or there was none to do
         self.seconds = SECONDS.labels(name)  # looked up once: each record is timed
         self.retried = RETRIES.labels(name).inc
+        self._stuck_after = stuck_after
         self._lock = threading.Lock()
+        AGE.labels(name).set_function(self.age)
 
     def moved(self) -> None:
         self.progress = time.monotonic()
+
+    def age(self) -> float:
+        """Seconds since the last record was done, or there was none to do; 0 while it does not run here."""
+        return time.monotonic() - self.progress if self.running else 0.0
+
+    def trouble(self, lag: Callable[[], int]) -> str | None:
+        """For liveness: one sentence where the handler has not moved for ``stuck_after`` seconds."""
+        if self.age() < self._stuck_after:
+            return None
+        return f"handler {self.name} has not moved for {self.age():.0f} s with {lag()} records to go"
+
+    def status(self, lag: int, offsets: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            "lag": lag,
+            "progress_age": round(self.age(), 3),
+            "dead_letters": self.dead_letters,
+            "last_cause": self.last_cause,
+            "offsets": dict(offsets),
+        }
 
     def buried(self, cause: str) -> None:
         DEAD.labels(self.name).inc()
