@@ -154,7 +154,7 @@ class Partition:
             if len(key.encode()) + len(value or b"") + OVERHEAD > self._log.max_record_bytes:
                 raise RecordTooLarge(
                     f"what {self._name!r} knows under {key!r} would have {len(value or b''):,} bytes, and its "
-                    f"changelog takes {self._log.max_record_bytes:,} (log.max_record_bytes): no more of this key is taken"
+                    f"changelog takes {self._log.max_record_bytes:,} (log.max_record_bytes): no more of it is taken"
                 )
 
     def close(self) -> None:
