@@ -7,10 +7,10 @@ its ``/status``. An order given while that service is down waits in the log.
 from __future__ import annotations
 
 import getpass
+import http.client
 import json
 import os
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from functools import cached_property
@@ -75,6 +75,10 @@ class Installation:
         self._log = open_log(self.config)
         return self._log
 
+    def expected(self) -> list[str]:
+        """The services that 'everloop up' starts here: all, less the engine where another one answers."""
+        return [name for name in SERVICES if name != "engine" or self.config.serving.url == "embedded"]
+
     def running(self) -> dict[str, Running]:
         """The services that run now, by name."""
         found = (self._running(name) for name in SERVICES)
@@ -91,14 +95,7 @@ class Installation:
     def status(self, name: str, timeout: float = 5.0) -> dict[str, Any] | None:
         """What a service says of itself; None: it does not run, or does not answer."""
         service = self._running(name)
-        if service is None:
-            return None
-        try:
-            with urllib.request.urlopen(f"{service.url}/status", timeout=timeout) as answer:
-                said = json.loads(answer.read())
-        except (OSError, ValueError, urllib.error.URLError):
-            return None
-        return said if isinstance(said, dict) else None
+        return None if service is None else status_at(service.url, timeout)
 
     def policy(self, name: str | None) -> tuple[str, str]:
         """(tenant, policy) of a name such as 'assistant' or 'default/assistant'; None: the only one there is.
@@ -168,6 +165,16 @@ class Installation:
         if running is None:
             raise NothingRuns(f"the {service} does not run, and {why}. Start the platform: everloop up")
         return running
+
+
+def status_at(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
+    """What the service at a base URL says of itself; None: none answers there as a service of ours does."""
+    try:
+        with urllib.request.urlopen(f"{url}/status", timeout=timeout) as answer:
+            said = json.loads(answer.read())
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def _who() -> str:

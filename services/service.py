@@ -215,7 +215,12 @@ class Service:
         return web.json_response(await asyncio.to_thread(self._whole_status))
 
     def _whole_status(self) -> dict[str, Any]:
-        status: dict[str, Any] = {"service": self.name, "pid": os.getpid(), "started": self.started}
+        status: dict[str, Any] = {
+            "service": self.name,
+            "pid": os.getpid(),
+            "home": str(self.home.root),
+            "started": self.started,
+        }
         for name, describe in self._status.items():
             try:
                 status[name] = describe()

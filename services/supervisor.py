@@ -103,7 +103,7 @@ def services(config: Config) -> list[Service]:
         Service(
             name,
             (sys.executable, "-m", f"services.{name}"),
-            _url(_host(config, name), ports[name]),
+            base_url(_host(config, name), ports[name]),
             {**environment, "EVERLOOP_SERVICES__DRAIN": f"{_drain(config, name):.2f}"},
         )
         for name in names
@@ -119,7 +119,7 @@ def _host(config: Config, name: str) -> str:
     return str(getattr(config, PORT_KEYS[name][0]).host)
 
 
-def _url(host: str, port: int) -> str:
+def base_url(host: str, port: int) -> str:
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 

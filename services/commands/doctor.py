@@ -18,8 +18,9 @@ from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.home import Home
 
-from services.installation import Installation
-from services.supervisor import PORT_KEYS
+from services.installation import Installation, status_at
+from services.starting import not_ready
+from services.supervisor import PORT_KEYS, base_url
 from trainer import recipe as recipes
 
 PACKAGES = {
@@ -137,13 +138,32 @@ def _ports(config: Config) -> Iterator[Finding]:
     running = Installation(config).running()
     if running:
         yield Finding("ok", f"{len(running)} services run on this home: {', '.join(running)}")
+    taken = []
     for name, (section, key) in PORT_KEYS.items():
         host, port = getattr(config, section).host, getattr(getattr(config, section), key)
         if port and name not in running and not _free(host, port):
-            fix = f"stop what uses it, or set [{section}] {key} (0: any free port)"
-            yield Finding("wrong", f"port {port} of the {name} is in use", fix)
-    if not running:
-        yield Finding("ok", "ports looked at")
+            taken.append(_taken(name, section, key, host, port))
+    yield from taken
+    if not running and not taken:
+        yield Finding("ok", "all ports are free")
+
+
+def _taken(name: str, section: str, key: str, host: str, port: int) -> Finding:
+    """Who holds a port, where it is an Everloop of another home; else that somebody does."""
+    other = f"another port: [{section}] {key} in everloop.toml, or EVERLOOP_{section.upper()}__{key.upper()} (0: any)"
+    said = status_at(base_url(host, port))
+    if said is None or "home" not in said:
+        return Finding("wrong", f"port {port} of the {name} is in use", f"stop what uses it, or set {other}")
+    held = f"another Everloop, the {said['service']} (process {said['pid']}) of {said['home']}"
+    return Finding("wrong", f"port {port} of the {name} is held by {held}", f"stop 'everloop up' there, or set {other}")
+
+
+def _services(config: Config) -> Iterator[Finding]:
+    """Those that start or lack something; it needs no mending yet."""
+    for name, _, seconds, why in not_ready(Installation(config)):
+        since = "" if seconds is None else f" after {seconds:.0f} s"
+        log = Home(config.home).root / "logs" / f"{name}.log"
+        yield Finding("note", f"the {name} is not ready{since}: {why}", f"wait, or see {log}")
 
 
 def _free(host: str, port: int) -> bool:
@@ -209,6 +229,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _recipes,
     _weights,
     _ports,
+    _services,
     _disk,
     _memory,
     _data,

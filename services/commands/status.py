@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from services.commands.orders import add_policy
-from services.installation import SERVICES, Installation
+from services.installation import Installation
+from services.starting import NotReady, not_ready
 from services.tables import table
 
 
@@ -22,23 +23,30 @@ def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         running = here.running()
         said = {name: here.status(name) for name in running}
+        expected, waiting = here.expected(), not_ready(here)
         whole = {
             "home": str(here.home.root),
             "running": {name: service._asdict() for name, service in running.items()},
             "services": said,
+            "not_ready": [one._asdict() for one in waiting],
         }
         if options.json:
             print(json.dumps(whole))
             return 0 if running else 1
         keys = ["/".join(pair) for pair in here.policies(options.policy)]
-        expected = [name for name in SERVICES if name != "engine" or here.config.serving.url == "embedded"]
-    if not running:
+    if not running and not waiting:
         print(f"Nothing runs on {here.home.root}. 'everloop up' starts it; 'everloop release list' shows the past.")
         return 1
     for key in keys:
         print("\n".join([key, *_policy(key, said)]), end="\n\n")
-    print(_services(expected, whole))
+    print(_services(expected, whole, {one.name: one for one in waiting}))
+    told = [f"{one.name} is not ready{_since(one)}: {one.why}" for one in waiting]
+    print("\n".join(["", *told]) if told else "", end="\n" if told else "")
     return 0
+
+
+def _since(one: NotReady) -> str:
+    return "" if one.seconds is None else f" after {_long(one.seconds)}"
 
 
 def _policy(key: str, said: dict[str, Any]) -> Iterator[str]:
@@ -129,18 +137,20 @@ def _words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _services(expected: list[str], whole: dict[str, Any]) -> str:
+def _services(expected: list[str], whole: dict[str, Any], waiting: dict[str, NotReady]) -> str:
     rows: list[list[Any]] = []
     for name in expected:
         service, said = whole["running"].get(name), whole["services"].get(name)
+        late = waiting.get(name)
         if service is None:
-            rows.append([name, "not running", None, None, None, None])
+            state, pid, seconds = ("starting", late.pid, late.seconds) if late else ("not running", None, None)
+            rows.append([name, state, pid, None, None if seconds is None else _long(seconds), None])
             continue
         lag, letters = _lag(said or {})
-        state = "runs" if said is not None else "does not answer"
+        state = "does not answer" if said is None else "not ready" if late else "runs"
         rows.append([name, state, service["pid"], service["url"], _ago(service["started"]), lag])
         if letters:
-            rows[-1][1] = f"runs, {letters} dead letters"
+            rows[-1][1] = f"{state}, {letters} dead letters"
     return table(["service", "state", "pid", "url", "up", "lag"], rows)
 
 
@@ -157,7 +167,11 @@ def _clock(at: float) -> str:
 
 
 def _ago(since: float) -> str:
-    seconds = int(time.time() - since)
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
+    return _long(time.time() - since)
+
+
+def _long(seconds: float) -> str:
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h"

@@ -37,9 +37,11 @@ def open_serving(config: Config) -> EmbeddedServing:
     policies = []
     for name in bases_of(config):
         began = time.monotonic()
+        logger.info("base %s is being loaded (the first time takes longest)", name)
         policies.append(base.load(name, config.cache))
         logger.info("base %s is loaded, after %.1f s", policies[-1].identity, time.monotonic() - began)
     serving = EmbeddedServing(policies, config.serving)
+    logger.info("each base answers once before anybody is let in")
     asyncio.run(serving.warm_up())
     return serving
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -276,6 +278,32 @@ def test_doctor_names_the_fix(
     status, out, _ = said(capsys, "doctor")
     assert status == 1
     assert "is not TOML" in out
+
+
+def test_doctor_tells_which_everloop_holds_a_port(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said_there: dict[str, Any] = {"service": "gateway", "pid": 4711, "home": "/srv/other", "started": 1.0}
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(said_there).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("EVERLOOP_GATEWAY__PORT", str(server.server_port))
+        (held,) = (f for f in _findings(capsys) if str(server.server_port) in f["what"])
+        said_there.clear()
+        (unknown,) = (f for f in _findings(capsys) if str(server.server_port) in f["what"])
+        server.shutdown()
+    assert "held by another Everloop, the gateway (process 4711) of /srv/other" in held["what"]
+    assert "EVERLOOP_GATEWAY__PORT" in held["fix"]
+    assert unknown["what"].endswith("of the gateway is in use")
 
 
 def _findings(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

@@ -90,7 +90,7 @@ async def test_status_shows_every_part_even_where_one_fails(client: Any) -> None
     service.describe("lag", lambda: {"records": 3})
     service.describe("broken", lambda: 1 / 0)
     status = await (await http.get("/status")).json()
-    assert status["service"] == "sample"
+    assert (status["service"], status["home"]) == ("sample", str(service.home.root))
     assert status["lag"] == {"records": 3}
     assert "ZeroDivisionError" in status["broken"]["error"]
 
