@@ -21,10 +21,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 from everloop import wire
-from everloop.config import NAME
 from everloop.errors import ContractError
 from everloop.home import Home
 from everloop.log.base import NewRecord, Record
+from everloop.section import NAME
 from everloop.stream import State
 
 from pipelines.rows import Row

@@ -24,7 +24,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import ormsgpack
-from everloop.config import AssembleConfig, seconds
+from everloop.config import AssembleConfig
+from everloop.section import seconds
 from everloop.stream import State
 
 from pipelines.store import Store

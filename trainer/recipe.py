@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from everloop.config import Section
 from everloop.errors import ConfigError
+from everloop.section import Section
 from pydantic import Field, ValidationError, model_validator
 
 SHIPPED = Path(__file__).parent / "recipes"

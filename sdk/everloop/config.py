@@ -1,7 +1,6 @@
 """One typed configuration: a TOML file, overridden by the environment.
 
-``EVERLOOP_GATEWAY__PORT=9000`` sets ``[gateway] port``; two underscores go one table deeper. Values are read as
-TOML where they parse as such, else as text. Unknown and contradictory keys are refused at load.
+Unknown and contradictory keys are refused at load. See ``everloop/environment.py`` for the variables.
 """
 
 from __future__ import annotations
@@ -13,100 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from everloop.environment import overlay
 from everloop.errors import ConfigError
+from everloop.log_config import LogConfig
 from everloop.refusal import explain
 from everloop.release import CanaryPlan
-
-ENVIRONMENT = "EVERLOOP_"
-NOT_SETTINGS = {"EVERLOOP_HOME", "EVERLOOP_CONFIG", "EVERLOOP_DATA", "EVERLOOP_URL", "EVERLOOP_API_KEY"}
-NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _check_name(what: str, name: str) -> None:
-    if not re.match(NAME, name):
-        raise ValueError(f"{what} name {name!r}: use lower-case letters, digits and '-', at most 63")
-
-
-def seconds(duration: str) -> float:
-    """'90s', '30m', '6h' or '7d' in seconds. Raises ValueError on anything else."""
-    found = re.fullmatch(r"(?:every\s+)?(\d+(?:\.\d+)?)\s*([smhd])", duration.strip())
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"{duration!r} is not a duration: use a number and s, m, h or d, such as '6h'")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def _check_url(url: str, schemes: tuple[str, ...], instead: str) -> str:
-    if not any(url.startswith(scheme) and len(url) > len(scheme) for scheme in schemes):
-        raise ValueError(f"{url!r} is not a URL that this release knows: use {instead}")
-    return url
-
-
-class LogConfig(Section):
-    url: str = Field(default="sqlite:///log.db", description="relative paths are below the home folder")
-    partitions: int = Field(default=4, ge=1, le=1024)
-    retention_hours: float = Field(default=720, gt=0)
-    max_record_bytes: int = Field(default=1_048_576, ge=1024)
-    inline_bytes: int = Field(default=262_144, ge=1024, description="larger bodies go to the blob store")
-    security: Literal["plaintext", "tls", "sasl"] = Field(
-        default="plaintext", description="to Kafka; 'sasl' is SCRAM-SHA-512 inside TLS"
-    )
-    ca_file: Path | None = Field(default=None, description="PEM of the authority that signed the brokers' certificates")
-    username: str = ""
-    password: str = Field(default="", repr=False)
-    password_file: Path | None = Field(default=None, description="holds the password alone; better than password")
-    create_topics: bool = Field(default=True, description="False: 'everloop topics apply' alone makes Kafka topics")
-    spool_bytes: int = Field(
-        default=1_073_741_824, ge=1_048_576, description="of events that wait in the gateway's spool for Kafka"
-    )
-    replicas: int = Field(default=0, ge=0, le=32, description="of a new Kafka topic; 0: as the cluster does by itself")
-
-    @field_validator("url")
-    @classmethod
-    def _known_backend(cls, url: str) -> str:
-        return _check_url(
-            url, ("sqlite:///", "kafka://"), "sqlite:///<file>, relative to the home, or kafka://<host>:9092"
-        )
-
-    def secret(self) -> str:
-        """The password, from its file where one is named. Raises ConfigError where that cannot be read."""
-        if self.password_file is None:
-            return self.password
-        try:
-            return self.password_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not text"
-            raise ConfigError(f"log.password_file {str(self.password_file)!r} cannot be read: {why}") from None
-
-    @model_validator(mode="after")
-    def _access_is_whole(self) -> LogConfig:
-        credentials = bool(self.username or self.password or self.password_file)
-        if self.security == "sasl" and not (self.username and (self.password or self.password_file)):
-            raise ValueError("security = 'sasl' needs username, and password_file (or password)")
-        if self.security != "sasl" and credentials:
-            raise ValueError(
-                f"username and password are given, and security is {self.security!r}, which sends neither: set "
-                "security = 'sasl'"
-            )
-        if self.security == "plaintext" and self.ca_file is not None:
-            raise ValueError("ca_file is given, and security is 'plaintext', which checks nothing: set 'tls' or 'sasl'")
-        if not self.url.startswith("kafka://") and (self.security != "plaintext" or self.replicas):
-            raise ValueError(f"security and replicas are for Kafka, and url is {self.url!r}: leave them out")
-        return self
-
-    @model_validator(mode="after")
-    def _bodies_fit(self) -> LogConfig:
-        if self.inline_bytes >= self.max_record_bytes:
-            raise ValueError(
-                f"inline_bytes ({self.inline_bytes}) must be below max_record_bytes ({self.max_record_bytes}): a body "
-                "just under it would make a record that the log refuses; lower inline_bytes"
-            )
-        return self
+from everloop.section import Section, check_name, check_url, seconds
 
 
 class GatewayConfig(Section):
@@ -147,7 +60,7 @@ class ServingConfig(Section):
     def _reachable(cls, url: str) -> str:
         if url == "embedded":
             return url
-        return _check_url(url, ("http://", "https://"), "'embedded', or http://<host>:<port> of an engine that runs")
+        return check_url(url, ("http://", "https://"), "'embedded', or http://<host>:<port> of an engine that runs")
 
     @property
     def base_url(self) -> str:
@@ -195,7 +108,7 @@ class MlflowConfig(Section):
     @field_validator("uri")
     @classmethod
     def _known_store(cls, uri: str) -> str:
-        return _check_url(uri, ("sqlite:///", "http://", "https://"), "sqlite:///<file>, or http://<host>:<port>")
+        return check_url(uri, ("sqlite:///", "http://", "https://"), "sqlite:///<file>, or http://<host>:<port>")
 
 
 class RayConfig(Section):
@@ -336,7 +249,7 @@ class TenantConfig(Section):
     @model_validator(mode="after")
     def _names(self) -> TenantConfig:
         for name in self.policies:
-            _check_name("policy", name)
+            check_name("policy", name)
         if not self.policies:
             raise ValueError("a tenant needs at least one policy")
         return self
@@ -358,7 +271,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _tenants(self) -> Config:
         for name in self.tenants:
-            _check_name("tenant", name)
+            check_name("tenant", name)
         if not self.tenants:
             raise ValueError("there must be at least one tenant")
         return self
@@ -480,25 +393,8 @@ def load(path: Path | None = None, environment: Mapping[str, str] | None = None)
             raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
     elif named is not None:
         raise ConfigError(f"there is no configuration at {source}; 'everloop init' writes one")
-    for name, value in environment.items():
-        if name.startswith(ENVIRONMENT) and name not in NOT_SETTINGS:
-            _override(fields, name, value)
-    if environment.get("EVERLOOP_HOME"):
-        fields["home"] = environment["EVERLOOP_HOME"]
+    variables = overlay(fields, environment)
     try:
         return Config.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(explain(error, Config, source if source.exists() else None)) from None
-
-
-def _override(fields: dict[str, Any], name: str, value: str) -> None:
-    *tables, key = name.removeprefix(ENVIRONMENT).lower().split("__")
-    at = fields
-    for table in tables:
-        at = at.setdefault(table, {})
-        if not isinstance(at, dict):
-            raise ConfigError(f"{name}: {table} is a value, not a table")
-    try:
-        at[key] = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
-        at[key] = value
+        raise ConfigError(explain(error, Config, source if source.exists() else None, variables)) from None

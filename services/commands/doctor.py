@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
     except ConfigError as error:
         found = [
             *_python(None),
-            Finding("wrong", str(error), "mend the configuration, or 'everloop init' for a new one"),
+            Finding(
+                "wrong", str(error), "mend what it names; 'everloop init' writes a configuration with every setting"
+            ),
         ]
     if options.json:
         print(json.dumps([finding._asdict() for finding in found]))

@@ -15,8 +15,8 @@ import argparse
 import time
 from datetime import datetime
 
-from everloop.config import seconds
 from everloop.errors import ConfigError
+from everloop.section import seconds
 
 from services.commands.orders import add_policy
 from services.installation import Installation

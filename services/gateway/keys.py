@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from everloop.config import NAME
 from everloop.errors import ConfigError
+from everloop.section import NAME
 
 PREFIX = "ek_"
 SCOPES: dict[str, frozenset[str]] = {

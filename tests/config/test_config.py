@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from everloop.cli.init import commented
-from everloop.config import Config, load, seconds
+from everloop.config import Config, load
 from everloop.errors import ConfigError
+from everloop.section import seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("examples", "infra", "helm", "benchmarks", "docs", "services", "trainer")
@@ -137,7 +138,21 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"EVERLOOP_GATEWAY__PRT": "1"}, "gateway.prt: unknown key; did you mean 'port'"),
+        ({"EVERLOOP_GATEWAY__PRT": "1"}, "EVERLOOP_GATEWAY__PRT: no setting .* did you mean EVERLOOP_GATEWAY__PORT?"),
+        ({"EVERLOOP_GATWAY__PORT": "1"}, "EVERLOOP_GATWAY__PORT: no setting .* did you mean EVERLOOP_GATEWAY__PORT?"),
+        ({"EVERLOOP_GATEWAY_PORT": "1"}, "EVERLOOP_GATEWAY_PORT: no setting .* did you mean EVERLOOP_GATEWAY__PORT?"),
+        ({"EVERLOOP_HOEM": "x"}, "EVERLOOP_HOEM: no setting .* did you mean EVERLOOP_HOME?"),
+        ({"EVERLOOP_APIKEY": "x"}, "did you mean EVERLOOP_API_KEY?"),
+        (
+            {"EVERLOOP_TENANTS__A__POLICIES__X__TRAIN__SED": "1"},
+            "did you mean EVERLOOP_TENANTS__A__POLICIES__X__TRAIN__SEED?",
+        ),
+        ({"EVERLOOP_XYZZY": "1"}, "EVERLOOP_XYZZY: no setting has this name; 'everloop init' writes"),
+        ({"EVERLOOP_GATEWAY__PORT": "http"}, r"EVERLOOP_GATEWAY__PORT: .*valid integer.* \(got 'http'\)"),
+        ({"EVERLOOP_LOG__URL": "x"}, r"EVERLOOP_LOG__URL \(or --log\): 'x' is not a URL"),
+        ({"EVERLOOP_GATEWAY": "1"}, "EVERLOOP_GATEWAY: is a table of keys, not 1; set one of them"),
+        ({"EVERLOOP_GATEWAY__PORT": "8081"}, r"are both 8081: .* \(set here: EVERLOOP_GATEWAY__PORT\)"),
+        ({"EVERLOOP_LOG__USERNAME": "ann"}, r"log: username and password .*\(set here: EVERLOOP_LOG__USERNAME\)"),
         ({"EVERLOOP_LOG_LEVEL__X": "1"}, "log_level"),
         ({"EVERLOOP_GATEWAY": "1", "EVERLOOP_GATEWAY__PORT": "1"}, "gateway is a value, not a table"),
     ],
@@ -145,6 +160,18 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
 def test_a_wrong_variable_is_refused(tmp_path: Path, environment: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         given(tmp_path, "", environment)
+
+
+def test_what_is_refused_is_said_to_be_where_it_was_written(tmp_path: Path) -> None:
+    typo = {"EVERLOOP_GATEWAY__PRT": "1"}
+    with pytest.raises(ConfigError) as refused:
+        given(tmp_path, "[gateway]\nport = 8000", typo)
+    assert str(refused.value).startswith("the environment is refused:")
+    assert "everloop.toml" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"configuration .*everloop\.toml and the environment are refused") as refused:
+        given(tmp_path, "[gateway]\nprot = 8000", typo)
+    assert "gateway.prot: unknown key; did you mean 'port'?" in str(refused.value)
+    assert "EVERLOOP_GATEWAY__PRT: no setting has this name" in str(refused.value)
 
 
 def test_room_for_adapters_grows_with_the_policies(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everloop.config import LogConfig, load
+from everloop.config import load
 from everloop.errors import ConfigError
 from everloop.log import NewRecord, access_of, connect, partition_of
 from everloop.log.kafka.declared import Keeping, spec_of
 from everloop.log.kafka.diagnosis import why_silent
 from everloop.log.kafka.records import AHEAD, TIME, message
 from everloop.log.kafka.settings import Access, Address
+from everloop.log_config import LogConfig
 
 
 @pytest.mark.parametrize(

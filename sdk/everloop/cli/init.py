@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from everloop.config import Config, PolicyConfig, Section
+from everloop.config import Config, PolicyConfig
 from everloop.errors import ConfigError
+from everloop.section import Section
 
 HEAD = """\
 # Everloop's configuration. Every key has its default here, commented out: change what you need.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from urllib.parse import parse_qs, urlsplit
 
-from everloop.config import Config, LogConfig
+from everloop.config import Config
 from everloop.errors import ConfigError
 from everloop.log.base import Consumer, Log, NewRecord, Position, Record, TopicPartition, partition_of
 from everloop.log.kafka.declared import Keeping
 from everloop.log.kafka.settings import USE, Access, Address
+from everloop.log_config import LogConfig
 
 __all__ = [
     "Access",
