@@ -27,5 +27,5 @@ def _text(cell: Any) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, float):
-        return f"{cell:.4g}"
+        return f"{cell:.3f}".rstrip("0").rstrip(".") if 1e4 <= abs(cell) < 1e15 else f"{cell:.4g}"
     return str(cell).replace("\n", " ")

@@ -2,7 +2,7 @@
 
 Views: episodes, turns (one row a call), trajectories, rollouts (synthetic), scores, feedback, preferences, releases,
 runs, adapters, rewards, routes, commands, pauses, dead_letters, events: the newest version of each thing;
-history.<view> has all versions.
+history.<view> has all versions. Times are seconds since 1970; a table for people shows them as dates, in UTC.
 
   everloop sql "select policy_version, arm, count(*), avg(thumb) from turns group by all"
 """
@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 from services.installation import Installation
 from services.tables import table
 
 SHOWN = 200  # rows of a table for people
+TIMES = re.compile(r"(?<![a-z])(time|started|updated)(?![a-z])")
+EARLIEST, LATEST = 978_307_200.0, 4_102_444_800.0  # the years 2001 to 2100, in seconds since 1970
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +57,23 @@ def _show(options: argparse.Namespace, names: list[str], rows: list[dict[str, An
         writer.writerow(names)
         writer.writerows([row[name] for name in names] for row in rows)
     else:
-        print(table(names, [[row[name] for name in names] for row in rows[:SHOWN]]))
+        columns = [_readable(name, [row[name] for row in rows[:SHOWN]]) for name in names]
+        print(table(names, list(zip(*columns, strict=True))))
         more = f", the first {SHOWN} of them shown (--csv and --json show all)" if len(rows) > SHOWN else ""
         print(f"{len(rows)} rows{more}")
+
+
+def _readable(name: str, values: list[Any]) -> list[Any]:
+    """A column of times as ISO 8601, in UTC: known by a name such as time or max(time), and by numbers that fit."""
+    known = [value for value in values if value is not None]
+    fit = all(isinstance(value, float) and EARLIEST < value < LATEST for value in known)
+    if not (TIMES.search(name) and known and fit):
+        return values
+    return [None if value is None else _iso(value) for value in values]
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _plain(value: Any) -> Any:

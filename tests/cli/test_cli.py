@@ -234,6 +234,20 @@ def test_sql_answers_and_refuses(capsys: pytest.CaptureFixture[str], here: Insta
     assert "Traceback" not in err
 
 
+def test_sql_shows_times_as_dates_to_people_and_as_numbers_to_programs(
+    capsys: pytest.CaptureFixture[str], here: Installation
+) -> None:
+    query = "select v::double as time, v::double as n from (values (1795461051.411), (null)) t(v)"
+    out = said(capsys, "sql", query)[1]
+    assert "2026-11-23T19:10:51.411Z" in out
+    assert "1795461051.411" in out  # a number that may be anything: plain, not 1.795e+09
+    assert said(capsys, "sql", "--json", query)[1].startswith('{"time": 1795461051.411, "n": 1795461051.411}')
+    assert said(capsys, "sql", "--csv", query)[1].split()[1] == "1795461051.411,1795461051.411"
+    assert "T" in said(capsys, "sql", query.replace("as time", "as 'max(started)'"))[1].splitlines()[2]
+    assert "0.5" in said(capsys, "sql", "select 0.5::double as time")[1]  # seconds, not a moment
+    assert said(capsys, "sql", "select 1 as time where false")[0] == 0
+
+
 def test_a_policy_is_named_where_there_are_several(
     capsys: pytest.CaptureFixture[str], here: Installation, tmp_path: Path
 ) -> None:
@@ -329,3 +343,5 @@ def test_base_build_refuses_before_it_works(
 def test_tables_are_as_wide_as_they_need() -> None:
     shown = table(["name", "n"], [["a", 1], ["bcd", 22.5]], width=80).splitlines()
     assert shown == ["name     n", "────  ────", "a        1", "bcd   22.5"]
+    (_, _, *cells) = table(["n"], [[123456.5], [20000.0], [0.00001234], [0.123456]], width=80).splitlines()
+    assert [cell.strip() for cell in cells] == ["123456.5", "20000", "1.234e-05", "0.1235"]
