@@ -45,7 +45,7 @@ ADAPTERS = Topic(
     Adapter,
     "tenant/policy",
     ("learner", "releaser"),
-    ("learner", "releaser", "assembler"),
+    ("gateway", "learner", "releaser", "assembler"),
     partitioned=False,
 )
 RELEASES = Topic(

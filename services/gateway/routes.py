@@ -110,7 +110,7 @@ class Routes:
         if not self._offsets:
             topics = (ROUTES.name, ADAPTERS.name)
             self._offsets = {(t, partition): 0 for t in topics for partition in range(self._log.partitions(t))}
-        news = False
+        news = self._read_at == -math.inf  # that there is no route is worth keeping too
         for (topic, partition), offset in self._offsets.items():
             while records := self._log.read(topic, partition, offset):
                 for record in records:

@@ -1,9 +1,17 @@
-"""A gateway on a free port, over the embedded log, before an engine that answers as a test tells it."""
+"""A gateway on a free port, over the embedded log, before an engine that answers as a test tells it; and one in a
+process of its own, before an HTTP engine, with an agent that keeps asking."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -259,3 +267,169 @@ def soon() -> Callable[..., Awaitable[None]]:
                 await asyncio.sleep(0.01)
 
     return wait
+
+
+WORDS = [f"w{at} " for at in range(20)]
+
+
+async def word_engine(request: web.Request) -> web.StreamResponse:
+    """A real HTTP engine in vLLM's dialect: a word each 2 ms when streamed, at once when not."""
+    if request.path != "/v1/chat/completions":
+        return web.json_response({})
+    body = await request.json()
+    if not body.get("stream"):
+        choice = {"index": 0, "message": {"role": "assistant", "content": "".join(WORDS)}, "finish_reason": "stop"}
+        logprobs = {"content": [{"token": word, "logprob": -0.5} for word in WORDS]}
+        choice |= {"token_ids": list(range(len(WORDS))), "logprobs": logprobs}
+        return web.json_response({"choices": [choice], "prompt_token_ids": [1, 2]})
+    response = web.StreamResponse()
+    await response.prepare(request)
+    for at, word in enumerate(WORDS):
+        choice = {"index": 0, "delta": {"content": word}, "token_ids": [at], "finish_reason": None}
+        choice["logprobs"] = {"content": [{"token": word, "logprob": -0.5}]}
+        choice["finish_reason"] = "stop" if at == len(WORDS) - 1 else None
+        await response.write(
+            b"data: " + json.dumps({"choices": [choice], "prompt_token_ids": [1, 2]}).encode() + b"\n\n"
+        )
+        await asyncio.sleep(0.002)
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+@pytest.fixture
+async def engine_url() -> AsyncIterator[str]:
+    """Where such an engine answers."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", word_engine)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+class Process:
+    """A gateway in a process of its own, on one port however often it is started."""
+
+    def __init__(self, home: Path, engine_url: str, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._environment = {
+            **os.environ,
+            "EVERLOOP_HOME": str(home),
+            "EVERLOOP_GATEWAY__PORT": str(self.port),
+            "EVERLOOP_SERVING__URL": engine_url,
+            **environment,
+        }
+        self._home = home
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def start(self, http: aiohttp.ClientSession, path: str = "/readyz") -> None:
+        errors = (self._home / "gateway.log").open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "services.gateway"],
+            env=self._environment,
+            stderr=errors,
+            cwd=Path(__file__).parents[2],
+        )
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    async with http.get(self.url + path) as response:
+                        if response.status == 200:
+                            return
+                except aiohttp.ClientError:
+                    pass
+                assert self._process.poll() is None, (self._home / "gateway.log").read_text()
+                await asyncio.sleep(0.05)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def scribe(self) -> int:
+        """The pid of its scribe; 0 while there is none."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        named = [
+            int(pid) for pid in children if b"services.gateway.scribe" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        return named[0] if named else 0
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> int:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(30)
+
+    def gone(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+
+class Agent:
+    """Keeps asking, streamed and not, and notes every answer that it was given to the end."""
+
+    def __init__(self, process: Process, key: str, http: aiohttp.ClientSession) -> None:
+        self._process = process
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._http = http
+        self.acknowledged: list[str] = []
+        self.refused: list[int] = []
+        self.slowest = 0.0
+        self.asked = 0
+        self.stopped = False
+
+    async def ask_until_stopped(self, stream: bool, episode: str = "") -> None:
+        """Each request has a key, and is tried again with it until it is answered. ``episode``: of all of them."""
+        named = {"X-Everloop-Episode": episode} if episode else {}
+        while not self.stopped:
+            self.asked += 1
+            headers = {**self._headers, **named, "Idempotency-Key": f"k{self.asked}"}
+            while not await self._ask(stream, headers):
+                if self.stopped:
+                    return
+                await asyncio.sleep(0.02)
+
+    async def _ask(self, stream: bool, headers: dict[str, str]) -> bool:
+        body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        began = time.monotonic()
+        try:
+            url = f"{self._process.url}/v1/chat/completions"
+            async with self._http.post(url, json=body, headers=headers) as response:
+                raw = await response.read()
+                whole = raw.endswith(b"data: [DONE]\n\n") if stream else response.status == 200
+                if whole:
+                    self.acknowledged.append(response.headers["X-Everloop-Call"])
+                    self.slowest = max(self.slowest, time.monotonic() - began)
+                else:
+                    self.refused.append(response.status)
+                return whole
+        except aiohttp.ClientError:
+            return False
+
+
+@pytest.fixture
+def process_of() -> Iterator[Callable[..., Process]]:
+    """Makes a gateway process: home, engine's URL, more of the environment. None of them outlives the test."""
+    made: list[Process] = []
+
+    def make(home: Path, engine_url: str, **environment: str) -> Process:
+        made.append(Process(home, engine_url, **environment))
+        return made[-1]
+
+    yield make
+    for process in made:
+        if not process.gone():
+            process.kill()
+
+
+@pytest.fixture
+def agent_of() -> type[Agent]:
+    return Agent

@@ -22,15 +22,17 @@ from cryptography.x509.oid import NameOID
 from everloop.errors import LogError
 from everloop.home import Home
 from everloop.log import Access, NewRecord, connect
-from everloop.log.kafka.grants import SERVICES, user_of
+from everloop.log.kafka.grants import SERVICES, Grant, user_of
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import carry_out
 from everloop.log.kafka.settings import Address
+from everloop.log.spool import Spool
 from everloop.topics import TOPICS
 
 from services.broker.process import Broker
 from services.broker.settings import ADMIN, Secured
 from services.faust_worker import FaustWorker
+from services.gateway.routes import Routes
 
 pytestmark = pytest.mark.kafka
 PREFIX = "team"
@@ -267,3 +269,37 @@ def test_a_worker_comes_with_its_service_s_password_and_permissions(
     finally:
         stop.set()
         thread.join(30)
+
+
+def test_the_gateway_may_read_all_that_it_follows(as_service: Callable[[str], KafkaLog], tmp_path: Path) -> None:
+    Routes(as_service("gateway"), Home(tmp_path).blobs).catch_up()
+
+
+def test_a_spool_keeps_what_may_not_be_written_says_how_to_mend_it_and_goes_on(
+    secured: Broker,
+    authority: tuple[Path, Path, Path],
+    as_service: Callable[[str], KafkaLog],
+    tmp_path: Path,
+    until: Until,
+) -> None:
+    user = user_of("scorer", Address((), PREFIX))
+    spool = Spool(tmp_path / "spool.db", as_service("scorer"), "events", max_record_bytes=10**6, max_bytes=10**8)
+    draining = threading.Thread(target=spool.drain)
+    draining.start()
+    admin = opened(secured, authority[0], ADMIN)
+    missing = [Grant(user, operation, "TOPIC", f"{PREFIX}.events") for operation in ("WRITE", "DESCRIBE")]
+    try:
+        spool.append_soon([new("events")]).result(20)
+        until(lambda: "'everloop topics apply'" in (spool.state().refused or ""), deadline=60)
+        assert spool.state().records == 1
+        for grant in missing:
+            admin.cluster.grant(grant)
+        until(lambda: spool.state().records == 0, deadline=60)
+        assert spool.state().refused is None
+    finally:
+        for grant in missing:
+            admin.cluster.take(grant)
+        spool.stop()
+        draining.join(30)
+        spool.close()
+        admin.close()

@@ -45,7 +45,7 @@ PAUSE = 1.0  # between two tries
 QUIET = 5.0  # seconds without an acknowledgement after which it is said
 HUNG = 120.0  # and after which the target is not coming back: it gives up by itself before
 FINISH = 3.0  # at a stop, for what is left and goes through
-RESERVE = 67_108_864  # bytes of the disk that stay free, so that there is always room to delete
+RESERVE = 67_108_864  # bytes that stay free, on the disk or in the file: deleting and checkpoints need some
 ASIDE = "undeliverable"
 SPOOLED = "spooled"
 """Header, here alone: when the record was acknowledged, seconds since 1970."""
@@ -95,21 +95,23 @@ class Room:
         """Raises LogFull."""
         if transaction is not self._transaction:
             self._transaction, self._gathered = transaction, 0
-        held = used_bytes(transaction.connection) + self._gathered
+        used, free = file_bytes(transaction.connection)
+        held = used + self._gathered
         if held + size > self._max_bytes:
             raise LogFull(
                 f"the spool {self._path} holds {held:,} bytes that the log does not take now, and log.spool_bytes "
                 f"allows {self._max_bytes:,}; nothing was written"
             )
-        if shutil.disk_usage(self._path.parent).free < RESERVE:
+        if shutil.disk_usage(self._path.parent).free + free < RESERVE:
             raise LogFull(f"less than {RESERVE >> 20} MB are free on the disk of {self._path}; nothing was written")
         self._gathered += size
 
 
-def used_bytes(connection: sqlite3.Connection) -> int:
+def file_bytes(connection: sqlite3.Connection) -> tuple[int, int]:
+    """(in use, free for what comes next): the file stays as large as it ever was."""
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     (free,) = connection.execute("PRAGMA freelist_count").fetchone()
-    return int(pages - free) * PAGE_BYTES
+    return (pages - free) * PAGE_BYTES, free * PAGE_BYTES
 
 
 class Spool:
@@ -168,7 +170,7 @@ class Spool:
         (end,) = self._held.end_offsets(self._topic)
         (partition,) = self._ids[ASIDE]
         with self._held.reading() as connection:
-            used = used_bytes(connection)
+            used, _ = file_bytes(connection)
             query = "SELECT count(*) FROM records WHERE id BETWEEN ? AND ?"
             (aside,) = connection.execute(query, (row_id(partition, 0), row_id(partition + 1, 0) - 1)).fetchone()
         return SpoolState(

@@ -34,7 +34,7 @@ from kafka.admin import (
     ResourceType,
 )
 
-from everloop.errors import LogError
+from everloop.errors import LogError, LogRefused
 from everloop.log.kafka.clients import METADATA_SECONDS, Clients, Unreachable
 from everloop.log.kafka.declared import Keeping, TopicSpec, spec_of
 from everloop.log.kafka.grants import Grant
@@ -120,7 +120,7 @@ class Cluster:
     def _create(self, topic: str) -> int:
         name = self._clients.address.qualified(topic)
         if not self._make:
-            raise LogError(
+            raise LogRefused(
                 f"there is no topic {name!r}, and log.create_topics is off: 'everloop topics apply' makes it"
             )
         return self.create(spec_of(topic, self._keeping))
