@@ -1,6 +1,6 @@
 """One worker of a handler as a process of its own, by the runner that the platform uses on the log that is configured.
 
-Run: ``python -m benchmarks._worker <name> assemble|note``; it announces itself in the home under ``name``.
+Run: ``python -m benchmarks._worker <name> assemble|score|note``; it announces itself in the home under ``name``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from everloop.stream import Handler, State
 from everloop.topics import EPISODES, EVENTS
 
 from pipelines.assemble import Assembler
+from reward.handler import RewardHandler
+from services.scorer.__main__ import encoder
 from services.service import Service, main
 from services.stream import share
 
@@ -35,7 +37,12 @@ class Note:
 
 def maker(step: str, config: Config, home: Home) -> Callable[[], Handler]:
     """What makes the handler of a step for each partition."""
-    return Note if step == Note.name else lambda: Assembler(config, home)
+    makers: dict[str, Callable[[], Handler]] = {
+        "note": Note,
+        "assemble": lambda: Assembler(config, home),
+        "score": lambda: RewardHandler(config, home, encoder),
+    }
+    return makers[step]
 
 
 def serve(config: Config) -> int:
