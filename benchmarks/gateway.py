@@ -6,10 +6,14 @@ see the same machine; medians over rounds are shown. One more round notes the id
 
 The run fails unless every acknowledged call is in the log, and every noted one, once and whole, in the store that
 the assembler makes of that log afterwards.
+
+``--log kafka`` measures the same on a broker that is started for it and shares the cores: the gateway's spool is
+drained while requests come, and what it holds at the end of the load is printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -18,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -28,10 +33,11 @@ from everloop.home import Home
 from everloop.log import connect
 from everloop.wire import decode
 
-from benchmarks._report import aim, parser, publish
+from benchmarks._report import Aim, aim, parser, publish
 from benchmarks._services import service
 from benchmarks._upstream import TOKENS
 from pipelines.store import Store
+from services.broker.process import Broker
 from services.gateway.keys import Keys
 
 CONNECTIONS = (1, 16, 64)
@@ -151,9 +157,40 @@ def _row(connections: int, pairs: list[tuple[Round, Round]]) -> dict[str, Any]:
     }
 
 
-def check_log(home: Home, acknowledged: int) -> int:
+@contextmanager
+def log_of(kind: str, folder: Path, home: Home) -> Iterator[str]:
+    """The URL of a log of this kind."""
+    if kind == "sqlite":
+        yield f"sqlite:///{home.root / 'log.db'}"
+        return
+    broker = Broker(folder / "broker", tied=True)
+    broker.start()
+    try:
+        yield f"kafka://{broker.address}"
+    finally:
+        broker.stop()
+
+
+def wait_for_spool(gateway: str) -> tuple[int, float]:
+    """(events in the spool, seconds until it was empty); none on the embedded log. Raises SystemExit."""
+    began = time.monotonic()
+    first = -1
+    while (waiting := _in_spool(gateway)) or first < 0:
+        first = waiting if first < 0 else first
+        if time.monotonic() - began > DEADLINE:
+            raise SystemExit(f"after {DEADLINE:g} s {waiting} events are still in the spool")
+        time.sleep(0.5)
+    return first, time.monotonic() - began
+
+
+def _in_spool(gateway: str) -> int:
+    with urllib.request.urlopen(f"{gateway}/status", timeout=10) as answer:
+        return int(json.loads(answer.read())["spool"].get("records", 0))
+
+
+def check_log(url: str, home: Home, acknowledged: int) -> int:
     """How many whole calls the log holds. Raises SystemExit where one that was acknowledged is missing or twice."""
-    log = connect(f"sqlite:///{home.root / 'log.db'}")
+    log = connect(url)
     calls: set[str] = set()
     records = 0
     for partition in range(log.partitions("events")):
@@ -173,9 +210,9 @@ def check_log(home: Home, acknowledged: int) -> int:
     return len(calls)
 
 
-def check_store(home: Home, engine: str, noted: list[str], calls: int) -> None:
+def check_store(url: str, home: Home, engine: str, noted: list[str], calls: int) -> None:
     """Let the assembler make the store, and find every noted call there once. Raises SystemExit where one is not."""
-    with closing(Store(home.root / "store")) as store, service("assembler", home, engine):
+    with closing(Store(home.root / "store")) as store, service("assembler", home, engine, log=url):
         end = time.monotonic() + DEADLINE
         while (found := _in_store(store)) < calls:
             if time.monotonic() > end:
@@ -194,32 +231,45 @@ def _in_store(store: Store) -> int:
 
 
 def main() -> int:
-    options = parser(__doc__ or "").parse_args()
+    options = _options()
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         home = Home(Path(folder) / "home")
         key = Keys(home.root / "keys.db").create("default")
         load = Load(Path(folder), key)
         direct = running.enter_context(upstream())
-        gateway = running.enter_context(service("gateway", home, direct))
-        rows, acknowledged = measure(load, direct, gateway, rounds, seconds)
-        noted = Path(folder) / "calls"
-        acknowledged += load.run(gateway, 16, 2, noted).requests
-        running.close()
+        url = running.enter_context(log_of(options.log, Path(folder), home))
+        with service("gateway", home, direct, log=url) as gateway:
+            rows, acknowledged = measure(load, direct, gateway, rounds, seconds)
+            noted = Path(folder) / "calls"
+            acknowledged += load.run(gateway, 16, 2, noted).requests
+            waited = wait_for_spool(gateway)
         ids = noted.read_text().split()
-        calls = check_log(home, max(acknowledged, len(ids)))
-        check_store(home, direct, ids, calls)
-    (at_16,) = (row for row in rows if row["connections"] == 16)
-    aims = [
-        aim("requests/s at 16 connections", 2500, at_16["gateway requests/s"]),
-        aim("added p99 at 16 connections, ms", 8, at_16["added p99 ms"], most=True),
-    ]
+        calls = check_log(url, home, max(acknowledged, len(ids)))
+        check_store(url, home, direct, ids, calls)
     notes = [
         f"medians of {rounds} rounds of {seconds} s each; wrk, stub and gateway share the cores",
         f"{acknowledged} calls acknowledged, {calls} in the log; {len(ids)} noted by id, all in the store once",
     ]
-    publish("gateway", rows, aims, quick=options.quick, notes=notes)
+    if options.log == "kafka":
+        notes.append(f"{waited[0]} events were in the spool at the end of the load, none {waited[1]:.0f} s later")
+    name = "gateway" if options.log == "sqlite" else "gateway-kafka"
+    publish(name, rows, _aims(rows), quick=options.quick, notes=notes)
     return 0
+
+
+def _options() -> argparse.Namespace:
+    made = parser(__doc__ or "")
+    made.add_argument("--log", choices=("sqlite", "kafka"), default="sqlite", help="the log behind the gateway")
+    return made.parse_args()
+
+
+def _aims(rows: list[dict[str, Any]]) -> list[Aim]:
+    (at_16,) = (row for row in rows if row["connections"] == 16)
+    return [
+        aim("requests/s at 16 connections", 2500, at_16["gateway requests/s"]),
+        aim("added p99 at 16 connections, ms", 8, at_16["added p99 ms"], most=True),
+    ]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from everloop.wire import BlobStore, decode
 
 logger = logging.getLogger(__name__)
 EVERY = 0.05  # seconds between looks: a route is followed within 100 ms
+EVERY_AFAR = 0.25  # on a cluster, where a look is two questions over the network
 
 
 class Assignment(NamedTuple):
@@ -124,7 +125,8 @@ class Routes:
 
     def follow(self, stop: threading.Event) -> None:
         """Blocks until ``stop`` is set. A log that is away for a while leaves the routes as they are."""
-        while not stop.wait(EVERY):
+        every = EVERY if self._kept is None else EVERY_AFAR
+        while not stop.wait(every):
             try:
                 self.catch_up()
                 self.trouble = self.unready = None

@@ -39,7 +39,7 @@ from everloop.log.sqlite.writer import Transaction
 
 logger = logging.getLogger(__name__)
 WINDOW = 500  # records handed on at once; of their bytes, what the embedded log reads at once
-GATHER = 0.02  # seconds for which a window fills: fewer and larger ones cost less
+GATHER = 0.1  # seconds for which the next window fills: fewer and larger ones cost much less
 IDLE = 1.0
 PAUSE = 1.0  # between two tries
 QUIET = 5.0  # seconds without an acknowledgement after which it is said
@@ -153,6 +153,8 @@ class Spool:
                 self._try_aside()
                 while window := self._window():
                     self._deliver(window)
+                    if len(window) < WINDOW:
+                        self._stop.wait(GATHER)
 
     def stop(self) -> None:
         """The drainer ends soon: it hands on what is left as long as that goes well, for 3 s at most."""
@@ -204,8 +206,7 @@ class Spool:
                 return found
             if self._stop.is_set():
                 break
-            if self._arrived.wait(IDLE):
-                self._stop.wait(GATHER)
+            self._arrived.wait(IDLE)
         return []
 
     def _over(self) -> bool:
