@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -104,10 +105,21 @@ def services(config: Config) -> list[Service]:
             name,
             (sys.executable, "-m", f"services.{name}"),
             base_url(_host(config, name), ports[name]),
-            {**environment, "EVERLOOP_SERVICES__DRAIN": f"{_drain(config, name):.2f}"},
+            {**environment, **_user(config, name), "EVERLOOP_SERVICES__DRAIN": f"{_drain(config, name):.2f}"},
         )
         for name in names
     ]
+
+
+def _user(config: Config, name: str) -> dict[str, str]:
+    """What makes a service come to the log as its own user; nothing where it has none. Its processes inherit it."""
+    its = next((user for service, user in config.log.users.items() if service == name), None)
+    if its is None:
+        return {}
+    return {
+        "EVERLOOP_LOG__USERNAME": json.dumps(its.username),  # quoted: else a name such as 007 would be a number
+        "EVERLOOP_LOG__PASSWORD_FILE": json.dumps(str(its.password_file.absolute())),
+    }
 
 
 def _drain(config: Config, name: str) -> float:

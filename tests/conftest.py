@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from everloop.home import Home
@@ -59,6 +61,84 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     made.start()
     yield made
     made.stop()
+
+
+def _certificate(name: str, signer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """A certificate and its key; without ``signer`` an authority that signs itself."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signer[0].subject if signer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    )
+    return builder.sign(signer[1] if signer else key, hashes.SHA256()), key
+
+
+def _pem(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """Files of an authority's certificate, and of a certificate that it signed with its key."""
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    folder.mkdir()
+    authority = _certificate(f"{name} authority")
+    certificate, key = _certificate(name, authority)
+    found = (folder / "ca.pem", folder / "certificate.pem", folder / "key.pem")
+    found[0].write_bytes(authority[0].public_bytes(Encoding.PEM))
+    found[1].write_bytes(certificate.public_bytes(Encoding.PEM))
+    found[2].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return found
+
+
+@pytest.fixture(scope="session")
+def pem() -> Callable[[Path, str], tuple[Path, Path, Path]]:
+    """Makes an authority and what it signed: ``pem(folder, name)``, its certificate, a certificate and its key."""
+    return _pem
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return _pem(tmp_path_factory.mktemp("pki") / "good", "broker")
+
+
+@pytest.fixture(scope="session")
+def secured(tmp_path_factory: pytest.TempPathFactory, authority: tuple[Path, Path, Path]) -> Iterator[Broker]:
+    """A broker that asks for TLS, a password and permission. Topics and grants of the prefix ``team`` are applied; the
+    password of each service's user is ``password-of-<user>``."""
+    from everloop.log import Access, connect
+    from everloop.log.kafka.grants import SERVICES, user_of
+    from everloop.log.kafka.log import KafkaLog
+    from everloop.log.kafka.plan import carry_out
+    from everloop.log.kafka.settings import Address
+
+    from services.broker.process import Broker
+    from services.broker.settings import ADMIN, Secured
+
+    ca, certificate, key = authority
+    users = [ADMIN, *(user_of(service, Address((), "team")) for service in SERVICES)]
+    passwords = {user: f"password-of-{user}" for user in users}
+    broker = Broker(tmp_path_factory.mktemp("secured"), secured=Secured(certificate, key, ca, passwords), tied=True)
+    broker.start()
+    try:
+        log = connect(f"kafka://{broker.address}/team", access=Access("sasl", ca, ADMIN, passwords[ADMIN]))
+        assert isinstance(log, KafkaLog)
+        plan = log.plan()
+        assert not plan.notes
+        carry_out(plan.changes)
+        log.close()
+        yield broker
+    finally:
+        broker.stop()
 
 
 @pytest.fixture(scope="session")

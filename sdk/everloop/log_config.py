@@ -10,6 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from everloop.errors import ConfigError
 from everloop.section import Section, check_url
 
+ServiceName = Literal["gateway", "assembler", "scorer", "learner", "releaser"]
+
+
+class LogUser(Section):
+    """As whom one service comes to Kafka, under ``everloop up``."""
+
+    username: str = Field(min_length=1)
+    password_file: Path = Field(description="holds the password alone")
+
 
 class LogConfig(Section):
     url: str = Field(default="sqlite:///log.db", description="relative paths are below the home folder")
@@ -24,6 +33,9 @@ class LogConfig(Section):
     username: str = ""
     password: str = Field(default="", repr=False)
     password_file: Path | None = Field(default=None, description="holds the password alone; better than password")
+    users: dict[ServiceName, LogUser] = Field(
+        default={}, description="of services that 'everloop up' starts, where each has its own; others are as above"
+    )
     create_topics: bool = Field(default=True, description="False: 'everloop topics apply' alone makes Kafka topics")
     spool_bytes: int = Field(
         default=1_073_741_824, ge=1_048_576, description="of events that wait in the gateway's spool for Kafka"
@@ -52,7 +64,7 @@ class LogConfig(Section):
         credentials = bool(self.username or self.password or self.password_file)
         if self.security == "sasl" and not (self.username and (self.password or self.password_file)):
             raise ValueError("security = 'sasl' needs username, and password_file (or password)")
-        if self.security != "sasl" and credentials:
+        if self.security != "sasl" and (credentials or self.users):
             raise ValueError(
                 f"username and password are given, and security is {self.security!r}, which sends neither: set "
                 "security = 'sasl'"

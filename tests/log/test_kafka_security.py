@@ -1,9 +1,7 @@
-"""TLS, passwords and permissions on a real broker, with a certificate authority made here."""
+"""TLS, passwords and permissions on a real broker, with a certificate authority made for it."""
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import os
 import subprocess
@@ -15,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from everloop.errors import LogError
 from everloop.home import Home
 from everloop.log import Access, NewRecord, connect
-from everloop.log.kafka.grants import SERVICES, Grant, user_of
+from everloop.log.kafka.grants import Grant, user_of
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import carry_out
 from everloop.log.kafka.settings import Address
@@ -37,68 +31,6 @@ from services.gateway.routes import Routes
 pytestmark = pytest.mark.kafka
 PREFIX = "team"
 Until = Callable[..., Any]
-
-
-def _certificate(name: str, signer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None) -> Any:
-    """A certificate and its key; without ``signer`` an authority that signs itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(signer[0].subject if signer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-    )
-    return builder.sign(signer[1] if signer else key, hashes.SHA256()), key
-
-
-def _pem(folder: Path, name: str) -> tuple[Path, Path, Path]:
-    """Files of an authority's certificate, and of a certificate that it signed with its key."""
-    folder.mkdir()
-    authority = _certificate(f"{name} authority")
-    certificate, key = _certificate(name, authority)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    found = (folder / "ca.pem", folder / "certificate.pem", folder / "key.pem")
-    pem = serialization.Encoding.PEM
-    for path, content in zip(
-        found, (authority[0].public_bytes(pem), certificate.public_bytes(pem), private), strict=True
-    ):
-        path.write_bytes(content)
-    return found
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return _pem(tmp_path_factory.mktemp("pki") / "good", "broker")
-
-
-@pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory, authority: tuple[Path, Path, Path]) -> Iterator[Broker]:
-    """A broker that asks for TLS, a password and permission; its topics and grants are applied."""
-    ca, certificate, key = authority
-    users = [ADMIN, *(user_of(service, Address((), PREFIX)) for service in SERVICES)]
-    broker = Broker(
-        tmp_path_factory.mktemp("secured"),
-        secured=Secured(certificate, key, ca, {user: f"password of {user}".replace(" ", "-") for user in users}),
-    )
-    broker.start()
-    try:
-        log = opened(broker, ca, ADMIN)
-        plan = log.plan()
-        assert not plan.notes
-        carry_out(plan.changes)
-        log.close()
-        yield broker
-    finally:
-        broker.stop()
 
 
 def opened(broker: Broker, ca: Path, user: str, **options: Any) -> KafkaLog:
@@ -222,10 +154,10 @@ def command(tmp_path: Path, url: str, **settings: object) -> tuple[int, str, flo
 
 
 def test_what_keeps_us_out_is_said_in_one_line(
-    tmp_path: Path, secured: Broker, authority: tuple[Path, Path, Path]
+    tmp_path: Path, secured: Broker, authority: tuple[Path, Path, Path], pem: Callable[..., tuple[Path, Path, Path]]
 ) -> None:
     ca = authority[0]
-    other = _pem(tmp_path / "other", "another")[0]
+    other = pem(tmp_path / "other", "another")[0]
     url = f"kafka://{secured.address}/{PREFIX}"
     user: dict[str, object] = {"security": "sasl", "username": ADMIN, "password": f"password-of-{ADMIN}"}
     asked: list[tuple[dict[str, object], str]] = [

@@ -61,6 +61,17 @@ SASL: dict[str, Any] = {"url": "kafka://b", "security": "sasl", "username": "u",
         ({"security": "tls"}, "sends neither"),
         ({"security": "plaintext", "username": "", "password": "", "ca_file": "ca.pem"}, "checks nothing"),
         ({"url": "sqlite:///log.db"}, "are for Kafka"),
+        ({"users": {"gatway": {"username": "g", "password_file": "f"}}}, "'gateway', 'assembler', 'scorer'"),
+        ({"users": {"gateway": {"username": "g"}}}, "password_file"),
+        (
+            {
+                "security": "tls",
+                "username": "",
+                "password": "",
+                "users": {"gateway": {"username": "g", "password_file": "f"}},
+            },
+            "sends neither",
+        ),
     ],
 )
 def test_access_that_does_not_fit_together_is_refused(changed: dict[str, Any], says: str) -> None:

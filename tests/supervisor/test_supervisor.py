@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everloop.config import Config
+from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.home import Home
 
@@ -206,3 +206,16 @@ def test_every_service_gets_a_port_of_its_own(home: Home) -> None:
     elsewhere = {"url": "http://10.0.0.1:8000"}
     remote = Config.model_validate({"home": home.root, "gateway": free, "serving": elsewhere, "services": ports})
     assert "engine" not in [service.name for service in services(remote)]
+
+
+def test_a_service_comes_to_the_log_as_its_own_user_and_the_others_as_the_one_for_all(tmp_path: Path):
+    ports = {f"{name}_port": 0 for name in ("assembler", "reward", "learner", "releaser")}
+    users = {"gateway": {"username": "007", "password_file": tmp_path / "a file"}}
+    log = {"url": "kafka://b", "security": "sasl", "username": "operator", "password": "p", "users": users}
+    config = Config(home=tmp_path / "home", log=log, gateway={"port": 0}, serving={"url": "http://x"}, services=ports)
+    found = {service.name: service.environment for service in services(config)}
+    its = load(
+        environment=dict(found["gateway"]) | {"EVERLOOP_LOG__URL": "kafka://b", "EVERLOOP_LOG__SECURITY": "sasl"}
+    )
+    assert (its.log.username, its.log.password_file) == ("007", tmp_path / "a file")
+    assert not any(name.startswith("EVERLOOP_LOG__") for name in found["scorer"])
