@@ -15,6 +15,7 @@ class Home:
 
     ========================  ==========================================================
     ``log.db``                the embedded log
+    ``spool/events.db``       what the gateway acknowledged and Kafka has not yet: nowhere else
     ``keys.db``               hashed API keys
     ``blobs/``                large bodies by content hash
     ``state/<handler>.db``    state and offsets of each stream handler

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from everloop.errors import LogError, LogRefused
+from everloop.home import Home
 from everloop.log.base import NewRecord
+from everloop.log.embedded import EmbeddedLog
 from everloop.release import Adapter, Route
 from everloop.wire import encode
+
+from services.gateway.routes import Routes
 
 A, B = "aaaa1111", "bbbb2222"
 
@@ -136,3 +143,45 @@ async def test_what_is_not_recorded_takes_no_part_in_a_canary(bench: Any) -> Non
     for at in range(8):
         _, _, headers = await bench.chat(X_Everloop_Subject=f"user-{at}", X_Everloop_Capture="off")
         assert headers["X-Everloop-Policy-Version"] == A
+
+
+class Away:
+    """A log that gives one error to every question."""
+
+    def __init__(self, error: LogError) -> None:
+        self.error = error
+
+    def partitions(self, topic: str) -> int:
+        raise self.error
+
+
+def test_a_start_without_the_log_goes_on_with_the_routes_that_were_read_last(home: Home, tmp_path: Path) -> None:
+    log, kept = EmbeddedLog(tmp_path / "log.db"), tmp_path / "routes.json"
+    blobs = home.blobs
+    with pytest.raises(LogError, match="nobody"):
+        Routes(Away(LogError("nobody answers")), blobs, kept).begin()
+    seen = Routes(log, blobs, kept)
+    seen.begin()
+    nothing = Routes(Away(LogError("nobody answers")), blobs, kept)
+    nothing.begin()
+    assert nothing.live("bank", "assistant") == "base", "that there is no route is known too"
+    route = Route(tenant="bank", policy="assistant", epoch=3, live=A, canary=B, share=0.25, time=1.0, release="r1")
+    made = {"policy": "assistant", "base": "tiny", "run": "r", "batch": "b", "uri": "", "rank": 8, "targets": ()}
+    adapter = Adapter(hash="cccc3333", tenant="bank", time=1.0, **made)
+    log.append([NewRecord("routes", route.key, encode(route)), NewRecord("adapters", adapter.key, encode(adapter))])
+    seen.catch_up()
+    assert seen.age() < 60
+    log.close()
+    again = Routes(Away(LogError("nobody answers")), blobs, kept)
+    again.begin()
+    assert again.get("bank", "assistant") == route
+    assert again.versions("bank", "assistant") == {A, B, "cccc3333"}
+    assert "nobody answers" in again.trouble
+    assert again.unready is None
+    assert again.age() == math.inf
+    refused = Routes(Away(LogRefused("the password is wrong")), blobs, kept)
+    refused.begin()
+    assert "password" in refused.unready, "a person has to act"
+    kept.write_text("{")
+    with pytest.raises(LogError, match="nobody"):
+        Routes(Away(LogError("nobody answers")), blobs, kept).begin()

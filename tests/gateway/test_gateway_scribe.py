@@ -147,3 +147,15 @@ async def test_a_scribe_outlives_its_gateway_only_to_finish(home: Home, start: A
     await soon(lambda: scribe._process.poll() is not None)
     assert scribe._process.returncode == 0
     assert written(home) == ["sent and gone"]
+
+
+@pytest.mark.processes
+async def test_what_a_person_must_mend_makes_it_unready_and_is_no_answer_to_an_append(home: Home, start: Any) -> None:
+    scribe = await start()
+    assert scribe.spool == {}
+    scribe.data_received(framed((None, 0, None, {"records": 3, "refused": "no permission for events"})))
+    assert scribe.trouble == "no permission for events"
+    await asyncio.wrap_future(scribe.append_soon([event("served all the same")]))
+    scribe.data_received(framed((None, 0, None, {"records": 0, "refused": None})))
+    assert scribe.trouble is None
+    assert written(home) == ["served all the same"]
