@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import signal
@@ -13,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everloop.errors import ContractError
+from everloop import wire
+from everloop.errors import ContractError, LogError
+from everloop.event import Call, Event, Message
 from everloop.home import Home
 from everloop.log import NewRecord, Record, connect
+from everloop.log.kafka.declared import Keeping
 from everloop.log.kafka.log import KafkaLog
+from everloop.log.kafka.settings import Access, Address
 from everloop.stream import State
 
 from services.broker.process import Broker
@@ -208,3 +213,130 @@ def said(log: KafkaLog) -> Callable[[], dict[str, list[int]]]:
         return found
 
     return by_key
+
+
+PLANT = """
+home = "{home}"
+[log]
+url = "kafka://{address}/{prefix}"
+[services]
+assembler_port = 0
+[tenants.acme.policies.desk]
+"""
+
+
+def event(number: int, size: int) -> NewRecord:
+    asked = Message(role="user", content="q" * size)
+    call = Call(id=f"c{number}", messages=(asked,), output=Message(role="assistant", content="a"))
+    made = Event(
+        id=f"e{number}", tenant="acme", policy="desk", episode=f"ep_{number // 3}", time=1_760_000_000.0, payload=call
+    )
+    return NewRecord("events", made.key, wire.encode(made), {"id": made.id}, made.time)
+
+
+class Plant:
+    """A log that is appended to, and an assembler that is kept up."""
+
+    def __init__(self, broker: Broker, home: Path, size: int = 100) -> None:
+        home.mkdir()
+        prefix = secrets.token_hex(6)
+        self.home, self._size = home, size
+        (home / "everloop.toml").write_text(PLANT.format(home=home, address=broker.address, prefix=prefix))
+        self.log = KafkaLog(Address((broker.address,), prefix), Access(), Keeping(), deadline=10.0)
+        self.acknowledged: list[str] = []
+        self.refused: list[str] = []
+        self.starts = 0
+        self._enough, self._stop = threading.Event(), threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._keep_up, self._feed)]
+        for thread in self._threads:
+            thread.start()
+
+    def _keep_up(self) -> None:
+        while not self._stop.is_set():
+            self.starts += 1
+            self._process = self.run("services.assembler")
+            while self._process.poll() is None and not self._stop.wait(0.2):
+                pass
+
+    def run(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """A process of the platform in this home; what it says goes into a file there."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("EVERLOOP_")}
+        environment |= {"EVERLOOP_CONFIG": str(self.home / "everloop.toml"), "OMP_NUM_THREADS": "1"}
+        with (self.home / "said").open("ab") as said:
+            command = [sys.executable, "-m", module, *arguments]
+            return subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+
+    @property
+    def pid(self) -> int:
+        """Of the assembler that runs now."""
+        assert self._process is not None
+        return self._process.pid
+
+    def _feed(self) -> None:
+        for number in itertools.count():
+            while not self._enough.is_set():
+                try:
+                    self.log.append([event(number, self._size)])
+                    self.acknowledged.append(f"e{number}")
+                    break
+                except LogError as error:
+                    self.refused.append(str(error))
+            if self._enough.wait(0.005):
+                return
+
+    def stored(self) -> dict[str, int]:
+        """Events in the store and among the turns of episodes, and how many of each have an id of their own."""
+        from pipelines.store import Store  # which workers that import this file need not
+
+        store = Store(self.home / "store")
+        try:
+            (events,) = store.sql("SELECT count(*) AS events, count(DISTINCT id) AS ids FROM events").to_pylist()
+            (turns,) = store.sql("SELECT count(*) AS turns, count(DISTINCT call) AS calls FROM turns").to_pylist()
+        finally:
+            store.close()
+        return {**events, **turns}
+
+    def check(self, until: Callable[..., Any], deadline: float = 90.0) -> None:
+        """Append no more; the store has all in the end, each event once."""
+        self._enough.set()
+        self._threads[1].join(60)
+        whole = len(self.log_ids())
+        until(lambda: set(self.stored().values()) == {whole}, deadline=deadline, every=0.5)
+        print(
+            f"acknowledged {len(self.acknowledged)}, in the store {self.stored()} of {whole} in the log;"
+            f" refused {len(self.refused)}, the assembler was started {self.starts} times"
+        )
+
+    def log_ids(self) -> set[str]:
+        found: list[str] = []
+        for partition in range(4):
+            offset = 0
+            while records := self.log.read("events", partition, offset, 5000):
+                found += [record.headers["id"] for record in records]
+                offset = records[-1].offset + 1
+        assert set(self.acknowledged) <= set(found)
+        return set(found)
+
+    def close(self) -> None:
+        self._enough.set()
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self.log.close()
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Iterator[Callable[..., Plant]]:
+    made: list[Plant] = []
+
+    def build(broker: Broker, **options: Any) -> Plant:
+        made.append(Plant(broker, tmp_path / "home", **options))
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,32 @@ def test_feedback_in_every_order_early_late_and_twice_makes_the_same_episode(
     assert len(newest) == len(orders)
     said = {wire.encode(one.model_copy(update={"id": "ep"})) for one in newest.values()}
     assert len(said) == 1
+
+
+def test_clocks_an_hour_off_order_nothing(log: KafkaLog, tmp_path: Path, work: Any, until: Until) -> None:
+    """Producers' and the worker's: order comes from numbers where there are any, else from offsets."""
+    now, hour, config = time.time(), 3600.0, Config(home=tmp_path)
+    off = (hour, -hour, 0.0, 3 * 86_400.0, -2 * hour)
+
+    def call(episode: str, number: int, seq: int | None) -> Event:
+        said = Message(role="assistant", content=str(number))
+        made = Call(id=f"c{number}", messages=(Message(role="user", content="?"),), output=said)
+        return event(episode, f"call{number}", made, seq).model_copy(update={"time": now + off[number]})
+
+    unnumbered = [call("ep_log", number, None) for number in range(5)]
+    numbered = [call("ep_seq", number, number) for number in (3, 0, 4, 2, 1)]
+    log.append([NewRecord(EVENTS.name, e.key, wire.encode(e), {}, e.time) for e in (*unnumbered, *numbered)])
+    worker = work(tmp_path / "work", lambda: Assembler(config, Home(tmp_path)), clock=lambda: time.time() - hour)
+    until(lambda: worker.worker.handled == 10, deadline=30)
+
+    def whole() -> list[Episode]:
+        read = [record for p in range(4) for record in log.read(EPISODES.name, p)]
+        return [one for one in (wire.decode(Episode, record.value or b"") for record in read) if one.version == 5]
+
+    found = until(lambda: len(whole()) == 2 and whole(), deadline=30)
+    assert [[turn.call.id for turn in one.turns] for one in found] == [[f"c{n}" for n in range(5)]] * 2
+    assert {(one.started, one.updated) for one in found} == {(now - 2 * hour, now + 3 * 86_400.0)}, "as they were said"
+    print("acknowledged 10, in episodes 10")
 
 
 @pytest.mark.processes

@@ -50,6 +50,8 @@ def test_killed_at_every_step_nothing_is_lost_and_nothing_is_said_twice(
     until(lambda: done() == KEYS * EACH, deadline=30)
     assert said() == WHOLE
     assert state(log) == dict.fromkeys(WHOLE, EACH)
+    counts = [count for its in said().values() for count in its]
+    print(f"acknowledged {KEYS * EACH}, counted {len(counts)}, each once")
 
 
 def test_another_goes_on_where_a_worker_stopped_whose_disk_is_lost(
