@@ -49,6 +49,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def load() -> str:
+    """How much runs on the machine, as a note before a benchmark begins: what it measures depends on it."""
+    return f"load average when it began: {os.getloadavg()[0]:.1f} over a minute, {os.getloadavg()[1]:.1f} over five"
+
+
 def machine() -> dict[str, Any]:
     """What it ran on: processor model, cores, memory, system and Python."""
     return {

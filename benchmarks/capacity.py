@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import _costs
-from benchmarks._report import RESULTS, parser, publish, table
+from benchmarks._report import RESULTS, load, parser, publish, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "capacity.md"
 RATES = (100, 10_000, 1_000_000)
@@ -190,11 +190,13 @@ def fill(page: str, figures: Figures) -> str:
 
 
 def measure(quick: bool) -> None:
+    began = load()
     with tempfile.TemporaryDirectory(prefix="ev-capacity-") as folder:
         rows = _costs.measure(Path(folder), quick=quick)
     notes = [
         "processor time by event, of backlogs; producers, workers and broker shared the cores",
         f"an episode: {_costs.CALLS} calls of 256 tokens and a thumb; each a batch of its own",
+        began,
     ]
     publish("capacity", rows, quick=quick, notes=notes)
 

@@ -38,13 +38,13 @@ from everloop.log import Log, NewRecord, Record, connect
 from everloop.topics import EPISODES, EVENTS
 
 from benchmarks import _cpu
-from benchmarks._report import aim, parser, publish
+from benchmarks._report import aim, load, parser, publish
 from benchmarks._services import Running, environment, process
 from services.broker.process import Broker
 
-BACKLOG, QUICK_BACKLOG = 30_000, 8_000
+BACKLOG, QUICK_BACKLOG = 15_000, 6_000
 RATE = 200.0  # events a second while latency is measured
-SECONDS, QUICK_SECONDS = 15.0, 5.0
+SECONDS, QUICK_SECONDS = 10.0, 4.0
 WARM = 400
 APART = 1000  # events between the two of an episode
 AT_ONCE, OUTSTANDING = 50, 40  # events of an append, appends under way
@@ -258,7 +258,7 @@ def measure(case: Case, home: Home, url: str, broker: int | None, backlog: int, 
 
 
 def main() -> int:
-    options = parser(__doc__ or "").parse_args()
+    options, began = parser(__doc__ or "").parse_args(), load()
     backlog, seconds = (QUICK_BACKLOG, QUICK_SECONDS) if options.quick else (BACKLOG, SECONDS)
     rows = []
     with tempfile.TemporaryDirectory(prefix="ev-log-") as folder:
@@ -282,6 +282,7 @@ def main() -> int:
         f"a backlog of {backlog:,} events, then {seconds:g} s at {RATE:g}/s",
         "producer, workers and broker share the cores",
         "every event was handled; by note exactly once",
+        began,
     ]
     publish("log", rows, aims, quick=options.quick, notes=notes)
     return 0

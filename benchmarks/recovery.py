@@ -44,7 +44,7 @@ from everloop.home import Home
 from everloop.log import connect, partition_of
 from everloop.topics import EPISODES
 
-from benchmarks._report import Aim, aim, parser, publish
+from benchmarks._report import Aim, aim, load, parser, publish
 from benchmarks._services import environment, process
 from benchmarks.gateway import upstream
 from pipelines.store import Store
@@ -317,12 +317,12 @@ def report(found: Mapping[str, Sequence[Recovered]]) -> tuple[list[dict[str, Any
 
 
 def main() -> int:
-    options = parser(__doc__ or "").parse_args()
+    options, began = parser(__doc__ or "").parse_args(), load()
     with tempfile.TemporaryDirectory(prefix="ev-recovery-") as folder:
         found, stored = run(Path(folder), QUICK_TRIES if options.quick else TRIES)
     rows, aims = report(found)
-    load = f"{RATE:g} calls a second of 256 tokens by {CLIENTS} clients, all the while; {PARTITIONS} partitions"
-    publish("recovery", rows, aims, quick=options.quick, notes=[load, stored])
+    calls = f"{RATE:g} calls a second of 256 tokens by {CLIENTS} clients, all the while; {PARTITIONS} partitions"
+    publish("recovery", rows, aims, quick=options.quick, notes=[calls, stored, began])
     return 0
 
 
