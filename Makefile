@@ -13,7 +13,7 @@ LOG ?=
 LOG_URL := $(if $(filter kafka,$(LOG)),kafka://127.0.0.1:9092,$(LOG))
 DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(if $(LOG_URL),--log $(LOG_URL)) $(ARGS)
 
-.PHONY: help install demo up kafka kafka-stop test test-fast check format lock bench clean
+.PHONY: help install demo up kafka kafka-stop test test-fast soak check format lock bench clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -52,6 +52,9 @@ test: $(STAMP)   ## every check and every test
 
 test-fast: $(STAMP) ## the tests that start no outside component
 	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow and not kafka" $(ARGS)
+
+soak: $(STAMP)   ## load and rebalances on a real broker for an hour: make soak [SECONDS=<n>]
+	@SOAK_SECONDS=$(or $(SECONDS),3600) $(BIN)/python -m pytest -s tests/kafka/test_kafka_soak.py $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, layers
 	@$(BIN)/ruff format --check .
