@@ -41,6 +41,7 @@ from services.gateway.refusals import Refused
 logger = logging.getLogger(__name__)
 KEPT_SECONDS = 120.0
 KEPT_BYTES = 67_108_864
+OVERHEAD = 1200  # bytes of an answer that is kept, beyond its body: measured
 TAIL = 1000  # newest events of each partition that are looked at after a start
 RETRY_COUNT = "x-stainless-retry-count"
 IDEMPOTENCY_KEY = "Idempotency-Key"
@@ -154,7 +155,9 @@ class Retries:
         if self._under_way.get(name) is entry:
             del self._under_way[name]
         if finished is not None:
-            self._keep(name, entry, len(finished.body) + 512)
+            # orjson's bytes hold on to 8 KB however few they are
+            finished = finished._replace(body=bytes(memoryview(finished.body)))
+            self._keep(name, entry, len(finished.body) + OVERHEAD)
         entry.settled.set_result(finished)
 
     def _recent(self, name: str) -> Entry | None:

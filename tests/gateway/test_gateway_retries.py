@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from everloop.errors import ServingError
 
-from services.gateway.retries import Finished, Mark, Retries
+from services.gateway.retries import OVERHEAD, Finished, Mark, Retries
 
 AGAIN = {"X_Stainless_Retry_Count": "1"}
 
@@ -103,7 +103,7 @@ async def test_a_gateway_that_was_started_again_knows_what_is_durable(start: Any
 
 
 async def test_what_is_kept_is_bounded() -> None:
-    retries = Retries(b"s" * 32, kept_bytes=5000)
+    retries = Retries(b"s" * 32, kept_bytes=4 * (500 + OVERHEAD) + 100)
     stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     stored.set_result(None)
     for at in range(50):
