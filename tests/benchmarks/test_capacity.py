@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import capacity
+from everloop import wire
+from everloop.event import Call, Event
+
+from benchmarks import _costs, capacity
 from benchmarks.capacity import PAGE, Figures, costs, fill, plan
 
 US = dict.fromkeys(
@@ -70,3 +73,14 @@ def test_without_figures_it_says_how_to_get_them(tmp_path):
 def test_other_rates_are_computed(capsys):
     assert capacity.main(["--episodes-per-minute", "2500"]) == 0
     assert "2,500" in capsys.readouterr().out
+
+
+def test_what_is_measured_is_two_calls_of_256_tokens_and_a_thumb_for_each_episode():
+    records = [*_costs.calls("x", 5), *_costs.thumbs("x", 5)]
+    events = [wire.decode(Event, record.value or b"") for record in records]
+    assert len({event.id for event in events}) == 15
+    for number in range(5):
+        its = [event.payload for event in events if event.episode == f"ep_x-{number}"]
+        called = [one for one in its if isinstance(one, Call)]
+        assert [len(one.tokens.completion) for one in called if one.tokens] == [256, 256]
+        assert len(its) == 3
