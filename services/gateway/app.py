@@ -37,6 +37,7 @@ from services.gateway.turns import Turns
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 UNDER_WAY = 0.85  # of the drain: for answers under way; the rest is for their events to become durable
+REST = "rest"  # the route that has what no other has
 ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
 
 
@@ -103,7 +104,7 @@ class Gateway:
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
-        router.add_route("*", "/v1/{rest:.*}", self._guarded("other", _no_such_endpoint))
+        router.add_route("*", "/v1/{rest:.*}", self._guarded("other", _refuse_endpoint), name=REST)
         app.on_shutdown.append(self._end)
 
     async def _end(self, app: web.Application) -> None:
@@ -198,12 +199,15 @@ async def _allowed(request: web.Request) -> web.Response:
     return web.Response(status=204)
 
 
-async def _no_such_endpoint(request: web.Request) -> web.Response:
-    raise Refused(
-        404,
-        f"there is no {request.method} {request.path[:100]} here; the gateway has {ENDPOINTS}",
-        "unknown_endpoint",
-    )
+async def _refuse_endpoint(request: web.Request) -> web.Response:
+    """405 where the path is known and the method is not, else 404."""
+    others = (resource for resource in request.app.router.resources() if resource.name != REST)
+    methods = sorted({method for resource in others for method in (await resource.resolve(request))[1]})
+    asked = f"{request.method} {request.path[:100]}"
+    if methods:
+        takes = ", ".join(methods)
+        raise Refused(405, f"{asked} is not served: it takes {takes}", "method_not_allowed", headers={"Allow": takes})
+    raise Refused(404, f"there is no {asked} here; the gateway has {ENDPOINTS}", "unknown_endpoint")
 
 
 def _model(name: str, tenant: str) -> dict[str, Any]:

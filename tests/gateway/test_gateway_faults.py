@@ -157,6 +157,25 @@ async def test_headers_that_no_text_can_be_are_refused(bench: Any) -> None:
         assert b"must be printable" in answer
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("GET", "/v1/completions", "POST"),
+        ("DELETE", "/v1/feedback", "OPTIONS, POST"),
+        ("GET", "/v1/feedback/tokens", "POST"),
+        ("PUT", "/v1/events", "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("POST", "/v1/models/assistant", "GET, HEAD"),
+    ],
+)
+async def test_another_method_is_told_which_there_is(bench: Any, method: str, path: str, allowed: str) -> None:
+    async with bench.http.request(method, bench.url + path) as answer:
+        error = (await answer.json())["error"]
+        assert (answer.status, answer.headers["Allow"], error["code"]) == (405, allowed, "method_not_allowed")
+    assert f"{method} {path} is not served: it takes {allowed}" in error["message"]
+
+
 async def test_the_engine_never_sees_the_agents_headers_or_admin_calls(bench: Any) -> None:
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions/x"):
         status, answer, _ = await bench.post(path, {"lora_name": "x", "lora_path": "/etc"})

@@ -95,6 +95,12 @@ async def test_status_shows_every_part_even_where_one_fails(client: Any) -> None
     assert "ZeroDivisionError" in status["broken"]["error"]
 
 
+async def test_another_method_is_told_which_there_is(client: Any) -> None:
+    http, _ = client
+    answer = await http.post("/status")
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET,HEAD")
+
+
 async def test_metrics_are_in_prometheus_form(client: Any) -> None:
     http, _ = client
     answer = await http.get("/metrics")
