@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from everloop import wire
 from everloop.event import Call, Event
 
