@@ -6,7 +6,8 @@
                                           "mark"   → <next offset> <owner> <count>     the last of each transaction
 
 The mark says how far the state is. Its owner is a name drawn for each writer, so no two commits have the same mark,
-and a cache is that of the changelog where it has the newest one.
+and a cache is that of the changelog where it has the newest one. Where it has an earlier one that is still there, what
+follows it brings the cache up to date: compaction takes a mark before any tombstone behind it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ENTRY = "/"
 SOURCE = "source"
 """Header of a record: topic, partition and next offset of the records that the state is of."""
 READ_AT_ONCE = 2000
+FAR = 65_536  # offsets from the end, beyond which a mark is not looked for
 
 
 class Written(NamedTuple):
@@ -67,9 +69,22 @@ class Changelog:
         """The offset that the newest mark tells; 0 where there is none."""
         return next_of(self.mark())
 
-    def changes(self) -> Iterator[tuple[str, bytes | None]]:
-        """Every change that is kept, oldest first: of those with one key the last counts."""
-        for record in self._read(0):
+    def offset_of(self, mark: str) -> int | None:
+        """Where a mark lies; None where it is not, or no longer, near the end."""
+        end, back = self._log.end_offsets(self._topic)[self._source[1]], 16
+        while mark:
+            start = max(0, end - back)
+            for record in self._read(start):
+                if record.key == MARK and record.value == mark.encode():
+                    return record.offset
+            if not start or back >= FAR:
+                break
+            back *= 16
+        return None
+
+    def changes(self, after: int = -1) -> Iterator[tuple[str, bytes | None]]:
+        """Every change that is kept behind an offset, oldest first: of those with one key the last counts."""
+        for record in self._read(after + 1):
             if record.key.startswith(ENTRY):
                 yield record.key.removeprefix(ENTRY), record.value
 

@@ -15,7 +15,7 @@ A batch, in this order:
 3. commit changes and mark to the cache
 
 Killed before 2 is done, nothing of it is there; killed before 3, the next owner's cache is older than the changelog
-and built anew. A changelog and a state that are gone mean handling again from the beginning.
+and brought up to it. A changelog and a state that are gone mean handling again from the beginning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from everloop.errors import LogError, RecordTooLarge
@@ -47,6 +47,19 @@ RESTORED = Counter(
     "everloop_handler_restored_entries", "Entries of the state that were read from its changelog", ["handler"]
 )
 TAKEOVERS = Counter("everloop_handler_takeovers", "Partitions that were taken over", ["handler"])
+
+
+class Counted:
+    """Changes, and how many there were."""
+
+    def __init__(self, changes: Iterable[tuple[str, bytes | None]]) -> None:
+        self._changes = changes
+        self.count = 0
+
+    def __iter__(self) -> Iterator[tuple[str, bytes | None]]:
+        for change in self._changes:
+            self.count += 1
+            yield change
 
 
 class Partition:
@@ -88,19 +101,14 @@ class Partition:
         mark = self._changelog.mark()
         if self._state.mark() == mark:
             return
-        count = 0
-
-        def counted() -> Iterator[tuple[str, bytes | None]]:
-            nonlocal count
-            for change in self._changelog.changes():
-                count += 1
-                yield change
-
-        began = time.monotonic()
-        self._state.rebuild(counted(), {self.source: next_of(mark)} if mark else {}, mark)
-        RESTORED.labels(self._name).inc(count)
-        said = "%s: state of %s/%d built from its changelog: %d entries, %.1f s"
-        logger.info(said, self._name, *self.source, count, time.monotonic() - began)
+        held = self._changelog.offset_of(self._state.mark())
+        began, counted = time.monotonic(), Counted(self._changelog.changes(-1 if held is None else held))
+        offsets = {self.source: next_of(mark)} if mark else {}
+        self._state.rebuild(counted, offsets, mark, anew=held is None)
+        RESTORED.labels(self._name).inc(counted.count)
+        said = "%s: state of %s/%d %s its changelog: %d entries, %.1f s"
+        how = "built from" if held is None else "brought up to"
+        logger.info(said, self._name, *self.source, how, counted.count, time.monotonic() - began)
 
     def catch_up(self, until: int) -> None:
         """Handle what lies before ``until`` and is not in the state, as the log has it."""

@@ -109,11 +109,16 @@ class StateStore:
         self._layers = [{}]
 
     def rebuild(
-        self, entries: Iterable[tuple[str, bytes | None]], offsets: Mapping[TopicPartition, int], mark: str
+        self,
+        entries: Iterable[tuple[str, bytes | None]],
+        offsets: Mapping[TopicPartition, int],
+        mark: str,
+        anew: bool = True,
     ) -> None:
-        """Replace everything, in one transaction; of entries with one key the last counts."""
+        """Replace everything, in one transaction; of entries with one key the last counts. ``anew`` False: what is
+        there stays, but for these."""
         with self._transaction():
-            for table in ("entries", "offsets", "mark"):
+            for table in ("entries", "offsets", "mark") if anew else ():
                 self._connection.execute(f"DELETE FROM {table}")
             for key, value in entries:
                 self._write([(key, value)], {}, "")
