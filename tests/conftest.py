@@ -6,7 +6,7 @@ import datetime
 import ipaddress
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,6 +45,23 @@ def own_environment() -> Iterator[None]:
 @pytest.fixture(name="until")
 def until_fixture() -> Callable[..., object]:
     return until
+
+
+class Letters:
+    """An encoder without weights, whose near texts have the same letters."""
+
+    name, size, version = "letters", 26, "1"
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        import numpy as np
+
+        counts = np.asarray([[text.count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
+        return counts.reshape(-1, 26) / np.linalg.norm(counts, axis=-1, keepdims=True).clip(1e-6)
+
+
+@pytest.fixture
+def letters() -> Letters:
+    return Letters()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from everloop import wire
 from everloop.config import Config, RewardConfig
@@ -32,23 +31,13 @@ from trainer.request import Request
 ANSWERS = ("card_arrival", "lost_card")
 
 
-class Letters:
-    """An encoder whose near texts have the same letters."""
-
-    name, size, version = "letters", 26, "1"
-
-    def encode(self, texts: Sequence[str]) -> Any:
-        counts = np.asarray([[text.count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
-        return counts.reshape(-1, 26) / np.linalg.norm(counts, axis=-1, keepdims=True).clip(1e-6)
-
-
 def asked(number: int) -> str:
     return f"where is my card {'abcdefgh'[number % 8] * (1 + number // 8)}"
 
 
-def snapshot(home: Home) -> Path:
+def snapshot(home: Home, letters: Any) -> Path:
     """A reward model that prefers the first answer, and has heard enough to say so."""
-    model = RewardModel(RewardConfig(), Letters())
+    model = RewardModel(RewardConfig(), letters)
     for number in range(60):
         example = Example(asked(number), ANSWERS[number % 2], Structure(tools=number % 3, tool_errors=number % 2))
         model.learn([Label(f"l{number}", example, float(number % 2 == 0))])
@@ -103,12 +92,13 @@ def _call(name: str, number: int) -> Call:
 class Worker:
     """The learner's worker: estimates by a snapshot's folder; counts what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, letters: Any) -> None:
         self.asked: list[int] = []
+        self._letters = letters
 
     def __call__(self, folder: Path, encoder: str, examples: Sequence[Example]) -> list[Estimate]:
         self.asked.append(len(examples))
-        return RewardModel.load(folder, Letters()).estimate(examples)
+        return RewardModel.load(folder, self._letters).estimate(examples)
 
 
 def drawn(config: Config, facts: Facts, ask: Callable[..., Any]) -> Batch:
@@ -119,17 +109,17 @@ def drawn(config: Config, facts: Facts, ask: Callable[..., Any]) -> Batch:
     return Batch.load(Path(Request.load(Home(config.home).folder("runs", run.id)).batch))
 
 
-def test_a_batch_holds_the_opinions_of_the_pinned_version_alone(installation: Config):
+def test_a_batch_holds_the_opinions_of_the_pinned_version_alone(installation: Config, letters: Any):
     home = Home(installation.home)
-    pinned = snapshot(home)
+    pinned = snapshot(home, letters)
     seen = captured(installation, ["old", "older", pinned.name, "old", pinned.name, "oldest"])
-    worker = Worker()
+    worker = Worker(letters)
     batch = drawn(installation, Facts(reward_version=pinned.name), worker)
     assert batch.reward_version == pinned.name
     assert batch.scored_by == {pinned.name: 12}
     assert worker.asked == [8]  # those that it had not scored already
     rewards = {item.call: (item.reward, item.mask) for item in batch.items}
-    model = RewardModel.load(pinned, Letters())
+    model = RewardModel.load(pinned, letters)
     (plain,) = model.estimate([seen[0][1]])
     assert rewards["c2"] == (0.123, True)
     assert rewards["d0"][0] > plain.reward  # the episode's course is seen, and an answer that was kept counts
@@ -137,17 +127,17 @@ def test_a_batch_holds_the_opinions_of_the_pinned_version_alone(installation: Co
     assert rewards["d0"][0] > rewards["d1"][0]
 
 
-def test_where_the_snapshot_is_gone_others_have_no_say(installation: Config):
+def test_where_the_snapshot_is_gone_others_have_no_say(installation: Config, letters: Any):
     captured(installation, ["old", "pinned"])
-    batch = drawn(installation, Facts(reward_version="pinned"), Worker())
+    batch = drawn(installation, Facts(reward_version="pinned"), Worker(letters))
     assert batch.scored_by == {"pinned": 2}
     assert [item.mask for item in batch.items] == [False, False, True, True]
 
 
-def test_what_was_pinned_is_not_asked_again(installation: Config):
-    pinned = snapshot(Home(installation.home))
+def test_what_was_pinned_is_not_asked_again(installation: Config, letters: Any):
+    pinned = snapshot(Home(installation.home), letters)
     captured(installation, ["old", pinned.name])
-    worker = Worker()
+    worker = Worker(letters)
     first = drawn(installation, Facts(reward_version=pinned.name), worker)
     assert drawn(installation, Facts(reward_version=pinned.name), worker).id == first.id
     order = Due("now", {"id": "again", "batch": first.id})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,6 @@ from trainer.request import Request
 
 pytestmark = pytest.mark.models
 ANSWERS = ("lost_card", "refund")
-
-
-class Letters:
-    """An encoder whose near texts have the same letters."""
-
-    name, size, version = "letters", 26, "1"
-
-    def encode(self, texts: Sequence[str]) -> Any:
-        counts = np.asarray([[text.count(chr(97 + i)) for i in range(26)] for text in texts], np.float32)
-        return counts.reshape(-1, 26) / np.linalg.norm(counts, axis=-1, keepdims=True).clip(1e-6)
 
 
 def asked(number: int) -> str:
@@ -68,15 +57,15 @@ def batch(policy: Policy) -> Batch:
     return Batch("t", "p", "", items)
 
 
-def judged_by(folder: Path) -> Path:
-    model = RewardModel(RewardConfig(), Letters())
+def judged_by(folder: Path, letters: Any) -> Path:
+    model = RewardModel(RewardConfig(), letters)
     for number in range(40):
         example = Example(asked(number), ANSWERS[number % 2])
         model.learn([Label(f"l{number}", example, float(number % 2 == 0))])
     return folder / model.save(folder)
 
 
-def request(policy: Policy, folder: Path, name: str) -> Request:
+def request(policy: Policy, folder: Path, name: str, letters: Any) -> Request:
     fields = {
         "name": "test",
         "adapter": {"rank": 2},
@@ -92,7 +81,7 @@ def request(policy: Policy, folder: Path, name: str) -> Request:
         batch=str(batch(policy).save(folder)),
         recipe=recipe.parse(fields, "test").model_dump(),
         seed=5,
-        reward=str(judged_by(folder / "rewards")),
+        reward=str(judged_by(folder / "rewards", letters)),
         encoder="letters",
         store=str(folder / "store"),
         time=1_763_900_000.0,
@@ -106,11 +95,11 @@ class Killed(BaseException):
 
 
 def test_every_rollout_is_in_the_store_before_the_first_step(
-    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, letters: Any
 ):
     learner, store = Learner(), Store(tmp_path / "store")
-    learner.share(Letters())  # type: ignore[arg-type]
-    given = request(policy, tmp_path, "run_1")
+    learner.share(letters)
+    given = request(policy, tmp_path, "run_1", letters)
 
     def killed(*_: Any) -> None:
         raise Killed
