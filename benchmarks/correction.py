@@ -32,10 +32,10 @@ from examples.bank_desk.platform import (
     TENANT,
     Platform,
     PlatformFailed,
-    base_name,
+    base_folder,
+    build_base,
     everloop_command,
     write_config,
-    write_examples,
 )
 from examples.bank_desk.traffic import Traffic
 
@@ -56,16 +56,6 @@ class Answers(NamedTuple):
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return _report.parser("from a correction to a better answer").parse_args(arguments)
-
-
-def build(desk: Desk, home: Path, seed: int) -> Path:
-    """The configuration, with a base that has the prior's labels; returns its path."""
-    base = (CACHE / "bases" / base_name(desk.prior, seed)).absolute()
-    config = write_config(home, CACHE.absolute(), base, NEVER, seed)
-    if not base.exists():
-        examples = write_examples(home / "prior.jsonl", desk.prior)
-        everloop_command("base", "build", base.name, "--examples", str(examples), "--seed", str(seed), config=config)
-    return config
 
 
 def correct(agent: DeskAgent, stream: Sequence[Message]) -> list[Message]:
@@ -152,7 +142,9 @@ def improved(desk: Desk, corrected: Sequence[Message], before: Answers, after: A
 
 
 def run(desk: Desk, home: Path, messages: int, seed: int = 0) -> tuple[list[dict[str, Any]], list[_report.Aim]]:
-    config = build(desk, home, seed)
+    base = base_folder(CACHE, desk.prior, seed)
+    config = write_config(home, CACHE, base, NEVER, seed)
+    build_base(base, desk.prior, seed, config)
     with Platform(home, config) as platform:
         ready = platform.start()
         everloop.configure(ready.url, ready.key)

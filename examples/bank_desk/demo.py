@@ -46,7 +46,8 @@ from examples.bank_desk.platform import (
     TENANT,
     Platform,
     PlatformFailed,
-    base_name,
+    base_folder,
+    build_base,
     everloop_command,
     write_config,
     write_examples,
@@ -89,8 +90,7 @@ class Demo:
 
     def run(self) -> Outcome:
         """Raises PlatformFailed where a process does not do its part."""
-        name = base_name(self.desk.prior, self.seed)
-        base = self.cache / "bases" / name
+        base = base_folder(self.cache, self.desk.prior, self.seed)
         config = write_config(self.home, self.cache, base, self.aim.a_run, self.seed, self.log)
         with self.phase("base"):
             self._build(base, config)
@@ -111,11 +111,9 @@ class Demo:
     def _build(self, base: Path, config: Path) -> None:
         if base.exists():
             self.say("The base model with its small prior is there from an earlier demo")
-            return
-        self.say(f"Building a base model with a small prior, {len(self.desk.prior)} labelled messages …")
-        examples = write_examples(self.home / "prior.jsonl", self.desk.prior)
-        words = ("base", "build", base.name, "--examples", str(examples), "--seed", str(self.seed))
-        everloop_command(*words, config=config)
+        else:
+            self.say(f"Building a base model with a small prior, {len(self.desk.prior)} labelled messages …")
+            build_base(base, self.desk.prior, self.seed, config)
 
     def _measure(self, client: OpenAI, messages: int, version: str) -> None:
         self.measured.append(Measured(messages, version, self._answers(client, self.report)))

@@ -94,12 +94,19 @@ def write_examples(path: Path, messages: Sequence[Message]) -> Path:
     return path
 
 
-def base_name(messages: Sequence[Message], seed: int) -> str:
-    """A name for the base with this prior: another for other messages, another seed, or another way of building."""
+def base_folder(cache: Path, prior: Sequence[Message], seed: int) -> Path:
+    """Where the base with this prior lies: elsewhere for other messages, another seed, or another way of building."""
     builder = importlib.util.find_spec("trainer.policy.tiny_k2")
     source = Path(builder.origin).read_bytes() if builder and builder.origin else b""
-    parts = json.dumps([list(messages), seed]).encode() + source
-    return f"bank-desk-{hashlib.sha256(parts).hexdigest()[:16]}"
+    parts = json.dumps([list(prior), seed]).encode() + source
+    return cache.absolute() / "bases" / f"bank-desk-{hashlib.sha256(parts).hexdigest()[:16]}"
+
+
+def build_base(base: Path, prior: Sequence[Message], seed: int, config: Path) -> None:
+    """Build the base where it is not there yet, in the cache of a configuration. Raises PlatformFailed."""
+    if not base.exists():
+        examples = write_examples(config.parent / "prior.jsonl", prior)
+        everloop_command("base", "build", base.name, "--examples", str(examples), "--seed", str(seed), config=config)
 
 
 def everloop_command(*words: str, config: Path | None = None) -> str:
