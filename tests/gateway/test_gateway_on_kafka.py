@@ -29,7 +29,7 @@ PATIENCE = 90.0
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """A broker that tests may hurt; each leaves it running."""
+    """A broker that tests may hurt; each leaves it running. Started by this thread alone, with which it would end."""
     broker = Broker(tmp_path_factory.mktemp("own"), tied=True)
     broker.start()
     yield broker
@@ -139,7 +139,7 @@ async def test_kill_9_of_scribe_and_gateway_without_a_broker_loses_nothing(
     async with on_kafka(home) as bench:
         bench.ask()
         await bench.more(20)
-        await asyncio.to_thread(own.kill)
+        own.kill()
         await bench.more(20)
         os.kill(bench.process.scribe, 9)
         await bench.more(20)
@@ -150,7 +150,7 @@ async def test_kill_9_of_scribe_and_gateway_without_a_broker_loses_nothing(
         assert bench.process.scribe
         os.kill(bench.process.scribe, 9)
         await bench.more(20)
-        await asyncio.to_thread(own.start)
+        own.start()
         await bench.more(20)
         await bench.stop_asking()
         await bench.drained()
@@ -237,7 +237,7 @@ async def test_a_full_disk_refuses_and_recovers_without_a_person(
                 return answer.status, dict(answer.headers)
 
         taken: list[str] = []
-        await asyncio.to_thread(own.kill)
+        own.kill()
         async with asyncio.timeout(PATIENCE):
             while (outcome := await call())[0] == 200:
                 pass
@@ -248,7 +248,7 @@ async def test_a_full_disk_refuses_and_recovers_without_a_person(
         with suppress(OSError), (small_disk / "ballast").open("wb") as ballast:  # others take the rest
             while ballast.write(bytes(1_000_000)):
                 ballast.flush()
-        await asyncio.to_thread(own.start)
+        own.start()
         assert (await call())[0] == 503
         (small_disk / "ballast").unlink()
         async with asyncio.timeout(PATIENCE):
