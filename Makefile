@@ -53,7 +53,8 @@ test: $(STAMP)   ## every check and every test
 test-fast: $(STAMP) ## the tests that start no outside component
 	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow and not kafka" $(ARGS)
 
-soak: $(STAMP)   ## load and rebalances on a real broker for an hour: make soak [SECONDS=<n>]
+soak: $(STAMP)   ## a real broker frozen for 180 s, then load and rebalances for an hour: make soak [SECONDS=<n>]
+	@SOAK_FROZEN_SECONDS=180 $(BIN)/python -m pytest -s tests/gateway/test_gateway_on_kafka.py -k frozen $(ARGS)
 	@SOAK_SECONDS=$(or $(SECONDS),3600) $(BIN)/python -m pytest -s tests/kafka/test_kafka_soak.py $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, layers
