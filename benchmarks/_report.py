@@ -49,9 +49,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def load() -> str:
-    """How much runs on the machine, as a note before a benchmark begins: what it measures depends on it."""
-    return f"load average when it began: {os.getloadavg()[0]:.1f} over a minute, {os.getloadavg()[1]:.1f} over five"
+def load() -> float:
+    """The machine's load average over the last minute."""
+    return os.getloadavg()[0]
+
+
+def loads(began: float) -> str:
+    """What ran meanwhile, as a note: what is measured depends on it. ``began``: ``load()`` before the benchmark."""
+    return f"load average over a minute: {began:.1f} when it began, {load():.1f} when it ended, its own work included"
 
 
 def machine() -> dict[str, Any]:

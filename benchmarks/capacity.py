@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import _costs
-from benchmarks._report import RESULTS, load, parser, publish, table
+from benchmarks._report import RESULTS, load, loads, parser, publish, table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "capacity.md"
 RATES = (100, 10_000, 1_000_000)
@@ -196,7 +196,7 @@ def measure(quick: bool) -> None:
     notes = [
         "processor time by event, of backlogs; producers, workers and broker shared the cores",
         f"an episode: {_costs.CALLS} calls of 256 tokens and a thumb; each a batch of its own",
-        began,
+        loads(began),
     ]
     publish("capacity", rows, quick=quick, notes=notes)
 

@@ -38,7 +38,7 @@ from everloop.log import Log, NewRecord, Record, connect
 from everloop.topics import EPISODES, EVENTS
 
 from benchmarks import _cpu
-from benchmarks._report import aim, load, parser, publish
+from benchmarks._report import aim, load, loads, parser, publish
 from benchmarks._services import Running, environment, process
 from services.broker.process import Broker
 
@@ -282,7 +282,7 @@ def main() -> int:
         f"a backlog of {backlog:,} events, then {seconds:g} s at {RATE:g}/s",
         "producer, workers and broker share the cores",
         "every event was handled; by note exactly once",
-        began,
+        loads(began),
     ]
     publish("log", rows, aims, quick=options.quick, notes=notes)
     return 0

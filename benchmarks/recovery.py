@@ -44,7 +44,7 @@ from everloop.home import Home
 from everloop.log import connect, partition_of
 from everloop.topics import EPISODES
 
-from benchmarks._report import Aim, aim, load, parser, publish
+from benchmarks._report import Aim, aim, load, loads, parser, publish
 from benchmarks._services import environment, process
 from benchmarks.gateway import upstream
 from pipelines.store import Store
@@ -322,7 +322,7 @@ def main() -> int:
         found, stored = run(Path(folder), QUICK_TRIES if options.quick else TRIES)
     rows, aims = report(found)
     calls = f"{RATE:g} calls a second of 256 tokens by {CLIENTS} clients, all the while; {PARTITIONS} partitions"
-    publish("recovery", rows, aims, quick=options.quick, notes=[calls, stored, began])
+    publish("recovery", rows, aims, quick=options.quick, notes=[calls, stored, loads(began)])
     return 0
 
 
