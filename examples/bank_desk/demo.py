@@ -52,7 +52,7 @@ from examples.bank_desk.platform import (
     write_config,
     write_examples,
 )
-from examples.bank_desk.report import Outcome, Promotion
+from examples.bank_desk.report import Outcome, Release
 from examples.bank_desk.traffic import Traffic
 
 WORKERS = 16
@@ -77,8 +77,8 @@ class Demo:
         self.say = say
         self.seconds: dict[str, float] = {}
         self.measured: list[Measured] = []
-        self.promoted: list[Promotion] = []
-        self.refused: list[Decision] = []
+        self.promoted: list[Release] = []
+        self.refused: list[Release] = []
         self.report = desk.report[:MOST_MEASURED]
         self.began = time.monotonic()
 
@@ -143,7 +143,7 @@ class Demo:
             corrected=len(corrected),
             corrected_then_right=fixed / len(corrected) if corrected else 0.0,
             promoted=tuple(self.promoted),
-            rejected=len(self.refused),
+            refused=tuple(self.refused),
             thumbs_up=served.up,
             thumbs_down=served.down,
             seconds=self.seconds,
@@ -183,11 +183,12 @@ class Demo:
 
     def _cycle(self, now: Standing, decision: Decision, traffic: Traffic, client: OpenAI) -> None:
         served = traffic.served
+        release = Release(decision.adapter, served.messages)
         if decision.state in PROMOTED:
-            self.promoted.append(Promotion(decision.adapter, served.messages))
+            self.promoted.append(release)
             self._measure(client, served.messages, now.live)
         elif decision.state in REFUSED:
-            self.refused.append(decision)
+            self.refused.append(release)
         number = len(self.promoted) + len(self.refused)
         self.say(cycle_line(number, now, decision, traffic, self.measured[-1].accuracy))
         if decision.state in REFUSED:
@@ -228,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="CSV", help="your own messages: columns text, category[, split]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the demo's home as it is, to look at")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line, and exit the same")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -238,6 +239,8 @@ def run(options: argparse.Namespace) -> int:
         return _run(options, options.home or Path(".everloop/demo"), Path(".everloop/cache"))
     except (DataError, PlatformFailed) as error:
         print(f"everloop demo: {error}", file=sys.stderr)
+        if options.json:
+            _say(json.dumps(report.verdict(str(error))))
         return 1
 
 

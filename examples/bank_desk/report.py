@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from examples.bank_desk.measure import Gain, Measured
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-class Promotion(NamedTuple):
-    """A release that went live: its adapter, and how many messages had been served by then."""
+PROMOTED, REFUSED = "#2da44e", "#8c959f"  # colours of the plot's marks
+
+
+class Release(NamedTuple):
+    """A release that was decided: its adapter, and how many messages had been served by then."""
 
     version: str
     messages: int
@@ -25,8 +31,8 @@ class Outcome(NamedTuple):
     gain: Gain
     corrected: int
     corrected_then_right: float
-    promoted: tuple[Promotion, ...]
-    rejected: int
+    promoted: tuple[Release, ...]
+    refused: tuple[Release, ...]
     thumbs_up: int
     thumbs_down: int
     seconds: dict[str, float]
@@ -58,13 +64,18 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "corrected": outcome.corrected,
         "corrected_then_right": round(outcome.corrected_then_right, 4),
         "releases_promoted": len(outcome.promoted),
-        "releases_rejected": outcome.rejected,
+        "releases_rejected": len(outcome.refused),
         "thumbs_up": outcome.thumbs_up,
         "thumbs_down": outcome.thumbs_down,
         "seconds": round(sum(outcome.seconds.values()), 1),
         "seconds_by_phase": {phase: round(took, 1) for phase, took in outcome.seconds.items()},
-        "closed": outcome.trouble is None,
+        **verdict(outcome.trouble),
     }
+
+
+def verdict(trouble: str | None) -> dict[str, Any]:
+    """The part of it that a demo which ended early says, too: whether the loop closed, and if not, why."""
+    return {"closed": trouble is None, "trouble": trouble}
 
 
 def table(outcome: Outcome) -> str:
@@ -75,7 +86,7 @@ def table(outcome: Outcome) -> str:
         ("messages served", f"{outcome.messages:,}"),
         ("thumbs", f"{outcome.thumbs_up:,} up, {outcome.thumbs_down:,} down; {outcome.corrected:,} corrections"),
         ("releases promoted", str(len(outcome.promoted))),
-        ("releases refused", f"{outcome.rejected} (by the gate or the canary)"),
+        ("releases refused", f"{len(outcome.refused)} (by the gate or the canary)"),
         ("accuracy before", f"{first.accuracy:.1%} of {len(first.right)} held-out messages"),
         ("accuracy after", f"{last.accuracy:.1%}"),
         ("gain", f"{100 * gain.mean:+.1f} points (95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"),
@@ -88,31 +99,27 @@ def table(outcome: Outcome) -> str:
 
 
 def plot(outcome: Outcome, path: Path) -> Path:
-    """Held-out accuracy over messages as PNG, every promotion marked."""
-    import matplotlib
+    """Held-out accuracy over messages as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(outcome).savefig(path)
+    return path
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+def draw(outcome: Outcome) -> Figure:
+    """Held-out accuracy over messages, every release marked: those promoted green, those refused grey."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
     measured = [100 * point.accuracy for point in outcome.measured]
     served = [point.messages for point in outcome.measured]
     # What is live changes with a release and not in between: steps, the last of them up to the end.
     axes.step([*served, outcome.messages], [*measured, measured[-1]], where="post", color="#1f6feb")
     axes.plot(served, measured, "o", color="#1f6feb")
-    for promotion in outcome.promoted:
-        axes.axvline(promotion.messages, color="#2da44e", linestyle="--", linewidth=1)
-        axes.annotate(
-            f"release {promotion.version[:8]}",
-            (promotion.messages, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -4),
-            textcoords="offset points",
-            rotation=90,
-            va="top",
-            fontsize=8,
-            color="#2da44e",
-        )
+    for release in outcome.promoted:
+        _mark(axes, release, "release", PROMOTED)
+    for release in outcome.refused:
+        _mark(axes, release, "refused", REFUSED)
     axes.set(
         title=f"Learning from use: {outcome.data}",
         xlabel="messages served",
@@ -121,10 +128,22 @@ def plot(outcome: Outcome, path: Path) -> Path:
     axes.set_ylim(*_limits(measured))
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path
+    return figure
+
+
+def _mark(axes: Axes, release: Release, word: str, colour: str) -> None:
+    axes.axvline(release.messages, color=colour, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"{word} {release.version[:8]}",
+        (release.messages, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -4),
+        textcoords="offset points",
+        rotation=90,
+        va="top",
+        fontsize=8,
+        color=colour,
+    )
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

@@ -1,15 +1,24 @@
-"""The demo's arithmetic and what it shows: gain, verdict, table, plot, JSON."""
+"""The demo's arithmetic and what it shows: gain, verdict, rows, table, plot, JSON, and the command's exit status."""
 
 from __future__ import annotations
 
 import json
+import re
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from everloop.cli.main import main
 
+from examples.bank_desk import demo
 from examples.bank_desk.data import Message
+from examples.bank_desk.loop import Decision, Stage, Standing
 from examples.bank_desk.measure import Gain, Measured, measure, paired_bootstrap
-from examples.bank_desk.report import Outcome, Promotion, as_json, plot, table
+from examples.bank_desk.platform import PlatformFailed
+from examples.bank_desk.report import PROMOTED, REFUSED, Outcome, Release, as_json, draw, plot, table
 
 
 def outcome(right_after: int = 60, promoted: int = 1) -> Outcome:
@@ -22,8 +31,8 @@ def outcome(right_after: int = 60, promoted: int = 1) -> Outcome:
         gain=paired_bootstrap(before, after),
         corrected=20,
         corrected_then_right=0.9,
-        promoted=tuple(Promotion(f"hash{i}" * 5, 1000 * (i + 1)) for i in range(promoted)),
-        rejected=1,
+        promoted=tuple(Release(f"hash{i}" * 5, 1000 * (i + 1)) for i in range(promoted)),
+        refused=(Release("worse" * 5, 1500),),
         thumbs_up=900,
         thumbs_down=900,
         seconds={"base": 20.0, "loop": 200.04},
@@ -76,12 +85,102 @@ def test_json_has_what_scripts_read() -> None:
         "releases_promoted": 1,
         "releases_rejected": 1,
         "seconds": 220.0,
+        "closed": True,
+        "trouble": None,
     }
     assert {name: found[name] for name in expected} == expected
 
 
-def test_table_and_plot_are_made(tmp_path: Path) -> None:
+def test_the_table_has_both_measurements() -> None:
     assert "40.0% of 100 held-out" in table(outcome())
     assert "+20.0 points" in table(outcome())
-    path = plot(outcome(promoted=3), tmp_path / "new" / "demo.png")
+    assert re.search("releases refused +1 ", table(outcome()))
+
+
+def test_the_plot_marks_every_release(tmp_path: Path) -> None:
+    (axes,) = draw(outcome(promoted=2)).axes
+    marks = [(line.get_xdata()[0], line.get_color()) for line in axes.lines if line.get_linestyle() == "--"]
+    assert sorted(marks) == [(1000, PROMOTED), (1500, REFUSED), (2000, PROMOTED)]
+    assert {(mark.get_text(), mark.get_color()) for mark in axes.texts} == {
+        ("release hash0has", PROMOTED),
+        ("release hash1has", PROMOTED),
+        ("refused worsewor", REFUSED),
+    }
+    curve = axes.lines[0]
+    assert list(zip(curve.get_xdata(), curve.get_ydata(), strict=True)) == [(0, 40.0), (3000, 60.0), (3000, 60.0)]
+    path = plot(outcome(), tmp_path / "new" / "demo.png")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_cycle_s_row_has_what_every_column_promises() -> None:
+    served = SimpleNamespace(messages=2100, up=700, down=650, corrected={str(i): "a" for i in range(310)})
+    decision = Decision("rel_1", "abc", "rolled_back", "Worse.", "passed", "rolled back")
+    now = Standing(Stage.GATHERING, "0123456789abcdef", decision, 0.876, 0.043, 48, 0.0213, "run_1", 0)
+    row = demo.cycle_line(3, now, decision, SimpleNamespace(served=served), 0.6125)
+    begins = [found.start() for found in re.finditer(r"\S+", demo.COLUMNS)]
+    cells = [row[begin:end].strip() for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    assert dict(zip(demo.COLUMNS.split(), cells, strict=True)) == {
+        "cycle": "3",
+        "live": "01234567",
+        "messages": "2100",
+        "thumbs": "700/650",
+        "corr": "310",
+        "AUC": "0.88",
+        "cal.err": "0.04",
+        "steps": "48",
+        "KL": "0.021",
+        "gate": "passed",
+        "canary": "rolled back",
+        "held-out": "61.3%",
+    }
+
+
+Command = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def command(monkeypatch: Any, tmp_path: Path, capfd: Any) -> Iterator[Command]:
+    """``everloop demo --json`` whose demo gives or raises this: its exit status, and its last line read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EVERLOOP_DATA", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ordered(became: Outcome | Exception, *words: str) -> tuple[int, dict[str, Any]]:
+        def run(self: demo.Demo) -> Outcome:
+            if isinstance(became, Exception):
+                raise became
+            return became
+
+        monkeypatch.setattr(demo.Demo, "run", run)
+        status = main(["demo", "--json", *words])
+        return status, json.loads(capfd.readouterr().out.splitlines()[-1])
+
+    yield ordered
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_command_ends_well_where_the_loop_closed(command: Command) -> None:
+    status, said = command(outcome())
+    assert (status, said["closed"], said["trouble"]) == (0, True, None)
+
+
+@pytest.mark.parametrize(
+    ("became", "why"),
+    [
+        (outcome(right_after=40), "nothing improved for certain"),
+        (outcome(promoted=0), "no release was promoted"),
+        (PlatformFailed("the learner is gone"), "the learner is gone"),
+    ],
+)
+def test_the_command_fails_where_the_loop_did_not_close(
+    command: Command, became: Outcome | Exception, why: str
+) -> None:
+    status, said = command(became)
+    assert (status, said["closed"]) == (1, False)
+    assert why in said["trouble"]
+
+
+def test_the_command_fails_on_data_that_cannot_be_used(command: Command) -> None:
+    status, said = command(outcome(), "--data", "none.csv")
+    assert (status, said["closed"]) == (1, False)
+    assert "none.csv cannot be read" in said["trouble"]
