@@ -36,7 +36,7 @@ def _mismatch(tokens: CallTokens) -> str | None:
 
 def _unsound(tokens: CallTokens) -> str | None:
     if not tokens.checked:
-        return "decoding its tokens does not give the text that was sent"
+        return "its token ids, its log-probabilities and the engine's own counts do not agree"
     # A sum is finite only where every term is; min and max alone would let NaN pass.
     if not math.isfinite(sum(tokens.logprobs)):
         return "log-probabilities that are not finite"

@@ -6,12 +6,14 @@ Three sources, and what each may feed:
 - *corrected* and *rated* answers, from people: the replay term;
 - *fresh* rollouts of the policy as it is now, judged by the reward model: PPO, and the best of them replay.
 
-Nothing is re-tokenised where the engine recorded tokens; a prompt that the policy's template cannot write is left
-out and counted.
+Nothing is re-tokenised where the engine recorded tokens, but ids that do not say the answer's words are left out; so is
+a prompt that the policy's template cannot write. Both are counted.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from everloop.errors import ServingError
 from numpy.typing import NDArray
 
 from pipelines.batch import Batch, BatchItem
-from reward.features import Example, prompt_text
+from reward.features import ANSWER_CHARS, Example, prompt_text
 from reward.model import Estimate, Vectors
 from trainer.engine import Engine
 from trainer.material import Answer
@@ -31,6 +33,8 @@ from trainer.policy.base import Policy
 from trainer.recipe import Recipe
 from trainer.sampling import Sampling
 
+logger = logging.getLogger(__name__)
+WORD = re.compile(r"\w+")
 GOOD = 0.75
 """Label from which an answer counts as rated well: a thumb up, or a high rating."""
 KNOWN_ANSWERS = 1000
@@ -66,7 +70,14 @@ class Sources:
 
 def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
     """Calls of the batch that PPO may take. The turns of an episode share a weight of 1."""
-    able = [item for item in sources.batch.items if _in_ppo(item, sources, recipe)]
+    known = [item for item in sources.batch.items if _in_ppo(item, sources, recipe)]
+    able = [item for item in known if says(item, sources.policy)]
+    if len(able) < len(known):
+        logger.warning(
+            "%d of %d answers are left out of PPO: decoding their token ids does not give the text that was sent",
+            len(known) - len(able),
+            len(known),
+        )
     turns = Counter(item.episode for item in able)
     return [
         Answer(
@@ -88,6 +99,19 @@ def _in_ppo(item: BatchItem, sources: Sources, recipe: Recipe) -> bool:
     judged = item.label is not None if recipe.reward.source == "feedback" else item.mask
     recent = sources.recent is None or item.policy_version in sources.recent
     return known and judged and recent and item.trainable and item.temperature > 0
+
+
+def says(item: BatchItem, policy: Policy) -> bool:
+    """Whether the recorded token ids say what was sent: each word of the answer, in any order and setting.
+
+    Looser than equality on purpose: a stop string cuts the text and not the ids, and a tool call is sent in another
+    form than it was sampled in. Ids of another answer, or of another tokenizer, do not say its words.
+    """
+    words = WORD.findall(item.answer)
+    if len(item.answer) >= ANSWER_CHARS:
+        del words[-1:]  # it may have been cut
+    decoded = WORD.findall(policy.decode(_split(item)[1]))
+    return not Counter(words) - Counter(decoded) if words else not decoded
 
 
 def _split(item: BatchItem) -> tuple[tuple[int, ...], tuple[int, ...]]:

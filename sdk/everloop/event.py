@@ -75,8 +75,9 @@ class CallTokens(Contract):
 
     ``logprobs[i]`` is the natural log-probability of ``completion[i]`` in nats, under the distribution named by
     ``mode``: "processed" is after temperature and truncation, "raw" is the model's own. The end token is
-    included in ``completion`` where it was sampled. ``checked`` is False where decoding the ids did not give
-    the text that was sent: such a call is quarantined, never trained on.
+    included in ``completion`` where it was sampled. ``checked`` is False where ids, log-probabilities and the engine's
+    own counts do not agree: such a call is quarantined, never trained on. Whether the ids say the text that was sent is
+    for the trainer to see, which has the tokenizer.
 
     Example: ``CallTokens(prompt=[1, 5], completion=[7, 2], logprobs=[-0.1, -0.2])``
     """

@@ -113,7 +113,7 @@ def tokens(sampled: Sampled) -> Fields | None:
     """Fields of ``everloop.event.CallTokens``; None where the engine gave no ids, or none that can be any.
 
     ``checked`` says whether ids, log-probabilities and the engine's own counts agree: there is no tokenizer here to
-    ask. The engine decodes the text from these very ids; what can differ is that some were lost on the way.
+    ask whether the ids say the text, which the trainer does (``trainer.gather.says``).
     """
     if not sampled.completion:
         return None

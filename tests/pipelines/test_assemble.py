@@ -156,7 +156,7 @@ def test_tools_go_to_their_call_else_to_the_call_before(make, emitted):
         ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[math.nan])}, "not finite"),
         ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[-math.inf])}, "not finite"),
         ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[0.5])}, "above 0"),
-        ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[-1.0], checked=False)}, "does not give the text"),
+        ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[-1.0], checked=False)}, "counts do not agree"),
         ({"error": "upstream_error"}, "failed: upstream_error"),
     ],
 )

@@ -93,8 +93,14 @@ def made(**fields: Any) -> recipe.Recipe:
 WITH_ROLLOUTS = {"rollouts": {"prompts": 10, "samples": 4}}
 
 
+def spoken(policy: Policy, *items: BatchItem) -> list[BatchItem]:
+    """The items with the answer that their token ids give."""
+    return [replace(one, answer=policy.decode([7, 2])) for one in items]
+
+
 def test_the_turns_of_an_episode_share_one_weight(policy: Policy):
-    answers = gather.logged(sources(policy, [item("a", 0, 2), item("a", 1, 2), item("b")]), made())
+    items = spoken(policy, item("a", 0, 2), item("a", 1, 2), item("b"))
+    answers = gather.logged(sources(policy, items), made())
     assert [answer.weight for answer in answers] == [0.5, 0.5, 1.0]
     assert answers[0].sample == Sample((5, 6, 10), (7, 2))
     assert answers[0].behaviour == pytest.approx([-0.5, -0.1])
@@ -111,13 +117,26 @@ def test_the_turns_of_an_episode_share_one_weight(policy: Policy):
     ],
 )
 def test_what_ppo_must_not_take(policy: Policy, changes: dict[str, Any]):
-    given = sources(policy, [item("a", **changes), item("b")], recent=frozenset({"base"}))
+    given = sources(policy, spoken(policy, item("a", **changes), item("b")), recent=frozenset({"base"}))
     assert [answer.episode for answer in gather.logged(given, made())] == ["b"]
+
+
+def test_token_ids_that_do_not_say_the_answer_are_kept_from_ppo(policy: Policy, caplog: pytest.LogCaptureFixture):
+    told = np.asarray(policy.encode_answer("lost card 7"), np.int32)
+    right = item("right", answer="lost card 7", tokens=np.concatenate([[5, 6, 8], told]), span=(3, 3 + len(told)))
+    right = replace(right, logprobs=np.full(3 + len(told), -0.5, np.float32))
+    called = replace(right, episode="called", answer="card\nlost(7)")  # another form of the same words
+    wrong = replace(right, episode="wrong", answer="card_arrival")
+    silent = replace(right, episode="silent", answer="")
+    given = sources(policy, [right, called, wrong, silent])
+    assert [answer.episode for answer in gather.logged(given, made())] == ["right", "called"]
+    assert "2 of 4 answers are left out of PPO" in caplog.text
 
 
 def test_on_feedback_alone_only_rated_answers_enter_with_what_people_said(policy: Policy):
     plain = made(reward={"source": "feedback"})
-    given = sources(policy, [item("a", label=1.0), item("b", label=0.0), item("c")], judge=None)
+    items = spoken(policy, item("a", label=1.0), item("b", label=0.0), item("c"))
+    given = sources(policy, items, judge=None)
     assert [answer.reward for answer in gather.logged(given, plain)] == [1.0, -1.0]
 
 
