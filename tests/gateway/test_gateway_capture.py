@@ -108,7 +108,7 @@ async def test_a_full_log_refuses_says_why_and_recovers(start: Any, stream: bool
     assert len(bench.events()) == 1
 
 
-async def test_a_disk_that_is_really_full_refuses_and_lets_the_unrecorded_through(start: Any) -> None:
+async def test_a_log_that_reached_its_max_bytes_refuses_and_lets_the_unrecorded_through(start: Any) -> None:
     bench = await start(log={"url": "sqlite:///log.db?max_bytes=200000"})
     statuses = []
     while 503 not in statuses:

@@ -135,11 +135,12 @@ async def test_a_stream_that_breaks_raises(engine: Any, blocks: list[bytes], cut
 
 
 async def test_leaving_stops_the_engine(engine: Any, soon: Any) -> None:
-    gone = []
+    came, gone = [], []
 
     async def endless(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
+        came.append(request.path)
         try:
             while True:
                 await response.write(CHUNK)
@@ -154,7 +155,7 @@ async def test_leaving_stops_the_engine(engine: Any, soon: Any) -> None:
     await stream.aclose()
     await soon(lambda: len(gone) == 1)
     waiting = asyncio.create_task(serving.complete("chat/completions", BODY))
-    await asyncio.sleep(0.02)
+    await soon(lambda: len(came) == 2)
     waiting.cancel()
     await soon(lambda: len(gone) == 2)
 
