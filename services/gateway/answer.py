@@ -26,6 +26,7 @@ class Choice:
     finish_reason: str | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | bytes = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Answer:
         counted = (len(self.prompt), completed)
         usage = self.usage
         agreed = usage is None or (usage.get("prompt_tokens"), usage.get("completion_tokens")) == counted
-        return Sampled(self.prompt, choice.token_ids, choice.logprobs, agreed)
+        return Sampled(self.prompt, choice.token_ids, choice.logprobs, agreed, choice.raw_logprobs)
 
 
 def capture_fields(route: Route, body: dict[str, Any]) -> None:
@@ -68,6 +69,7 @@ def read_whole(body: dict[str, Any]) -> Answer:
             finish_reason=given.get("finish_reason"),
             token_ids=given.get("token_ids") or [],
             logprobs=_logprobs(given.get("logprobs")),
+            raw_logprobs=given.get("raw_logprobs") or [],
         )
         _called(choice, given)
         choices.append(choice)
@@ -136,6 +138,7 @@ class Listener:
         self.answer.prompt = self.answer.prompt or given.get("prompt_token_ids") or []
         choice.token_ids.extend(given.get("token_ids") or ())
         choice.logprobs += _logprobs(given.get("logprobs"))
+        choice.raw_logprobs.extend(given.get("raw_logprobs") or ())
         _grow(choice.message, given["delta"] if "delta" in given else {"content": given.get("text")})
         if given.get("finish_reason"):
             choice.finish_reason = given["finish_reason"]
@@ -183,5 +186,6 @@ def _logprobs(given: dict[str, Any] | None) -> list[float] | bytes:
 def _strip(given: dict[str, Any], wants_logprobs: bool) -> None:
     given.pop("token_ids", None)
     given.pop("prompt_token_ids", None)
+    given.pop("raw_logprobs", None)
     if not wants_logprobs:
         given["logprobs"] = None

@@ -33,13 +33,15 @@ class Sampled(NamedTuple):
     """What an engine said of the tokens of one answer.
 
     ``logprobs``: one number each sampled token, or the JSON list that they stand in, an object each token.
-    ``agreed``: the engine's own counts are those of the ids.
+    ``agreed``: the engine's own counts are those of the ids. ``raw``: before temperature and truncation, where the
+    engine gives them; else none.
     """
 
     prompt: list[int]
     completion: list[int]
     logprobs: list[float] | bytes
     agreed: bool
+    raw: list[float] = []
 
 
 class Unsealed(NamedTuple):
@@ -121,6 +123,7 @@ def tokens(sampled: Sampled) -> Fields | None:
         numbers = _numbers(sampled.logprobs, len(sampled.completion))
         prompt, completion = _packed("i", sampled.prompt), _packed("i", sampled.completion)
         logprobs = _packed("f", numbers)
+        raw = _packed("f", sampled.raw) if sampled.raw else None
     except (struct.error, TypeError, OverflowError):
         return None
     whole = bool(prompt) and len(numbers) == len(sampled.completion) and math.isfinite(sum(numbers))
@@ -128,7 +131,7 @@ def tokens(sampled: Sampled) -> Fields | None:
         "prompt": prompt,
         "completion": completion,
         "logprobs": logprobs,
-        "raw_logprobs": None,
+        "raw_logprobs": raw,
         "mode": "processed",
         "checked": whole and sampled.agreed,
         "routed_experts": None,

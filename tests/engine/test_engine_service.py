@@ -86,6 +86,20 @@ def test_the_official_client_chats_and_streams(url: str, untrained: Path) -> Non
     assert [model.id for model in client.models.list()] == [str(untrained)]
 
 
+def test_ids_come_with_raw_log_probabilities_beside_those_of_the_temperature(url: str, untrained: Path) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    asked = {"model": str(untrained), "messages": [{"role": "user", "content": "where is my card"}], "seed": 4}
+    asked |= {"max_tokens": 12, "logprobs": True, "extra_body": {"return_token_ids": True}}
+    for temperature, same in ((1.0, True), (0.3, False)):
+        (whole,) = client.chat.completions.create(**asked, temperature=temperature).choices
+        stream = list(client.chat.completions.create(**asked, temperature=temperature, stream=True))
+        raw = [p for chunk in stream for choice in chunk.choices for p in choice.raw_logprobs]  # type: ignore[attr-defined]
+        processed = [token.logprob for token in whole.logprobs.content]
+        assert raw == pytest.approx(whole.raw_logprobs, abs=1e-5)  # type: ignore[attr-defined]
+        assert len(raw) == len(whole.token_ids) == len(processed)  # type: ignore[attr-defined]
+        assert (processed == pytest.approx(raw, abs=1e-5)) is same
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "code"),
     [

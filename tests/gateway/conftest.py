@@ -51,6 +51,7 @@ class Engine:
         self.resume = asyncio.Event()
         self.resume.set()
         self.cancelled = 0
+        self.gives_raw = False
         self.change: Callable[[dict[str, Any]], None] = lambda body: None
 
     def _hear(self, body: dict[str, Any]) -> None:
@@ -131,6 +132,8 @@ class Engine:
         fields: dict[str, Any] = {}
         if body.get("return_token_ids"):
             fields["token_ids"] = [100 + at + n for n in range(len(words))]
+            if self.gives_raw:
+                fields["raw_logprobs"] = [-0.5] * len(words)
         if body.get("logprobs") is not None and route == "chat/completions":
             content = [{"token": w, "logprob": -0.25, "bytes": None, "top_logprobs": []} for w in words]
             fields["logprobs"] = {"content": content}

@@ -15,6 +15,20 @@ def call(id: str, arguments: str = '{"city": "Bern"}') -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_raw_and_processed_log_probabilities_are_both_kept(bench: Any, stream: bool) -> None:
+    """Of an engine that gives both; the agent gets neither unasked."""
+    bench.engine.gives_raw = True
+    answer = await bench.client().chat.completions.create(**ASK, stream=stream)
+    shown = [chunk.model_dump_json() async for chunk in answer] if stream else [answer.model_dump_json()]
+    assert not any("raw_logprobs" in one for one in shown)
+    (event,) = bench.events()
+    tokens = event.payload.tokens
+    assert list(tokens.raw_logprobs) == [-0.5] * 6
+    assert list(tokens.logprobs) == [-0.25] * 6
+    assert tokens.checked
+
+
 async def test_a_chat_is_answered_and_recorded_with_its_tokens(bench: Any) -> None:
     answer = await bench.client().chat.completions.create(**ASK, user="anna")
     assert answer.choices[0].message.content == "the card is on its way"
@@ -32,6 +46,7 @@ async def test_a_chat_is_answered_and_recorded_with_its_tokens(bench: Any) -> No
     assert list(said.tokens.prompt) == [1, 2, 3]
     assert list(said.tokens.completion) == [100, 101, 102, 103, 104, 105]
     assert list(said.tokens.logprobs) == [-0.25] * 6
+    assert said.tokens.raw_logprobs is None
     assert said.tokens.checked
     assert said.policy_version == "base"
     assert said.model == "tiny"

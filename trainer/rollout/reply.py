@@ -1,7 +1,9 @@
 """Answers in vLLM's dialect of OpenAI's form: whole ones and chunks, for both routes.
 
 Over OpenAI's own form it has ``prompt_token_ids`` (at the top, in a stream in the first chunk) and ``token_ids`` (in
-each choice) where ``return_token_ids`` was asked for. The end token is among the ids and the log-probabilities.
+each choice) where ``return_token_ids`` was asked for. The end token is among the ids and the log-probabilities. One
+addition is this engine's own: beside the ids, ``raw_logprobs``, the log-probabilities before temperature and
+truncation, which vLLM gives instead of the processed ones or not at all.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ class Reply:
             choice["message"] = message | ({"tool_calls": calls} if calls else {})
         if self._request.token_ids:
             choice["token_ids"] = list(answer.ids)
+            choice["raw_logprobs"] = list(answer.raw_logprobs)
         return choice
 
     def _grown(self, index: int, news: list[Sampled]) -> dict[str, Any]:
@@ -106,6 +109,7 @@ class Reply:
         choice["logprobs"] = self._logprobs(ids, [one.logprob for one in news], [one.alternatives for one in news])
         if self._request.token_ids:
             choice["token_ids"] = ids
+            choice["raw_logprobs"] = [one.raw_logprob for one in news]
         return choice
 
     def _logprobs(

@@ -37,6 +37,7 @@ class Sampled(NamedTuple):
     index: int
     token: int
     logprob: float
+    raw_logprob: float
     alternatives: list[tuple[int, float]]
     finish: str | None
 
@@ -261,7 +262,7 @@ class _Room:
 
 def _sampled(index: int, answer: Answer) -> Sampled:
     alternatives = answer.alternatives[-1] if answer.alternatives else []
-    return Sampled(index, answer.ids[-1], answer.logprobs[-1], alternatives, answer.finish)
+    return Sampled(index, answer.ids[-1], answer.logprobs[-1], answer.raw_logprobs[-1], alternatives, answer.finish)
 
 
 def _deliver(told: list[tuple[Job, list[News]]]) -> None:
