@@ -2,8 +2,10 @@
 
 Says first how much there is to learn from, and where that is little; the run goes on all the same.
 
-The same batch and seed give the same adapter: 'everloop retrain --batch <id> --seed <n> --no-publish' repeats a run
-and leaves the release alone. Batch ids and seeds are in 'everloop sql "select id, batch, seed from runs"'.
+The same batch and seed give the same adapter, whatever is live by now: 'everloop retrain --batch <id> --seed <n>
+--no-publish' begins from what that batch's earlier run began from, and leaves the release alone. A batch that no run is
+known of, and every new one, begins from what is live now. Batch ids and seeds are in
+'everloop sql "select id, batch, seed from runs"'.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from everloop.topics import RUNS
 from services.commands.orders import add_policy
 from services.installation import Installation
 from services.learner.pinned import pinned
+from services.learner.repeats import earlier
 
 ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
 STARTS = 60.0  # seconds within which a learner that runs has begun, or says what it waits for
@@ -52,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
             print("\n".join(prospects(f"{tenant}/{policy}", told, here.config.policy(tenant, policy))), flush=True)
         else:
             pinned(here.home, options.batch)
+            print(repeating(here, tenant, policy, options.batch, options.seed), flush=True)
         command = here.order(
             CommandKind.RETRAIN, tenant, policy, batch=options.batch, seed=options.seed, publish=publish
         )
@@ -60,6 +64,15 @@ def run(options: argparse.Namespace) -> int:
             return 1
         print(f"Ordered ({command.id}).", flush=True)
         return _follow(options, here, command)
+
+
+def repeating(here: Installation, tenant: str, policy: str, batch: str, seed: int | None) -> str:
+    """What a run of a pinned batch will begin from, in words. Raises NotEnoughData where part of that is gone."""
+    configured = here.config.policy(tenant, policy).train.seed
+    found = earlier(here.home, tenant, policy, batch, configured if seed is None else seed)
+    if found is None:
+        return f"No earlier run of batch {batch} is known here: this one begins from what is live now."
+    return f"Repeats run {found.run.id} (seed {found.run.seed}) from where it began: {found.run.parent}."
 
 
 def material(here: Installation, tenant: str, policy: str) -> Material:

@@ -35,15 +35,16 @@ from everloop.topics import ADAPTERS, RUNS
 from pipelines.batch import Batch, newest_reward, select
 from pipelines.gold import GoldSet
 from pipelines.store import Store
+from services.learner import repeats
 from services.learner.facts import Facts
 from services.learner.opinions import Estimator, rescoring
 from services.learner.pinned import pinned
+from services.learner.repeats import RUN
 from services.learner.triggers import Due
 from trainer import publish
 from trainer import recipe as recipes
 from trainer.request import VALUE_HEAD, Request, Trained
 
-RUN = "run.json"
 ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
 
 
@@ -64,31 +65,24 @@ class Runs:
             NotEnoughData: the window holds less than a batch needs.
             ConfigError, RegistryError: the recipe is refused, or the parent's files cannot be had.
         """
-        train = self._config.policy(tenant, policy).train
         order = due.order or {}
         seed = self._seed(tenant, policy, order)
-        recipe = recipes.load(train.recipe)
+        again = self._earlier(tenant, policy, order, seed)
+        recipe = recipes.load(self._config.policy(tenant, policy).train.recipe).model_dump() if again is None else {}
         batch = self._batch(tenant, policy, order, facts, ask)
-        run_id = _run_id(tenant, policy, batch.stem, seed, facts.live, order.get("id") or str(now))
-        folder = self._home.folder("runs", run_id)
-        reward = self._reward(tenant, policy, batch, facts)
+        live = facts.live if again is None else again.run.parent
+        run_id = _run_id(tenant, policy, batch.stem, seed, live, order.get("id") or str(now))
+        start = self._start(tenant, policy, batch, recipe, facts) if again is None else again.start()
         request = Request(
             run=run_id,
-            folder=str(folder),
+            folder=str(self._home.folder("runs", run_id)),
             adapters=str(self._home.folder("adapters")),
-            base=self._config.policy(tenant, policy).base,
             cache=str(self._config.cache.absolute()),
             batch=str(batch),
-            recipe=recipe.model_dump(),
             seed=seed,
-            parent=self._parent(facts),
-            value_head=self._value_head(facts),
-            reward=None if reward is None else str(reward),
-            encoder=self._config.policy(tenant, policy).reward.encoder,
-            recent=tuple(facts.lives[: train.max_lag + 1]),
-            threads=self._threads,
             store=str(self._home.folder("store")),
             time=now,
+            **start,
         )
         request.save()
         run = Run(
@@ -98,8 +92,8 @@ class Runs:
             state=RunState.RUNNING,
             batch=batch.stem,
             seed=seed,
-            parent=facts.live,
-            trigger=due.reason,
+            parent=live,
+            trigger=due.reason if again is None else f"{due.reason}, to repeat run {again.run.id}",
             publish=order.get("publish") is not False,
             time=now,
             **({"command": order["id"]} if order else {}),  # type: ignore[arg-type]
@@ -133,10 +127,30 @@ class Runs:
         """The order's; where it names none, the configuration's."""
         return int(order["seed"] if order.get("seed") is not None else self._config.policy(tenant, policy).train.seed)
 
+    def _earlier(self, tenant: str, policy: str, order: dict[str, Any], seed: int) -> repeats.Earlier | None:
+        """The run that an order asks to repeat; None: it names no batch, or one that no run is known of."""
+        if order.get("batch") is None:
+            return None
+        return repeats.earlier(self._home, tenant, policy, str(order["batch"]), seed)
+
+    def _start(self, tenant: str, policy: str, batch: Path, recipe: dict[str, Any], facts: Facts) -> dict[str, Any]:
+        """What a run begins from today: the fields of a request that ``repeats.START`` names."""
+        its = self._config.policy(tenant, policy)
+        reward = self._reward(tenant, policy, batch, facts)
+        return {
+            "base": its.base,
+            "recipe": recipe,
+            "parent": self._parent(facts),
+            "value_head": self._value_head(facts),
+            "reward": None if reward is None else str(reward),
+            "encoder": its.reward.encoder,
+            "recent": tuple(facts.lives[: its.train.max_lag + 1]),
+            "threads": self._threads,
+        }
+
     def under_way(self) -> list[Run]:
         """Runs that a kill interrupted, oldest first."""
-        found = [Run.model_validate_json(path.read_text()) for path in self._home.folder("runs").glob(f"*/{RUN}")]
-        return sorted((run for run in found if run.state not in ENDED), key=lambda run: run.time)
+        return sorted((run for run in repeats.kept(self._home) if run.state not in ENDED), key=lambda run: run.time)
 
     def finish(self, run: Run, now: float) -> Run:
         """Steps 5 to 7 for a run whose result is in its folder.
@@ -234,7 +248,8 @@ class Runs:
 
     def _value_head(self, facts: Facts) -> str | None:
         made_by = facts.runs.get(facts.live)
-        return None if made_by is None else str(self._home.root / "runs" / made_by / VALUE_HEAD)
+        kept = self._home.root / "runs" / str(made_by) / VALUE_HEAD
+        return str(kept) if kept.exists() else None
 
     def _reward(self, tenant: str, policy: str, batch: Path, facts: Facts) -> Path | None:
         """The snapshot that scored the batch, kept with it; the newest where that one was pruned."""

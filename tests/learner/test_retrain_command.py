@@ -64,6 +64,21 @@ def test_a_batch_that_is_not_there_is_refused_at_once_and_nothing_is_ordered(
     assert orders()[0].arguments == {"batch": "batch_1"}
 
 
+def test_a_pinned_batch_says_which_run_it_repeats_or_that_it_begins_from_what_is_live(
+    installation: Config, capture: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture(24)
+    (Home(installation.home).folder("batches") / "batch_1.parquet").touch()
+    main(["retrain", "--batch", "batch_1"])
+    assert "No earlier run of batch batch_1 is known here: this one begins from what is live" in capsys.readouterr().out
+    log = open_log(installation)
+    runs = Runs(installation, log, None, threads=1)  # type: ignore[arg-type]
+    first = runs.begin("bank", "desk", Due("now"), Facts(), 1.0, lambda *_: [])
+    log.close()
+    main(["retrain", "--batch", first.batch, "--seed", "9"])
+    assert f"Repeats run {first.id} (seed 0) from where it began: base." in capsys.readouterr().out
+
+
 def test_a_refused_run_has_the_seed_that_it_would_have_had(installation: Config) -> None:
     log = open_log(installation)
     runs = Runs(installation, log, None, threads=1)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from everloop.run import Run, RunState
 from everloop.topics import ADAPTERS, RUNS
 
 from services.learner.facts import Facts
+from services.learner.repeats import earlier
 from services.learner.runs import Runs
 from services.learner.triggers import Due
-from trainer.request import Request, Trained
+from trainer.request import VALUE_HEAD, Request, Trained
+
+ADAPTER = "b" * 32
 
 
 class Mlflow:
@@ -136,3 +140,87 @@ def test_a_failed_run_announces_nothing(installation: Config, capture: Callable[
     assert records(log, ADAPTERS, Adapter) == []
     kept = json.loads((Home(installation.home).root / "runs" / run.id / "run.json").read_text())
     assert kept["reason"] == "TrainingDiverged: loss nan"
+
+
+def adapter_went_live(home: Home, reward_path: str) -> Facts:
+    """Another adapter, made by another run, and a newer reward model: nothing is as it was."""
+    (home.folder("adapters") / ADAPTER).mkdir()
+    (home.folder("runs", "run_other") / VALUE_HEAD).touch()
+    lives = [ADAPTER, "base"]
+    return Facts(live=ADAPTER, lives=lives, runs={ADAPTER: "run_other"}, reward_version="r2", reward_path=reward_path)
+
+
+def snapshot(home: Home, version: str) -> str:
+    path = f"rewards/bank/desk/{version}"
+    (home.folder(*path.split("/")) / "model.json").write_text("{}")
+    return path
+
+
+def asked(home: Home, run: Run) -> dict[str, Any]:
+    """What the run was asked, without its own name and time."""
+    fields = asdict(Request.load(home.root / "runs" / run.id))
+    return {name: value for name, value in fields.items() if name not in ("run", "folder", "time")}
+
+
+def test_a_repeat_begins_from_what_its_run_began_from_whatever_went_live_since(
+    installation: Config, capture: Callable[[int], None]
+):
+    capture(24)
+    home, log = Home(installation.home), open_log(installation)
+    before = Facts(reward_path=snapshot(home, "r1"))
+    first = runs(installation, log, Mlflow()).begin("bank", "desk", Due("now"), before, 10.0, nobody)
+    now = adapter_went_live(home, snapshot(home, "r2"))
+    recipe = Path(str(installation.policy("bank", "desk").train.recipe))
+    recipe.write_text(recipe.read_text().replace("epochs = 6", "epochs = 2"))
+    later = Runs(installation, log, Mlflow(), threads=7)  # type: ignore[arg-type]
+    on_now = later.begin("bank", "desk", Due("now", {"id": "c0"}), now, 11.0, nobody)
+    assert (on_now.parent, asked(home, on_now)["threads"]) == (ADAPTER, 7)
+    order = {"id": "c1", "batch": first.batch, "seed": first.seed}
+    again = later.begin("bank", "desk", Due("ordered", order), now, 12.0, nobody)
+    assert asked(home, again) == asked(home, first)
+    assert (again.parent, again.trigger) == ("base", f"ordered, to repeat run {first.id}")
+
+
+def test_of_two_runs_of_a_batch_the_one_with_the_seed_is_repeated_else_the_newest(
+    installation: Config, capture: Callable[[int], None]
+):
+    capture(24)
+    home, log = Home(installation.home), open_log(installation)
+    mine = runs(installation, log, Mlflow())
+    of_seed_3 = mine.begin("bank", "desk", Due("now", {"id": "c1", "seed": 3}), Facts(), 10.0, nobody)
+    now = replace(adapter_went_live(home, snapshot(home, "r2")), reward_version="")
+    of_seed_4 = mine.begin("bank", "desk", Due("now", {"id": "c2", "seed": 4}), now, 11.0, nobody)
+    batch = of_seed_3.batch
+    assert of_seed_4.batch == batch
+    for seed, expected in ((3, of_seed_3), (4, of_seed_4), (5, of_seed_4)):
+        found = earlier(home, "bank", "desk", batch, seed)
+        assert found is not None
+        assert found.run.id == expected.id
+    assert earlier(home, "bank", "other", batch, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        (f"adapters/{ADAPTER}", "the adapter that it began from"),
+        (f"runs/run_other/{VALUE_HEAD}", "the value head that it began from"),
+        ("rewards/bank/desk/r2/model.json", "the reward model's snapshot that judged it"),
+    ],
+)
+def test_a_repeat_whose_beginning_is_gone_is_refused(
+    installation: Config, capture: Callable[[int], None], gone: str, told: str
+):
+    capture(24)
+    home, log = Home(installation.home), open_log(installation)
+    recipe = Path(str(installation.policy("bank", "desk").train.recipe))
+    recipe.write_text(recipe.read_text().replace('source = "feedback"', 'source = "model"'))
+    now = adapter_went_live(home, snapshot(home, "r2"))
+    mine = runs(installation, log, Mlflow())
+    first = mine.begin("bank", "desk", Due("now"), replace(now, reward_version=""), 10.0, nobody)
+    snapshot(home, "r3")
+    path = home.root / gone
+    path.rmdir() if path.is_dir() else path.unlink()
+    order = {"id": "c1", "batch": first.batch, "seed": first.seed}
+    newer = Facts(reward_version="r3", reward_path="rewards/bank/desk/r3")
+    with pytest.raises(NotEnoughData, match=f"cannot be repeated: gone are {told}"):
+        mine.begin("bank", "desk", Due("ordered", order), newer, 12.0, nobody)
