@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
 
 pytestmark = [pytest.mark.processes, pytest.mark.models, pytest.mark.mlflow]
@@ -19,6 +22,10 @@ POLICY = """
 [tenants.default.policies.assistant]
 base = "{base}"
 max_tokens = 8
+[tenants.default.policies.assistant.train]
+min_scored = 4000
+[tenants.default.policies.assistant.reward]
+snapshot_every = 1
 """
 
 
@@ -56,12 +63,61 @@ def traffic(client: Any) -> Iterator[list[Answer]]:
             thread.join()
 
 
+def rate(platform: Any, who: str, value: int, until: Callable[..., Any]) -> str:
+    """The answer to a question that its customer rated, once the reward model has learned from it."""
+    client, before = platform.client(), learned(platform).get("updates", 0)
+    asked = [{"role": "user", "content": f"{who} asks"}]
+    answer = client.chat.completions.create(model="assistant", messages=asked, user=who)
+    client.post("/feedback", body={"response_id": answer.id, "kind": "thumb", "value": value}, cast_to=object)
+    until(lambda: learned(platform).get("updates", 0) > before, 60, every=0.2)
+    return str(answer.choices[0].message.content)
+
+
+def learned(platform: Any) -> dict[str, Any]:
+    return dict(platform.status("scorer").get("rewards", {}).get("default/assistant", {}))
+
+
+def is_compared(platform: Any, adapter: str) -> None:
+    platform.does("gold", "add", "where is my card", "card_arrival", "--split", "gate")
+    compared = json.loads(platform.does("compare", "base", adapter[:10], "--json"))
+    base, other = compared["adapters"]
+    assert (compared["items"], base["adapter"], other["adapter"]) == (1, "base", adapter)
+    assert other["kl"] > 0.001
+
+
+def is_exported(platform: Any, adapter: str, liked: str, folder: Path, until: Callable[..., Any]) -> None:
+    rated = "select count(*) n from turns where thumb is not null"
+    until(lambda: platform.rows(rated) == [{"n": 2}], 60, every=0.5)
+    told = platform.does("export", str(folder), "--format", "parquet", "--format", "sft")
+    assert f"hash {json.loads((folder / 'manifest.json').read_text())['hash']}" in told
+    versions = pq.read_table(folder / "turns.parquet").column("policy_version").to_pylist()
+    assert set(versions) == {"base", adapter}
+    (example,) = (folder / "sft.jsonl").read_text().splitlines()
+    assert json.loads(example)["completion"] == [{"role": "assistant", "content": liked}]
+
+
+def is_scored_again(platform: Any) -> None:
+    """What an earlier version of the reward model scored: at least the question that was rated first."""
+    told = platform.does("replay", "--scores")
+    made = re.search(rf"default/assistant: (\d+) scores by reward model {learned(platform)['version']}", told)
+    assert made, told
+    assert int(made[1]) > 0
+
+
+def waits_for(platform: Any) -> list[int]:
+    """The numbers in what 'status' says of the next run."""
+    sentence = r"next run +waits for (\d+) more scored episodes \((\d+) of (\d+) are there\)"
+    return [int(number) for found in re.findall(sentence, platform.does("status")) for number in found]
+
+
 def children(of: int) -> list[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(of)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
-def test_an_operator_s_day(up: Callable[[str], Any], untrained: Path, adapter: Path, until: Callable[..., Any]) -> None:
+def test_an_operator_s_day(
+    up: Callable[[str], Any], untrained: Path, adapter: Path, tmp_path: Path, until: Callable[..., Any]
+) -> None:
     platform = up(POLICY.format(base=untrained))
     client = platform.client()
     assert set(platform.ready["services"]) == {"gateway", "engine", "assembler", "scorer", "learner", "releaser"}
@@ -92,8 +148,20 @@ def test_an_operator_s_day(up: Callable[[str], Any], untrained: Path, adapter: P
     assert {answer.version for answer in answers if answer.sent > back} == {"base"}
     assert "rolled_back" in platform.does("release", "list")
 
+    liked = rate(platform, "anna", 1, until)
+    rate(platform, "bob", -1, until)
+    is_compared(platform, adapter.name)
+    is_exported(platform, adapter.name, liked, tmp_path / "exported", until)
+    is_scored_again(platform)
+    more, there, needed = until(lambda: waits_for(platform), 60, every=0.5)
+    assert more + there == needed == 4000
+
     services = children(platform.process.pid)
     assert len(services) == 6
+    begun = time.monotonic()
     platform.process.send_signal(signal.SIGINT)
     assert platform.process.wait(timeout=30) == 0
+    assert time.monotonic() - begun < 15, "services.drain is 10 s"
+    left = [path.name for path in (platform.home / "run").glob("*.json")]
+    assert not left, "killed: who stops by itself withdraws its announcement"
     assert not [pid for pid in services if Path(f"/proc/{pid}").exists()]
