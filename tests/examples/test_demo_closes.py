@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from examples.bank_desk import builtin_desk
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 420.0
+LEARNED = 50
 
 
 class Running:
@@ -56,6 +58,14 @@ class Running:
         except (OSError, ValueError):
             return {}
 
+    def says(self, service: str, part: str) -> dict[str, Any]:
+        """A part of what a service says of the desk; empty while it says nothing."""
+        try:
+            with urllib.request.urlopen(f"{self.announced(service)['url']}/status", timeout=5) as answer:
+                return dict(json.load(answer)[part]["bank/desk"])
+        except (OSError, ValueError, KeyError):
+            return {}
+
     def kill(self, service: str) -> None:
         os.kill(self.announced(service)["pid"], signal.SIGKILL)
 
@@ -72,13 +82,14 @@ def test_it_closes_although_reward_service_and_trainer_are_killed(tmp_path: Path
         csv.writer(file).writerows([("text", "category", "split"), *rows])
     demo = Running(tmp_path / "home", data, tmp_path / "said.txt")
     try:
-        demo.wait_for(lambda: "cycle  live" in demo.said)
+        demo.wait_for(lambda: demo.says("scorer", "rewards").get("updates", 0) > LEARNED)
         scorer = demo.announced("scorer")["pid"]
         demo.kill("scorer")
-        demo.wait_for(lambda: list(demo.home.glob("runs/*/checkpoints/*")) or "now the gate" in demo.said)
+        demo.wait_for(lambda: list(demo.home.glob("runs/*/checkpoints/[0-9]*")))
         learner = demo.announced("learner")["pid"]
         demo.kill("learner")
         demo.wait_for(lambda: demo.announced("learner").get("pid", learner) != learner)
+        demo.wait_for(lambda: (demo.says("learner", "policies").get("running") or {}).get("resumed"))
         assert demo.announced("scorer")["pid"] != scorer
         assert demo.process.wait(LIMIT) == 0, demo.said
     finally:
