@@ -4,10 +4,10 @@ All checks must pass, else the incumbent stays:
 
 =========  ==========================================================================================
 files      the engine could take them (names, shapes, finite values); found out before, given here
-gold       paired bootstrap: the lower bound of the gain is at or above ``min_gain``
+gold       the mean gain is above 0, and by a paired bootstrap its lower bound at or above ``min_gain``
 skills     topics learned earlier, in pools of at least 400 items, lose at most ``old_skill_loss``
 slices     no slice loses more than ``slice_loss`` beyond chance
-kl         nats a token to the base, over the candidate's answers, at most ``max_kl``
+kl         nats a token to the base, over the candidate's answers, at most ``max_kl``; not known: a person decides
 behaviour  empty, cut-off, refusing and off-format answers do not become more frequent beyond chance, and the mean
            length changes by no more than ``max_length_change``
 =========  ==========================================================================================
@@ -15,7 +15,7 @@ behaviour  empty, cut-off, refusing and off-format answers do not become more fr
 Slices and behaviours are many looks at once: each is tested at its share of the level (Bonferroni), so that either
 check as a whole stops a harmless candidate with probability ``1 - confidence`` at most.
 
-With fewer than ``min_gold`` items nothing is shown: the decision is to *wait* for a person.
+With fewer than ``min_gold`` items nothing is shown, no gain neither: the decision is to *wait* for a person.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Evidence:
 
 
 class Check(NamedTuple):
-    """One line of the table above, with the numbers that decided it."""
+    """One line of the table above, with the numbers that decided it. ``passed`` None: it could not be told."""
 
     name: str
-    passed: bool
+    passed: bool | None
     says: str
     numbers: dict[str, Any]
 
@@ -111,12 +111,15 @@ def decide(evidence: Evidence, config: GateConfig, *, seed: int = 0) -> Decision
         _kl(evidence, config),
         _behaviour(evidence, config, seed),
     )
-    failed = [check.says for check in checks if not check.passed]
+    failed = [check.says for check in checks if check.passed is False]
     if failed:
         return Decision("fail", f"Rejected: {'; '.join(failed)}.", checks)
     if items < config.min_gold:
         text = f"{items} gold items, {config.min_gold} are needed to promote without a person: {checks[0].says}."
         return Decision("wait", text, checks)
+    unknown = [check.says for check in checks if check.passed is None]
+    if unknown:
+        return Decision("wait", f"{'; '.join(unknown)}, {checks[0].says}: a person decides.", checks)
     return Decision("pass", f"Passed: {checks[0].says}; {checks[1].says}; {checks[3].says}.", checks)
 
 
@@ -145,10 +148,13 @@ def _gold(evidence: Evidence, config: GateConfig, seed: int) -> Check:
         "high": high,
         "needed": config.min_gain,
     }
-    passed = low >= config.min_gain
-    than = "" if passed else f", below the {_points(config.min_gain)} that are needed"
-    says = f"gold {_points(gain)} points over {before.size} items, lower bound {_points(low)}{than}"
-    return Check("gold", passed, says, numbers)
+    says = f"gold {_points(gain)} points over {before.size} items"
+    if low < config.min_gain:
+        needed = f"below the {_points(config.min_gain)} that are needed"
+        return Check("gold", False, f"{says}, lower bound {_points(low)}, {needed}", numbers)
+    if gain <= 0 and before.size >= config.min_gold:
+        return Check("gold", False, f"{says}: no gain", numbers)
+    return Check("gold", True, f"{says}, lower bound {_points(low)}", numbers)
 
 
 def _old_skills(evidence: Evidence, config: GateConfig) -> Check:
@@ -225,7 +231,7 @@ def _slices(evidence: Evidence, config: GateConfig) -> Check:
 def _kl(evidence: Evidence, config: GateConfig) -> Check:
     known = evidence.candidate.kl[~np.isnan(evidence.candidate.kl)]
     if not known.size:
-        return Check("kl", True, "KL to the base not known", {"known": 0})
+        return Check("kl", None, "KL to the base not known", {"known": 0})
     mean = float(known.mean())
     passed = bool(np.isfinite(mean)) and mean <= config.max_kl
     says = f"KL to the base {mean:.2f}" + ("" if passed else f" nats a token, above {config.max_kl:g}")

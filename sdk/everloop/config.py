@@ -164,7 +164,7 @@ class GateConfig(Section):
 
     min_gold: int = Field(default=50, ge=1)
     min_gain: float = Field(
-        default=-0.01, gt=-1, lt=1, description="lower bound of the gain on the gold set, as a share"
+        default=-0.01, gt=-1, lt=1, description="least lower bound of the gold set's gain; its mean must be above 0"
     )
     old_skill_loss: float = Field(default=0.02, ge=0, description="largest loss on what was right before, pooled")
     slice_loss: float = Field(default=0.03, ge=0, description="largest significant loss in a slice")

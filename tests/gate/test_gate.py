@@ -68,11 +68,40 @@ def test_a_worse_candidate_fails_on_gold() -> None:
     assert "lower bound" in decision.reason
 
 
-def test_superiority_can_be_asked_for() -> None:
+def test_who_answers_the_same_or_as_well_is_no_gain() -> None:
     before = np.array([0.0, 1.0] * 300)
-    same = Evidence(("",) * 600, answers(before), answers(before))
-    assert decide(same, CONFIG).verdict == "pass"
-    assert decide(same, GateConfig(min_gain=0.005)).verdict == "fail"
+    swapped = np.concatenate(([1.0, 0.0], before[2:]))
+    for after in (before, swapped):
+        decision = verdict(before, after)
+        assert (decision.verdict, decision.reason) == ("fail", "Rejected: gold +0.0 points over 600 items: no gain.")
+    slightly_worse = np.concatenate(([0.0, 0.0], before[2:]))
+    assert "gold -0.2 points over 600 items: no gain" in verdict(before, slightly_worse).reason
+
+
+def test_a_small_gain_is_enough_where_the_lower_bound_allows_it() -> None:
+    """Above 0 on the mean, and a loss of more than a point is ruled out; more certainty can be asked for."""
+    before = np.array([0.0, 1.0] * 300)
+    better = Evidence(("",) * 600, answers(before), answers(np.concatenate(([1.0, 1.0], before[2:]))))
+    assert decide(better, CONFIG).verdict == "pass"
+    assert "below the +0.5 that are needed" in decide(better, GateConfig(min_gain=0.005)).reason
+    by_luck = np.concatenate((np.tile([1.0, 1.0, 0.0, 0.0], 75), before[300:]))
+    by_luck[:3] = 1.0
+    decision = verdict(before, by_luck)
+    assert decision.numbers()["gold"]["gain"] > 0
+    assert "below the -1.0 that are needed" in decision.reason
+
+
+def test_few_items_do_not_show_that_there_is_no_gain() -> None:
+    assert verdict(np.ones(20), np.ones(20)).verdict == "wait"
+
+
+def test_a_kl_that_is_not_known_is_for_a_person_to_judge() -> None:
+    before = np.array([0.0, 1.0] * 300)
+    decision = verdict(before, np.ones(600), kl=float("nan"))
+    assert decision.verdict == "wait"
+    assert decision.reason.startswith("KL to the base not known, gold +50.0 points")
+    assert decision.numbers()["kl"]["passed"] is None
+    assert verdict(before, before, kl=float("nan")).verdict == "fail"
 
 
 def test_old_skills_must_stay_even_where_the_whole_gains() -> None:
