@@ -86,8 +86,8 @@ def is_compared(platform: Any, adapter: str) -> None:
 
 
 def is_exported(platform: Any, adapter: str, liked: str, folder: Path, until: Callable[..., Any]) -> None:
-    rated = "select count(*) n from turns where thumb is not null"
-    until(lambda: platform.rows(rated) == [{"n": 2}], 60, every=0.5)
+    filed = "select count(thumb) thumbs, count(distinct policy_version) versions from turns"
+    until(lambda: platform.rows(filed) == [{"thumbs": 2, "versions": 2}], 60, every=0.5)
     told = platform.does("export", str(folder), "--format", "parquet", "--format", "sft")
     assert f"hash {json.loads((folder / 'manifest.json').read_text())['hash']}" in told
     versions = pq.read_table(folder / "turns.parquet").column("policy_version").to_pylist()
