@@ -1,4 +1,4 @@
-"""The learner on Ray: a local one made here, or a cluster by its address alone. Nothing else imports ray.
+"""The learner on Ray: a local one made here, or a cluster by address and a shared folder. Nothing else imports ray.
 
 ::
 
@@ -9,7 +9,7 @@
                      └── which goes on from the run's last checkpoint
 
 The thread that starts Ray must outlive it: Ray's processes get a signal when their parent *thread* ends. On a
-cluster elsewhere the run's folder, the batch and the adapters must lie on storage that its nodes share.
+cluster elsewhere the home and the cache must lie on storage that its nodes share, below the same paths.
 """
 
 from __future__ import annotations

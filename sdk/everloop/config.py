@@ -112,7 +112,10 @@ class MlflowConfig(Section):
 
 
 class RayConfig(Section):
-    address: str = Field(default="local", description="'local', or a cluster's address")
+    address: str = Field(
+        default="local",
+        description="'local', or a cluster's address; its nodes need the home and the cache at the same paths",
+    )
     cpus: int = Field(default=0, ge=0, description="for a local Ray; 0: as many as there are cores")
     gpus_per_learner: float = Field(default=0, ge=0)
 
