@@ -9,7 +9,8 @@
                      └── which goes on from the run's last checkpoint
 
 The thread that starts Ray must outlive it: Ray's processes get a signal when their parent *thread* ends. On a
-cluster elsewhere the home and the cache must lie on storage that its nodes share, below the same paths.
+cluster elsewhere the home and the cache must lie on storage that its nodes share, below the same paths. A
+cluster that asks for a token takes it from ``RAY_AUTH_MODE=token`` and ``RAY_AUTH_TOKEN``, as Ray itself reads them.
 """
 
 from __future__ import annotations
