@@ -177,6 +177,14 @@ def status_at(url: str, timeout: float = 5.0) -> dict[str, Any] | None:
     return said if isinstance(said, dict) else None
 
 
+def holder(url: str) -> str | None:
+    """Which Everloop answers at a base URL, for people; None: none that says so."""
+    said = status_at(url, timeout=2.0)
+    if said is None or "home" not in said:
+        return None
+    return f"another Everloop, the {said['service']} (process {said['pid']}) of {said['home']}"
+
+
 def _who() -> str:
     try:
         return getpass.getuser()

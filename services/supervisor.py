@@ -33,6 +33,8 @@ from pathlib import Path
 from everloop.config import Config
 from everloop.errors import ConfigError, EverloopError
 
+from services.installation import holder
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds before a dead service is started again: doubles up to the longest
 STABLE = 60.0  # seconds of life after which earlier deaths are forgotten
 GIVE_UP = 4  # deaths in a row of a service that was never ready: it will not come up by trying again
@@ -145,8 +147,9 @@ def _claim(config: Config, name: str, held: contextlib.ExitStack) -> int:
     try:
         probe.bind((host, port))
     except OSError as error:
+        held = holder(base_url(host, port)) or "what uses that port"
         raise ConfigError(
-            f"the {name} cannot listen on {host}:{port} ({error.strerror}). Stop what uses that port, or choose "
+            f"the {name} cannot listen on {host}:{port} ({error.strerror}). Stop {held}, or choose "
             f"another: [{section}] {key} = … in everloop.toml, or EVERLOOP_{section.upper()}__{key.upper()}=… "
             "(0: any free one)"
         ) from None

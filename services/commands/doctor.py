@@ -18,7 +18,7 @@ from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.home import Home
 
-from services.installation import Installation, status_at
+from services.installation import Installation, holder
 from services.starting import not_ready
 from services.supervisor import PORT_KEYS, base_url
 from trainer import recipe as recipes
@@ -153,10 +153,9 @@ def _ports(config: Config) -> Iterator[Finding]:
 def _taken(name: str, section: str, key: str, host: str, port: int) -> Finding:
     """Who holds a port, where it is an Everloop of another home; else that somebody does."""
     other = f"another port: [{section}] {key} in everloop.toml, or EVERLOOP_{section.upper()}__{key.upper()} (0: any)"
-    said = status_at(base_url(host, port))
-    if said is None or "home" not in said:
+    held = holder(base_url(host, port))
+    if held is None:
         return Finding("wrong", f"port {port} of the {name} is in use", f"stop what uses it, or set {other}")
-    held = f"another Everloop, the {said['service']} (process {said['pid']}) of {said['home']}"
     return Finding("wrong", f"port {port} of the {name} is held by {held}", f"stop 'everloop up' there, or set {other}")
 
 

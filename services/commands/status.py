@@ -40,9 +40,22 @@ def run(options: argparse.Namespace) -> int:
     for key in keys:
         print("\n".join([key, *_policy(key, said)]), end="\n\n")
     print(_services(expected, whole, {one.name: one for one in waiting}))
+    spool = _spool((said.get("gateway") or {}).get("spool") or {})
+    if spool:
+        print(spool)
     told = [f"{one.name} is not ready{_since(one)}: {one.why}" for one in waiting]
     print("\n".join(["", *told]) if told else "", end="\n" if told else "")
     return 0
+
+
+def _spool(its: dict[str, Any]) -> str:
+    """What the gateway has acknowledged and the log does not have yet; empty where that is next to nothing."""
+    trouble = its.get("refused") or its.get("away")
+    if not its.get("records") and not its.get("aside") and not trouble:
+        return ""
+    aside = f", {its['aside']} set aside as too large" if its.get("aside") else ""
+    waits = f"{its.get('records', 0)} events ({its.get('bytes', 0) / 1e6:.1f} MB) wait in the gateway's spool"
+    return f"\n{waits}{aside}, the oldest for {_long(its.get('oldest', 0.0))}" + (f": {trouble}" if trouble else "")
 
 
 def _since(one: NotReady) -> str:

@@ -160,8 +160,8 @@ def test_an_operator_s_day(
     assert len(services) == 6
     begun = time.monotonic()
     platform.process.send_signal(signal.SIGINT)
-    assert platform.process.wait(timeout=30) == 0
-    assert time.monotonic() - begun < 15, "services.drain is 10 s"
+    assert platform.process.wait(timeout=60) == 0
+    assert time.monotonic() - begun < 30, "services.drain is 10 s; a busy machine takes longer to end a process"
     left = [path.name for path in (platform.home / "run").glob("*.json")]
     assert not left, "killed: who stops by itself withdraws its announcement"
     assert not [pid for pid in services if Path(f"/proc/{pid}").exists()]

@@ -124,3 +124,33 @@ def test_status_and_doctor_tell_it(
         told = capsys.readouterr().out
         assert "the engine is not ready after" in told
         assert "the gateway is not ready after" in told
+
+
+@pytest.mark.parametrize(
+    ("spool", "told"),
+    [
+        ({}, None),
+        ({"records": 0, "bytes": 4096, "oldest": 0.0, "drained": 9}, None),
+        (
+            {"records": 1200, "bytes": 2_500_000, "oldest": 200.0, "away": "no broker answers at a:9092"},
+            "1200 events (2.5 MB) wait in the gateway's spool, the oldest for 3 min: no broker answers at a:9092",
+        ),
+        (
+            {"records": 3, "bytes": 4096, "oldest": 5.0, "aside": 2, "refused": "wrong"},
+            "3 events (0.0 MB) wait in the gateway's spool, 2 set aside as too large, the oldest for 5 s: wrong",
+        ),
+    ],
+)
+def test_status_tells_what_waits_in_the_spool(
+    here: Installation,
+    gateway: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    spool: dict[str, Any],
+    told: str | None,
+) -> None:
+    monkeypatch.setattr(Unready, "trouble", {"spool": spool})  # what this server says at any path
+    monkeypatch.setattr(Installation, "status", lambda self, name: {"service": name, "spool": spool})
+    main(["status", "--home", str(here.home.root)])
+    said = capsys.readouterr().out
+    assert told in said if told else "spool" not in said.partition("not ready")[0]
