@@ -85,6 +85,7 @@ class Broker:
         """
         if self.pid is not None:
             return 0.0
+        self._await_end()
         jars = installed()
         began = time.monotonic()
         self._settings = _with_ports(self._settings)
@@ -101,6 +102,13 @@ class Broker:
         (self.folder / "broker.pid").write_text(str(process.pid))
         self._wait_until_ready(process)
         return time.monotonic() - began
+
+    def _await_end(self) -> None:
+        """One that is ending has no command line any more, and yet its threads hold its ports for a moment."""
+        with suppress(OSError, ValueError):
+            pid = int((self.folder / "broker.pid").read_text())
+            if not Path(f"/proc/{pid}/cmdline").read_bytes():
+                _ended(pid, STOP_SECONDS)
 
     def _java(self, jars: Path) -> list[str | Path]:
         logging = f"-Dlog4j2.configurationFile={RECIPE / 'log4j2.properties'}"
