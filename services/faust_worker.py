@@ -333,10 +333,13 @@ class FaustWorker:
     async def _look(self) -> None:
         """How far behind it is; that is also what tells progress while there is nothing to do."""
         while True:
-            following = {line.partition.source: line.partition.next for line in self._served()}
+            served = self._served()
+            following = {line.partition.source: line.partition.next for line in served}
+            settled = self._rebalances > 0 and len(served) == len(self._lines)
             try:
-                self._lag = await asyncio.to_thread(self._behind, following)
-                if self._rebalances and not self.lag():
+                found = await asyncio.to_thread(self._behind, following)
+                self._lag = found if settled else None  # those that are still being taken over may have any number
+                if self._rebalances and not sum(found.values()):
                     self._tally.moved()
             except LogError as error:
                 logger.warning("%s: its lag is not known: %s", self.name, error)

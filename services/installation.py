@@ -38,6 +38,7 @@ class Running(NamedTuple):
     pid: int
     url: str
     started: float
+    log: str | None = None
 
 
 class NothingRuns(EverloopError):
@@ -72,6 +73,15 @@ class Installation:
 
     @cached_property
     def log(self) -> Log:
+        """Raises ConfigError where the platform that runs here has another one: orders would reach nobody."""
+        ours = self.config.log.url.rstrip("/")
+        for service in self.running().values():
+            if service.log is not None and service.log.rstrip("/") != ours:
+                raise ConfigError(
+                    f"the {service.name} of this home runs on the log {service.log}, and this command would take "
+                    f"{self.config.log.url}: give it --log {service.log}, or set EVERLOOP_LOG__URL, or log.url in "
+                    "everloop.toml"
+                )
         self._log = open_log(self.config)
         return self._log
 
@@ -88,7 +98,7 @@ class Installation:
         try:
             said = json.loads((self.home.root / "run" / f"{name}.json").read_text())
             os.kill(int(said["pid"]), 0)
-            return Running(name, int(said["pid"]), str(said["url"]), float(said["started"]))
+            return Running(name, int(said["pid"]), str(said["url"]), float(said["started"]), said.get("log"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -153,7 +153,9 @@ class Service:
 
     def _announce(self) -> None:
         partial = self._announcement.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"pid": os.getpid(), "url": self.url, "started": self.started}))
+        partial.write_text(
+            json.dumps({"pid": os.getpid(), "url": self.url, "started": self.started, "log": self.config.log.url})
+        )
         partial.rename(self._announcement)
 
     def _withdraw(self) -> None:

@@ -8,6 +8,7 @@ platform learns, measure again. The platform is reached by HTTP, the SDK and the
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import secrets
 import shutil
@@ -235,8 +236,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command; ``options.home`` is the demo's home, wiped at the start. 0: the loop closed, and it is better."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the platform goes down too
+    home = options.home or Path(".everloop/demo")
     try:
-        return _run(options, options.home or Path(".everloop/demo"), Path(".everloop/cache"))
+        with _alone(home):
+            return _run(options, home, Path(".everloop/cache"))
     except (DataError, PlatformFailed) as error:
         print(f"everloop demo: {error}", file=sys.stderr)
         if options.json:
@@ -247,6 +250,8 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
     if options.messages < FEWEST_MESSAGES:
         raise DataError(f"--messages {options.messages}: at least {FEWEST_MESSAGES}, else nothing is decided")
+    if options.log is not None and not options.log.startswith("kafka://"):
+        raise DataError(f"--log {options.log}: give kafka://<host>:<port>, or leave it out for the embedded log")
     desk = data.load(options.data, cache, options.seed)
     _wipe(home)
     _say(f"Data: {desk.name} ({desk.source}): {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
@@ -258,6 +263,18 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
     if options.json:
         _say(json.dumps(report.as_json(outcome)))
     return 0 if outcome.trouble is None else 1
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Raises PlatformFailed where another demo has this home, which would be wiped below it."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_name(f"{home.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PlatformFailed(f"a demo runs in {home} already: wait for it, or give another --home") from None
+        yield
 
 
 def _fresh(log: str | None) -> str:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import closing
 from typing import Any
 
 from everloop.config import Config, load
@@ -25,9 +26,9 @@ TRY = """
   API key    {shown}
 
 Try it:
-  curl -s {base}/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+  curl -s {base}/chat/completions -H "Authorization: Bearer {key}" -H 'Content-Type: application/json' \\
     -d '{{"model": "{policy}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-  curl -s {base}/feedback -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+  curl -s {base}/feedback -H "Authorization: Bearer {key}" -H 'Content-Type: application/json' \\
     -d '{{"response_id": "<id of the answer>", "kind": "thumb", "value": 1}}'
   everloop status{options}
 """
@@ -44,13 +45,13 @@ def run(options: argparse.Namespace) -> int:
         _check_log(config)
         _check_recipes(config)
         wanted = services(config)
-        keys = _first_keys(config, home)
         urls = {service.name: service.url for service in wanted}
         say = _say_nothing if options.json else _say
         supervisor = Supervisor(wanted, home.root, drain=config.services.drain, say=say)
         say(f"Starting {', '.join(urls)}; home {home.root}")
 
         def announce(seconds: float) -> None:
+            keys = first_keys(config, home)  # not before: a start that is broken off must not make any
             if options.json:
                 print(json.dumps(ready_line(config, home, urls, keys, seconds)), flush=True)
             else:
@@ -76,13 +77,10 @@ def _check_log(config: Config) -> None:
         log.close()
 
 
-def _first_keys(config: Config, home: Home) -> dict[str, str]:
-    """A key for each tenant where this home has no key store yet; afterwards nothing (keys are kept hashed)."""
-    path = home.root / "keys.db"
-    if path.exists():
-        return {}
-    keys = Keys(path)
-    return {tenant: keys.create(tenant) for tenant in config.tenants}
+def first_keys(config: Config, home: Home) -> dict[str, str]:
+    """A key for each tenant where this home has none yet; afterwards nothing (keys are kept hashed)."""
+    with closing(Keys(home.root / "keys.db")) as keys:
+        return {} if keys.list() else {tenant: keys.create(tenant) for tenant in config.tenants}
 
 
 def ready_line(
@@ -104,7 +102,11 @@ def ready_line(
 def _welcome(config: Config, urls: dict[str, str], keys: dict[str, str], seconds: float) -> str:
     tenant, policy = config.policies()[0]
     key = keys.get(tenant)
-    shown = f"{key}   (shown only now; 'everloop keys create' makes another)" if key else "as made before"
+    shown = (
+        f"{key}   (shown only now; 'everloop keys create' makes another)"
+        if key
+        else "as made before ('everloop keys create' makes another)"
+    )
     others = "".join(f"\n  API key of {name}: {made}" for name, made in keys.items() if name != tenant)
     options = "".join(
         f" --{name} {os.environ[variable]}"

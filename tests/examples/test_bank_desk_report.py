@@ -184,3 +184,18 @@ def test_the_command_fails_on_data_that_cannot_be_used(command: Command) -> None
     status, said = command(outcome(), "--data", "none.csv")
     assert (status, said["closed"]) == (1, False)
     assert "none.csv cannot be read" in said["trouble"]
+
+
+def test_what_cannot_be_used_wipes_nothing(command: Command) -> None:
+    Path(".everloop/demo").mkdir(parents=True)
+    kept = Path(".everloop/demo/everloop.toml")
+    kept.touch()
+    status, said = command(outcome(), "--log", "kafak")
+    assert (status, said["closed"]) == (1, False)
+    assert "--log kafak" in said["trouble"]
+    with demo._alone(Path(".everloop/demo")):
+        status, said = command(outcome())
+    assert (status, said["closed"]) == (1, False)
+    assert "a demo runs in .everloop/demo already" in said["trouble"]
+    assert kept.exists()
+    assert command(outcome())[0] == 0

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from everloop.cli.main import main
 from everloop.config import Config
+from everloop.errors import ConfigError
 from everloop.home import Home
 
+from services.commands.up import first_keys
 from services.installation import Installation
 from services.starting import last_line, not_ready, up
 from services.supervisor import only_one
@@ -154,3 +156,21 @@ def test_status_tells_what_waits_in_the_spool(
     main(["status", "--home", str(here.home.root)])
     said = capsys.readouterr().out
     assert told in said if told else "spool" not in said.partition("not ready")[0]
+
+
+def test_a_command_does_not_take_another_log_than_the_platform_that_runs(here: Installation) -> None:
+    said = {"pid": os.getpid(), "url": "http://127.0.0.1:9", "started": 1.0, "log": "kafka://127.0.0.1:9092/x"}
+    announced = here.home.folder("run") / "releaser.json"
+    announced.write_text(json.dumps(said))
+    with pytest.raises(ConfigError, match=r"the releaser .* runs on the log kafka://.*: give it --log kafka://"):
+        _ = here.log
+    announced.write_text(json.dumps({**said, "log": here.config.log.url}))
+    with here:
+        assert here.log.partitions("commands") >= 1
+
+
+def test_the_first_keys_are_made_once(home: Home) -> None:
+    config = Config(home=home.root)
+    made = first_keys(config, home)
+    assert list(made) == ["default"]
+    assert first_keys(config, home) == {}
