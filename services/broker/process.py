@@ -166,8 +166,12 @@ class Broker:
             _ended(pid, STOP_SECONDS)
 
     def freeze(self) -> None:
-        """SIGSTOP: its connections stay open and nothing answers."""
-        _send(self.pid, signal.SIGSTOP)
+        """SIGSTOP, and wait until every thread has stopped: its connections stay open and nothing answers."""
+        pid = self.pid
+        _send(pid, signal.SIGSTOP)
+        end = time.monotonic() + STOP_SECONDS
+        while pid is not None and not _stopped(pid) and time.monotonic() < end:
+            time.sleep(0.01)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -180,6 +184,14 @@ def _send(pid: int | None, *numbers: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         for number in numbers:
             os.kill(pid, number)
+
+
+def _stopped(pid: int) -> bool:
+    states = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            states.append(thread.read_text().rpartition(")")[2].split()[0])
+    return all(state in "TtZX" for state in states)
 
 
 def _ended(pid: int, seconds: float) -> bool:

@@ -169,7 +169,10 @@ def test_what_keeps_us_out_is_said_in_one_line(
         (user | {"ca_file": ca, "username": f"{PREFIX}-gateway", "password": f"password-of-{PREFIX}-gateway"}, "apply"),
     ]
     for settings, says in asked:
-        status, said, seconds = command(tmp_path, url, **settings)
+        for _ in range(3):  # a broker that has no processor time is told of as one that does not answer
+            status, said, seconds = command(tmp_path, url, **settings)
+            if "does not answer" not in said:
+                break
         assert status == 2, said
         assert says in said
         assert len(said.splitlines()) == 1, said

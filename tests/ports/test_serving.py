@@ -55,7 +55,7 @@ def over_http(base_folder: Path, home: Path) -> Iterator[Opener]:
         yield opened
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(90) == 0
 
 
 def start_engine(base_folder: Path, home: Path) -> tuple[subprocess.Popen[bytes], str]:
