@@ -208,7 +208,7 @@ def _data(config: Config) -> Iterator[Finding]:
         yield Finding("ok", f"data sets are looked for in {given}")
     else:
         yield Finding(
-            "note", "EVERLOOP_DATA is not set: the demo looks in its cache, downloads, or makes its own messages"
+            "note", "EVERLOOP_DATA is not set: the demo looks in its cache, or makes its own messages"
         )
 
 
