@@ -207,9 +207,7 @@ def _data(config: Config) -> Iterator[Finding]:
     elif given:
         yield Finding("ok", f"data sets are looked for in {given}")
     else:
-        yield Finding(
-            "note", "EVERLOOP_DATA is not set: the demo looks in its cache, or makes its own messages"
-        )
+        yield Finding("note", "EVERLOOP_DATA is not set: the demo looks in its cache, or makes its own messages")
 
 
 def _home(config: Config) -> Iterator[Finding]:
