@@ -72,7 +72,7 @@ lock: $(STAMP)   ## resolve requirements.lock anew
 	  --group dev pyproject.toml -o requirements.lock
 
 bench: $(STAMP)  ## run one benchmark: make bench NAME=gateway [ARGS=--quick]
-	@test -n "$(NAME)" || { echo "Which one? make bench NAME=<$$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v '^_' | paste -sd'|')>"; exit 2; }
+	@test -n "$(NAME)" -a -f "benchmarks/$(NAME).py" || { echo "Which one? make bench NAME=<$$(ls benchmarks/*.py | xargs -n1 basename | sed 's/.py//' | grep -v '^_' | paste -sd'|')>"; exit 2; }
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean:           ## delete what was installed and built (not .everloop, your data)

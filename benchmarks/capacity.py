@@ -207,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     its.add_argument("--episodes-per-minute", type=float, action="append", help=f"default: {RATES}")
     its.add_argument("--page", action="store_true", help="put the tables into docs/capacity.md")
     options = its.parse_args(arguments)
+    if min(options.episodes_per_minute or RATES) <= 0:
+        its.error("--episodes-per-minute takes a number above 0")
     if options.measure:
         measure(options.quick)
     figures = Figures.read()

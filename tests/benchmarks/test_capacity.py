@@ -83,3 +83,9 @@ def test_what_is_measured_is_two_calls_of_256_tokens_and_a_thumb_for_each_episod
         called = [one for one in its if isinstance(one, Call)]
         assert [len(one.tokens.completion) for one in called if one.tokens] == [256, 256]
         assert len(its) == 3
+
+
+def test_fewer_than_some_episodes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        capacity.main(["--episodes-per-minute", "-5"])
+    assert "takes a number above 0" in capsys.readouterr().err
