@@ -96,7 +96,8 @@ class Calls:
         """The gateway stops: break off what is still being answered then, with a word to the client."""
         self._ends = asyncio.get_running_loop().time() + seconds
         for limit in self._limits:
-            limit.reschedule(self._ends)
+            if not limit.expired():  # one that is being broken off already takes no other time
+                limit.reschedule(min(self._ends, limit.when() or self._ends))
 
     @contextmanager
     def _limit(self) -> Iterator[asyncio.Timeout]:

@@ -243,3 +243,24 @@ async def test_an_answer_that_a_stop_cuts_short_says_so(start: Any, soon: Any) -
     await soon(lambda: len(bench.events()) == 3)
     assert {event.payload.error for event in bench.events()} == {"the gateway stopped before the answer was whole"}
     assert bench.engine.cancelled >= 2
+
+
+async def test_a_stop_leaves_an_answer_its_own_shorter_time_and_one_that_is_over_alone(bench: Any) -> None:
+    calls = bench.gateway._calls
+
+    async def stopped_while_it_is_broken_off() -> None:
+        with calls._limit() as over:
+            async with over:
+                try:
+                    await asyncio.sleep(30)
+                except asyncio.CancelledError:
+                    calls.end_within(10_000)
+                    raise
+
+    with calls._limit() as shorter:
+        async with shorter:
+            at = shorter.when()
+            calls._longest = 0.0
+            with pytest.raises(TimeoutError):
+                await stopped_while_it_is_broken_off()
+            assert shorter.when() == at
