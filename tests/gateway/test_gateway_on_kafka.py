@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -211,18 +209,7 @@ async def test_while_the_broker_is_frozen_requests_are_served_in_flat_memory_and
     assert most[1] < before[1] + 100
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 112 MB, of which the spool leaves 64 MB free."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=112m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root; a cap on the spool is tested in tests/log/test_spool.py")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [112], indirect=True)  # MB, of which the spool leaves 64 free
 async def test_a_full_disk_refuses_and_recovers_without_a_person(
     small_disk: Path, own: Broker, on_kafka: Any, soon: Any
 ) -> None:

@@ -5,9 +5,6 @@ After each, every event that was acknowledged is in the store, in an episode, an
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,18 +54,7 @@ def test_a_broker_that_was_killed_and_then_frozen_for_a_minute(
     its.check(until)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 120 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [120], indirect=True)
 def test_a_broker_whose_disk_was_full(small_disk: Path, plant: Callable[..., Any], until: Until) -> None:
     ballast = small_disk / "ballast"
     broker = Broker(small_disk / "broker", tied=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -123,18 +122,7 @@ def test_a_full_log_is_full_for_a_batch_as_a_whole(opened: Callable[..., Embedde
     assert len(values(log)) == written * 10
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root; the same is tested with a cap on the file")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [6], indirect=True)
 def test_a_full_disk_refuses_loses_nothing_and_recovers_by_itself(
     opened: Callable[..., EmbeddedLog], small_disk: Path, until: Until
 ) -> None:
