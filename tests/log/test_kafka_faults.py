@@ -206,3 +206,15 @@ def test_a_log_is_closed_in_time_while_the_broker_is_frozen(own: Broker, opened:
             log.append([new(2)])
     finally:
         own.thaw()
+
+
+def test_questions_are_answered_as_soon_as_a_broker_that_was_killed_is_back(
+    own: Broker, opened: Callable[..., KafkaLog]
+) -> None:
+    log = opened()
+    log.append([new(0)])
+    ends = log.end_offsets("events")
+    for _ in range(3):
+        own.kill()
+        own.start()
+        assert log.end_offsets("events") == ends

@@ -6,7 +6,8 @@
                                                                                            └─ error ─▶ thrown away
 
 So nobody asks through a client that another asks through, or throws away: kafka-python refuses what is asked while
-five answers are awaited on a connection.
+five answers are awaited on a connection. An idle client may have lost its broker meanwhile, and then waits before it
+connects again: what it fails to send says nothing of the cluster, so it is asked once more, of a new one.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ UNSETTLED = (  # a group has no coordinator for a moment, after a start of the b
     kafka_errors.CoordinatorLoadInProgressError,
     kafka_errors.NotCoordinatorError,
 )
+LOST = (kafka_errors.NodeNotReadyError, kafka_errors.KafkaConnectionError)
 T = TypeVar("T")
 
 
@@ -69,19 +71,25 @@ class Cluster:
         if not self._places.acquire(timeout=PLACE_SECONDS):
             raise Unreachable(f"{what}: the questions before it had no answer within {PLACE_SECONDS:g} s")
         try:
-            with self._clients.explained(what), self._client() as admin:
-                return _settled(lambda: step(admin))
+            with self._clients.explained(what):
+                idle = self._take()
+                if idle is not None:
+                    with suppress(*LOST), self._kept(idle):
+                        return _settled(lambda: step(idle))
+                with self._kept(self._clients.admin()) as admin:
+                    return _settled(lambda: step(admin))
         finally:
             self._places.release()
 
-    @contextmanager
-    def _client(self) -> Iterator[KafkaAdminClient]:
-        """A client for this thread alone; kept for the next where all went well."""
+    def _take(self) -> KafkaAdminClient | None:
         with self._lock:
             if self._closed:
                 raise LogError("the log is closed")
-            admin = self._idle.pop() if self._idle else None
-        admin = admin or self._clients.admin()
+            return self._idle.pop() if self._idle else None
+
+    @contextmanager
+    def _kept(self, admin: KafkaAdminClient) -> Iterator[KafkaAdminClient]:
+        """A client for this thread alone; kept for the next where all went well."""
         try:
             yield admin
         except BaseException:
