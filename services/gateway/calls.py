@@ -238,12 +238,14 @@ class _Stream:
         shown = self.listener.show(chunk)
         if shown is None:
             return
-        frame = _frame(shown)
-        if any(choice.get("finish_reason") for choice in shown["choices"]):
-            self._held.append(frame)
-            return
-        self._sent.append(frame)
-        await self._write(frame)
+        ending = [choice for choice in shown["choices"] if choice.get("finish_reason")]
+        if ending:
+            self._held.append(_frame({**shown, "choices": ending}))
+            shown["choices"] = [choice for choice in shown["choices"] if not choice.get("finish_reason")]
+        if shown["choices"]:  # of several answers, those that go on go out in their order
+            frame = _frame(shown)
+            self._sent.append(frame)
+            await self._write(frame)
 
     def to_the_end(self) -> bytes:
         """Take what comes last; returns the whole stream, as it will have been sent."""

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import ormsgpack
 from everloop.errors import ConfigError, LogError
 from everloop.event import Event
 from pydantic import ValidationError
@@ -244,6 +245,10 @@ def redact(unsealed: Unsealed, hook: Callable[[Fields], Fields]) -> Unsealed:
         raise _unredacted(f"it returned what is no event: {error}") from error
     except Exception as error:  # whatever a hook of somebody else's does, nothing may be stored unredacted
         raise _unredacted(f"it raised {type(error).__name__}") from error
+    try:
+        ormsgpack.packb(after)
+    except TypeError as error:  # else it would fail with whatever is stored beside it
+        raise _unredacted(f"it returned a value that cannot be stored: {error}") from error
     if any(after[name] != before[name] for name in FIXED):
         raise _unredacted(f"it changed one of {', '.join(FIXED)}, which say whose event it is")
     if after["payload"] != before["payload"]:

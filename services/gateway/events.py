@@ -62,7 +62,7 @@ class EventDesk(Desk):
         fields = {
             "id": item["id"],
             "tenant": key.tenant,
-            "policy": self.policy(key.tenant, item.get("policy"), episode, where),
+            "policy": self._policy_of(key, item, episode, where),
             "episode": episode,
             "subject": self.ids.pseudonym(key.tenant, "subject", subject) if subject else None,
             "seq": _seq(where, item.get("seq")),
@@ -74,6 +74,17 @@ class EventDesk(Desk):
         except ValidationError as error:
             problem = error.errors()[0]
             raise unfit(f"{where}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}", "payload") from None
+
+    def _policy_of(self, key: Key, item: dict[str, Any], episode: str, where: str) -> str:
+        """A call is always some policy's: where nobody says whose, the tenant's only one."""
+        payload = item.get("payload")
+        if not isinstance(payload, dict) or payload.get("kind") != "call":
+            return self.policy(key.tenant, item.get("policy"), episode, where)
+        policies = list(self.config.tenants[key.tenant].policies)
+        policy = self.policy(key.tenant, item.get("policy"), episode, where, policies[0] if len(policies) == 1 else "")
+        if not policy:
+            raise unfit(f"{where}: say which policy's call it is ('policy'); you have: {', '.join(policies)}", "policy")
+        return policy
 
     def _payload(self, key: Key, payload: Any, where: str) -> dict[str, Any]:
         if not isinstance(payload, dict) or payload.get("kind") not in KINDS:

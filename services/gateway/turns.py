@@ -23,6 +23,7 @@ from services.gateway.refusals import Refused
 from services.gateway.routes import Assignment, Routes
 
 LATEST = 2**53
+DIGITS = len(str(LATEST))
 
 
 @dataclass(slots=True)
@@ -202,6 +203,6 @@ def _seq(request: web.Request) -> int | None:
     given = request.headers.get("X-Everloop-Seq")
     if not given:
         return None
-    if not given.isascii() or not given.isdecimal() or int(given[:20]) > LATEST:
+    if not given.isascii() or not given.isdecimal() or len(given) > DIGITS or int(given) > LATEST:
         raise Refused(400, "header X-Everloop-Seq must be a whole number from 0 up", "bad_header")
     return int(given)

@@ -257,6 +257,10 @@ def broken(event: dict[str, Any]) -> dict[str, Any]:
     raise KeyError("secret words")
 
 
+def boundless(event: dict[str, Any]) -> dict[str, Any]:
+    return {**event, "secret words": 10**30}
+
+
 def stealing(event: dict[str, Any]) -> dict[str, Any]:
     return {**event, "tenant": "airline"}
 
@@ -283,7 +287,7 @@ async def test_redaction_runs_before_anything_is_stored(start: Any, hook: Any) -
     assert bench.engine.asked[0]["messages"][0]["content"] == "I am Anna"
 
 
-@pytest.mark.parametrize("function", [broken, stealing, lambda event: None])
+@pytest.mark.parametrize("function", [broken, boundless, stealing, lambda event: None])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_hook_that_fails_stores_nothing_and_withholds_the_answer(
     start: Any, hook: Any, function: Any, stream: bool

@@ -55,6 +55,8 @@ async def test_a_named_episode_is_the_agents_own(bench: Any) -> None:
     assert (status, said["error"]["code"]) == (404, "episode_not_found")
     for bad in ({"X_Everloop_Seq": "-1"}, {"X_Everloop_Seq": "x"}, {"X_Everloop_Episode": "x" * 300}):
         assert (await bench.chat(**bad))[0] == 400
+    for huge in ("0" * 20 + "9" * 20, "9" * 5000):  # longer than the log can write, or Python reads
+        assert (await bench.chat(X_Everloop_Seq=huge))[0] == 400
 
 
 def test_a_conversation_is_forgotten_when_it_is_idle_or_one_too_many() -> None:

@@ -194,7 +194,7 @@ async def test_events_of_every_kind_are_taken(bench: Any) -> None:
     assert (end.payload.events, end.seq, end.tenant, end.policy) == (3, 3, "bank", "assistant")
     assert {e.episode for e in bench.events()} == {bench.home.ids.episode_named("bank", "run-1")}
     research = bench.new_key(scope="research")
-    await bench.post("/v1/events", {"events": [event(id="e9", time=9.0, payload=call)]}, research)
+    await bench.post("/v1/events", {"events": [event(id="e9", time=9.0, policy="writer", payload=call)]}, research)
     assert list(bench.events()[-1].payload.tokens.completion) == [2]
 
 
@@ -212,6 +212,7 @@ async def test_events_of_every_kind_are_taken(bench: Any) -> None:
         ({"events": [event(time="now")]}, "time must be"),
         ({"events": [event(tenant="airline")]}, "unknown fields: tenant"),
         ({"events": [event(policy="nobody")]}, "there is no policy 'nobody'; you have: assistant, writer"),
+        ({"events": [event(payload={"kind": "call"})]}, "say which policy's call it is"),
         ({"events": [event(payload={"kind": "spam"})]}, "'kind' is one of"),
         ({"events": [event(payload={"kind": "tool"})]}, "Field required"),
         ({"events": [event(payload={"kind": "feedback"})]}, "feedback must be an object"),

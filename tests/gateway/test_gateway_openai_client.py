@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -173,3 +174,25 @@ async def test_a_broken_stream_raises_at_the_client(bench: Any, soon: Any) -> No
     assert event.payload.error == "the engine broke off"
     assert event.payload.output.text == "the card is"
     assert event.payload.tokens is None
+
+
+async def test_of_several_answers_in_one_chunk_each_comes_in_its_order(bench: Any) -> None:
+    head = {"id": "engine-1", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
+
+    def part(index: int, word: str, finish: str | None = None) -> dict[str, Any]:
+        content = [{"token": word, "logprob": -0.5}]
+        said = {"delta": {"content": word}, "logprobs": {"content": content}, "token_ids": [7], "finish_reason": finish}
+        return {"index": index, **said}
+
+    async def stream(route: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield {**head, "prompt_token_ids": [1, 2, 3], "choices": [part(0, "a"), part(1, "b")]}
+        yield {**head, "choices": [part(0, " c", "stop"), part(1, " d")]}
+        yield {**head, "choices": [part(1, " e", "stop")]}
+
+    bench.engine.stream = stream
+    said: dict[int, str] = {0: "", 1: ""}
+    async for chunk in await bench.client().chat.completions.create(**ASK, n=2, stream=True):
+        for choice in chunk.choices:
+            said[choice.index] += choice.delta.content or ""
+    assert said == {0: "a c", 1: "b d e"}
+    assert {event.payload.output.text for event in bench.events()} == set(said.values())
