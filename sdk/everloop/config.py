@@ -248,6 +248,9 @@ class PolicyConfig(Section):
 
 class TenantConfig(Section):
     policies: dict[str, PolicyConfig] = {"assistant": PolicyConfig()}
+    per_second: float = Field(
+        default=0, ge=0, description="requests and events that each gateway takes of it; beyond: 429; 0: no limit"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> TenantConfig:

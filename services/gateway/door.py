@@ -9,6 +9,7 @@ from aiohttp import web
 from everloop.config import Config
 
 from services.gateway.keys import Key, Keys
+from services.gateway.limits import Limits
 from services.gateway.refusals import Refused
 from services.gateway.tokens import PREFIX as TOKEN
 from services.gateway.tokens import Grant, Tokens
@@ -26,9 +27,11 @@ class Door:
         self._tokens = tokens
         self._limit = config.gateway.max_body_bytes
         self._read_seconds = read_seconds
+        self.limits = Limits(config)
 
     def key(self, request: web.Request, action: str) -> Key:
-        """The key of a request. Raises Refused: 401 without a good one, 403 where it may not do this."""
+        """The key of a request. Raises Refused: 401 without a good one, 403 where it may not do this, 429 for one
+        too many of its tenant's."""
         given = _bearer(request)
         if given.startswith(TOKEN):
             raise Refused(
@@ -41,6 +44,7 @@ class Door:
             raise Refused(
                 403, f"a key of scope '{key.scope}' may not do this; ask for one that may", "insufficient_scope"
             )
+        self.limits.take(key.tenant)
         return key
 
     def rater(self, request: web.Request) -> Key | Grant:
@@ -54,6 +58,7 @@ class Door:
             raise Refused(401, str(error), "invalid_token") from None
         if grant.tenant not in self._config.tenants:
             raise Refused(401, "this feedback token's tenant is no longer here", "invalid_token")
+        self.limits.take(grant.tenant)
         return grant
 
     async def body(self, request: web.Request) -> bytes:

@@ -39,7 +39,9 @@ class EventDesk(Desk):
         if "events" not in body:
             raise unfit("'events' is missing: send {\"events\": [...]}", "events")
         events = []
-        for at, item in enumerate(batch(body, "events")):
+        items = batch(body, "events")
+        self.door.limits.charge(key.tenant, len(items) - 1)
+        for at, item in enumerate(items):
             events.append(self._event(key, item, at))
             if at % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)

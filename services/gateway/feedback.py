@@ -45,6 +45,7 @@ class FeedbackDesk(Desk):
         raw = await self.door.body(request)
         body = parse(raw)
         items = batch(body, "feedback") if "feedback" in body else [body]
+        self.door.limits.charge(rater.tenant, len(items) - 1)
         now = time.time()
         told = [self._told(rater, item, at, request, now) for at, item in enumerate(items)]
         await self.capture.stored(await self.capture.redacted([Unsealed(event) for event, _ in told], len(raw)))

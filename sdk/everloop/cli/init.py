@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from everloop.config import Config, PolicyConfig
+from everloop.config import Config, PolicyConfig, TenantConfig
 from everloop.errors import ConfigError
 from everloop.section import Section
 
@@ -40,6 +40,7 @@ def commented() -> str:
         "",
         "# A tenant and its policies (one agent's model each). Without any: [tenants.default.policies.assistant]",
     ]
+    lines += ["", "[tenants.default]", *_keys(TenantConfig)]
     lines += _table("tenants.default.policies.assistant", PolicyConfig)
     return "\n".join(lines) + "\n"
 
