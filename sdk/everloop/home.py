@@ -44,6 +44,11 @@ class Home:
     def blobs(self) -> BlobStore:
         return BlobStore(self.root / "blobs")
 
+    @property
+    def is_known(self) -> bool:
+        """Whether an installation ever ran here."""
+        return (self.root / "secret").exists()
+
     def secret(self) -> bytes:
         """32 random bytes, made once; readable by the owner alone. Losing it makes old response ids unknown."""
         path = self.folder() / "secret"

@@ -1,7 +1,8 @@
 """One more worker of a handler, beside those that run: on Kafka they share its partitions. Ctrl-C ends it.
 
-It may run on another machine, with the same configuration: what it must not forget is on Kafka. The others go on with
-its partitions when it ends; as many workers as the topic has partitions have something to do.
+It may run on another machine, with the same configuration and the same home on storage that both reach: what it must
+not forget is on Kafka, but large bodies, the store, gold items and reward snapshots lie in the home. The others go on
+with its partitions when it ends; as many workers as the topic has partitions have something to do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 
 from everloop.config import Config, load
 from everloop.errors import ConfigError
+from everloop.home import Home
 from everloop.topics import HANDLERS
 
 
@@ -35,4 +37,10 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"log.url is {config.log.url!r}, and the embedded log has one worker of each handler, which 'everloop up' "
             "starts: more of them need log.url = kafka://<host>:9092"
+        )
+    if not Home(config.home).is_known:
+        raise ConfigError(
+            f"{config.home.absolute()} is nobody's home yet, and a worker needs that of the installation: it reads "
+            "large bodies, the store, gold items and reward snapshots there. Mount it here and name it by --home or "
+            "EVERLOOP_HOME; 'everloop up' makes the first one"
         )

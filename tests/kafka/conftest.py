@@ -238,7 +238,7 @@ class Plant:
     """A log that is appended to, and an assembler that is kept up."""
 
     def __init__(self, broker: Broker, home: Path, size: int = 100) -> None:
-        home.mkdir()
+        Home(home).secret()
         prefix = secrets.token_hex(6)
         self.home, self._size = home, size
         (home / "everloop.toml").write_text(PLANT.format(home=home, address=broker.address, prefix=prefix))

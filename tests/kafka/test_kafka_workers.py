@@ -272,6 +272,10 @@ def test_one_more_worker_is_started_by_a_command(url: str, log: KafkaLog, tmp_pa
     event = words("ep_1")[0]
     log.append([NewRecord(EVENTS.name, event.key, wire.encode(event), {}, event.time)])
     command = [sys.executable, "-m", "everloop.cli.main", "worker", "assemble", "--home", str(tmp_path), "--log", url]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "is nobody's home yet" in refused.stderr
+    Home(tmp_path).secret()
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         until(lambda: sum(log.end_offsets(EPISODES.name)) > 0, deadline=60)
