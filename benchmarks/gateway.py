@@ -4,11 +4,11 @@
 the gateway runs as its own process with its defaults. Rounds with and without the gateway take turns, so that both
 see the same machine; medians over rounds are shown. One more round notes the id of every acknowledged call.
 
-The run fails unless every acknowledged call is in the log, and every noted one, once and whole, in the store that
-the assembler makes of that log afterwards.
+The run fails unless the log holds as many whole calls as were acknowledged, none twice, and every noted one is, once
+and whole, in the store that the assembler makes of that log afterwards.
 
 ``--log kafka`` measures the same on a broker that is started for it and shares the cores: the gateway's spool is
-drained while requests come, and what it holds at the end of the load is printed.
+drained while requests come, and what it holds at the end of the load is printed, beside the embedded log's kept result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from everloop.home import Home
 from everloop.log import connect
 from everloop.wire import decode
 
-from benchmarks._report import Aim, aim, parser, publish
+from benchmarks._report import RESULTS, Aim, aim, loads, parser, publish
+from benchmarks._report import load as load_now
 from benchmarks._services import service
 from benchmarks._upstream import TOKENS
 from pipelines.store import Store
@@ -231,7 +232,7 @@ def _in_store(store: Store) -> int:
 
 
 def main() -> int:
-    options = _options()
+    options, began = _options(), load_now()
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         home = Home(Path(folder) / "home")
@@ -254,7 +255,9 @@ def main() -> int:
     if options.log == "kafka":
         notes.append(f"{waited[0]} events were in the spool at the end of the load, none {waited[1]:.0f} s later")
     name = "gateway" if options.log == "sqlite" else "gateway-kafka"
-    publish(name, rows, _aims(rows), quick=options.quick, notes=notes)
+    aims = _aims(rows) if options.log == "sqlite" else _times(rows, notes)
+    notes.append(loads(began))
+    publish(name, rows, aims, quick=options.quick, notes=notes)
     return 0
 
 
@@ -262,6 +265,24 @@ def _options() -> argparse.Namespace:
     made = parser(__doc__ or "")
     made.add_argument("--log", choices=("sqlite", "kafka"), default="sqlite", help="the log behind the gateway")
     return made.parse_args()
+
+
+def _times(rows: list[dict[str, Any]], notes: list[str]) -> list[Aim]:
+    """How many times the requests of this log the embedded one's last full run had."""
+    kept = RESULTS / "gateway.json"
+    if not kept.exists():
+        notes.append("no result on the embedded log to compare with: run this without --log first")
+        return []
+    before = {row["connections"]: row["gateway requests/s"] for row in json.loads(kept.read_text())["rows"]}
+    return [
+        aim(
+            f"requests/s of the embedded log over these, {row['connections']} connections",
+            1.2,
+            round(before[row["connections"]] / row["gateway requests/s"], 3),
+            most=True,
+        )
+        for row in rows
+    ]
 
 
 def _aims(rows: list[dict[str, Any]]) -> list[Aim]:
