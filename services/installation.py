@@ -24,6 +24,7 @@ from everloop.home import Home
 from everloop.ids import unique
 from everloop.log import NewRecord, open_log
 from everloop.log.base import Log
+from everloop.log.kafka.settings import Address
 from everloop.run import Command, CommandKind
 from everloop.topics import COMMANDS, PAUSES, Topic
 
@@ -74,9 +75,8 @@ class Installation:
     @cached_property
     def log(self) -> Log:
         """Raises ConfigError where the platform that runs here has another one: orders would reach nobody."""
-        ours = self.config.log.url.rstrip("/")
         for service in self.running().values():
-            if service.log is not None and service.log.rstrip("/") != ours:
+            if service.log is not None and self._place(service.log) != self._place(self.config.log.url):
                 raise ConfigError(
                     f"the {service.name} of this home runs on the log {service.log}, and this command would take "
                     f"{self.config.log.url}: give it --log {service.log}, or set EVERLOOP_LOG__URL, or log.url in "
@@ -84,6 +84,13 @@ class Installation:
                 )
         self._log = open_log(self.config)
         return self._log
+
+    def _place(self, url: str) -> tuple[frozenset[str], str]:
+        """Where a log lies, however its URL is spelled: any order of servers, with or without the usual port."""
+        if url.startswith("kafka://"):
+            address = Address.parse(url)
+            return frozenset(server.lower() for server in address.servers), address.prefix
+        return frozenset(), self.config.under_home(url).partition("?")[0].rstrip("/")
 
     def expected(self) -> list[str]:
         """The services that 'everloop up' starts here: all, less the engine where another one answers."""
