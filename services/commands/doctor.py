@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from everloop.config import Config, load
@@ -180,8 +181,12 @@ def _free(host: str, port: int) -> bool:
 def _disk(config: Config) -> Iterator[Finding]:
     home = Home(config.home).root
     there = next(folder for folder in (home, *home.parents) if folder.exists())
-    if not os.access(there, os.W_OK):
-        yield Finding("wrong", f"{there} cannot be written", "choose another folder with --home, or EVERLOOP_HOME")
+    try:
+        with TemporaryFile(dir=there):  # tried: to root every folder seems to be one that can be written
+            pass
+    except OSError as error:
+        what = f"{there} cannot be written ({error.strerror}), so {home} cannot be the home"
+        yield Finding("wrong", what, "choose another folder with --home, or EVERLOOP_HOME")
         return
     free = shutil.disk_usage(there).free
     text = f"{free / 1e9:.1f} GB free for {home}"

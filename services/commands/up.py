@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = load()
-    home = Home(config.home)
+    home = Home(config.home).made()
     with only_one(home.root):
         _check_log(config)
         _check_recipes(config)

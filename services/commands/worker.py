@@ -12,6 +12,7 @@ import os
 
 from everloop.config import Config, load
 from everloop.errors import ConfigError
+from everloop.home import Home
 from everloop.topics import HANDLERS
 
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     config = load()
     _check(config)
+    Home(config.home).made()
     from services.service import Service
 
     name = HANDLERS[options.handler]

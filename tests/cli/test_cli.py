@@ -273,6 +273,37 @@ def test_a_recipe_that_is_none_is_refused_before_anything_starts(
     assert "default/assistant" in next(line for line in out.splitlines() if "nosuch" in line)
 
 
+@pytest.mark.parametrize("words", [["up"], ["keys", "create"], ["kafka", "start"], ["demo"]])
+def test_a_home_that_cannot_be_made_is_one_line_with_cause_and_mend(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    status, _, err = said(capsys, *words, "--home", str(home))
+    assert status > 0
+    assert f"the home folder {home} cannot be made or written (Not a directory): choose another with --home" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_doctor_tells_of_a_home_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERLOOP_HOME", "/proc/home")  # there even root makes nothing, which os.access does not know
+    (wrong,) = (f for f in _findings(capsys) if f["what"].startswith("/proc cannot be written"))
+    assert wrong["level"] == "wrong"
+    assert "--home" in wrong["fix"]
+
+
+def test_topics_of_an_embedded_log_are_refused_and_nothing_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, err = said(capsys, "topics", "check", "--log", "sqlite:///new/log.db")
+    assert status == 2
+    assert "sqlite:///new/log.db" in err
+    assert "--log kafka://" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_doctor_names_the_fix(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
