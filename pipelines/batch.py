@@ -229,10 +229,11 @@ def select(
     drawn, left_out = _allowed(found, gold or {})
     needed = train.min_scored if minimum is None else minimum
     if len(drawn) < needed:
+        lower = ", or a lower train.min_scored does with fewer" if minimum is None else ""
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
         raise NotEnoughData(
             f"{tenant}/{policy} has {len(drawn)} scored episodes to train on, {needed - len(drawn)} fewer than the "
-            f"{needed} that a batch needs{reasons}. More traffic or feedback brings them, or lower train.min_scored."
+            f"{needed} that a batch needs{reasons}. More traffic through the gateway brings them{lower}."
         )
     items = _of_one_version([item for one in drawn for item in one.items], said_by, version, rescore)
     scored_by = Counter(voice for item in items if (voice := said_by[item.episode, item.call]))

@@ -24,10 +24,14 @@ from everloop.home import Home
 from everloop.ids import unique
 from everloop.log import NewRecord, open_log
 from everloop.log.base import Log
+from everloop.log.kafka.settings import Address
 from everloop.run import Command, CommandKind
 from everloop.topics import COMMANDS, PAUSES, Topic
 
+from services.reach import BrokerAway, check
+
 SERVICES = ("gateway", "engine", "assembler", "scorer", "learner", "releaser")
+OPTIONS = {"config": "EVERLOOP_CONFIG", "home": "EVERLOOP_HOME", "log": "EVERLOOP_LOG__URL"}
 C = TypeVar("C", bound=Contract)
 
 
@@ -52,6 +56,8 @@ class Installation:
         self.config = config
         self.home = Home(config.home)
         self._log: Log | None = None
+        self._away: BrokerAway | None = None
+        self._asked = False
 
     @classmethod
     def here(cls) -> Installation:
@@ -59,8 +65,8 @@ class Installation:
         made = cls(load())
         if not (made.home.root / "log.db").exists() and not made.home.root.is_dir():
             raise ConfigError(
-                f"there is no installation at {made.home.root}. 'everloop up' starts one there; --home or "
-                "EVERLOOP_HOME names another folder"
+                f"there is no installation at {made.home.root}, so nobody takes orders: "
+                "'everloop up' starts one there; --home or EVERLOOP_HOME names another folder"
             )
         return made
 
@@ -74,9 +80,8 @@ class Installation:
     @cached_property
     def log(self) -> Log:
         """Raises ConfigError where the platform that runs here has another one: orders would reach nobody."""
-        ours = self.config.log.url.rstrip("/")
         for service in self.running().values():
-            if service.log is not None and service.log.rstrip("/") != ours:
+            if service.log is not None and self._place(service.log) != self._place(self.config.log.url):
                 raise ConfigError(
                     f"the {service.name} of this home runs on the log {service.log}, and this command would take "
                     f"{self.config.log.url}: give it --log {service.log}, or set EVERLOOP_LOG__URL, or log.url in "
@@ -84,6 +89,13 @@ class Installation:
                 )
         self._log = open_log(self.config)
         return self._log
+
+    def _place(self, url: str) -> tuple[frozenset[str], str]:
+        """Where a log lies, however its URL is spelled: any order of servers, with or without the usual port."""
+        if url.startswith("kafka://"):
+            address = Address.parse(url)
+            return frozenset(server.lower() for server in address.servers), address.prefix
+        return frozenset(), self.config.under_home(url).partition("?")[0].rstrip("/")
 
     def expected(self) -> list[str]:
         """The services that 'everloop up' starts here: all, less the engine where another one answers."""
@@ -126,7 +138,10 @@ class Installation:
         return found
 
     def order(self, kind: CommandKind, tenant: str, policy: str, **arguments: Any) -> Command:
-        """Append an order; durable on return. A pause and its end go where the newest is kept for ever."""
+        """Append an order; durable on return. A pause and its end go where the newest is kept for ever.
+
+        Raises BrokerAway, in bounded time, where the log's cluster does not answer: nothing is ordered then.
+        """
         command = Command(
             id=unique("cmd_"),
             kind=kind,
@@ -137,9 +152,21 @@ class Installation:
             time=time.time(),
         )
         headers = {"schema": "Command", "id": command.id}
+        self._need_the_log()
         topic = PAUSES if kind in (CommandKind.PAUSE, CommandKind.RESUME) else COMMANDS
         self.log.append([NewRecord(topic.name, command.key, wire.encode(command), headers, command.time)])
         return command
+
+    def _need_the_log(self) -> None:
+        """Asked once, however many orders are given: the answer takes seconds where there is none."""
+        if not self._asked:
+            self._asked = True
+            try:
+                check(self.log)
+            except BrokerAway as error:
+                self._away = error
+        if self._away is not None:
+            raise self._away
 
     def answer(self, service: str, command: Command, timeout: float) -> dict[str, Any] | None:
         """What the service answered to an order within ``timeout`` seconds; None: nothing yet."""
@@ -193,6 +220,11 @@ def holder(url: str) -> str | None:
     if said is None or "home" not in said:
         return None
     return f"another Everloop, the {said['service']} (process {said['pid']}) of {said['home']}"
+
+
+def options() -> str:
+    """The options that a command for the same installation needs, as this one was given them: ' --home …', or ''."""
+    return "".join(f" --{name} {os.environ[key]}" for name, key in OPTIONS.items() if os.environ.get(key))
 
 
 def _who() -> str:

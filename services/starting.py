@@ -11,6 +11,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,10 +46,13 @@ def up(here: Installation) -> int | None:
 def not_ready(here: Installation) -> list[NotReady]:
     """The services that do not serve yet, or say that they should not be asked now; empty where nothing runs."""
     running, supervisor = here.running(), up(here)
+    asked = [name for name in here.expected() if name in running]
+    with ThreadPoolExecutor() as pool:  # all at once: one that hangs, as without its broker, has 5 s
+        troubles = dict(zip(asked, pool.map(lambda name: _trouble(running[name].url), asked), strict=True))
     found = []
     for name in here.expected():
         if name in running:
-            trouble = _trouble(running[name].url)
+            trouble = troubles[name]
             age = time.time() - running[name].started
             found += [NotReady(name, running[name].pid, age, trouble)] if trouble else []
         elif supervisor is not None:

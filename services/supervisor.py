@@ -32,6 +32,7 @@ from pathlib import Path
 
 from everloop.config import Config
 from everloop.errors import ConfigError, EverloopError
+from everloop.log_config import LogUser
 
 from services.installation import holder
 
@@ -115,7 +116,8 @@ def services(config: Config) -> list[Service]:
 
 def _user(config: Config, name: str) -> dict[str, str]:
     """What makes a service come to the log as its own user; nothing where it has none. Its processes inherit it."""
-    its = next((user for service, user in config.log.users.items() if service == name), None)
+    users: Mapping[str, LogUser] = dict(config.log.users)  # by any name: the engine has none
+    its = users.get(name)
     if its is None:
         return {}
     return {

@@ -1,8 +1,9 @@
-"""Rows as a table for a terminal: columns as wide as they need, numbers to the right."""
+"""Rows as a table for a terminal (columns as wide as they need, numbers to the right), and times for people."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,3 +30,16 @@ def _text(cell: Any) -> str:
     if isinstance(cell, float):
         return f"{cell:.3f}".rstrip("0").rstrip(".") if 1e4 <= abs(cell) < 1e15 else f"{cell:.4g}"
     return str(cell).replace("\n", " ")
+
+
+def clock(at: float) -> str:
+    """When it was, with the day where that is not clear."""
+    form = "%H:%M:%S" if time.time() - at < 86_400 else "%F %H:%M"
+    return time.strftime(form, time.localtime(at))
+
+
+def span(seconds: float) -> str:
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h"

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import everloop
+from everloop.errors import ConfigError
+from everloop.home import Home
 from openai import OpenAI
 
 from examples.bank_desk import data, report
@@ -240,7 +242,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         with _alone(home):
             return _run(options, home, Path(".everloop/cache"))
-    except (DataError, PlatformFailed) as error:
+    except (ConfigError, DataError, PlatformFailed) as error:
         print(f"everloop demo: {error}", file=sys.stderr)
         if options.json:
             _say(json.dumps(report.verdict(str(error))))
@@ -267,8 +269,9 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
 
 @contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """Raises PlatformFailed where another demo has this home, which would be wiped below it."""
-    home.parent.mkdir(parents=True, exist_ok=True)
+    """Raises PlatformFailed where another demo has this home, which would be wiped below it; ConfigError where it
+    cannot be made."""
+    Home(home).made()
     with home.with_name(f"{home.name}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from tempfile import TemporaryFile
 
+from everloop.errors import ConfigError
 from everloop.ids import Ids
 from everloop.wire import BlobStore
 
@@ -33,6 +35,18 @@ class Home:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+
+    def made(self) -> Home:
+        """Itself, its folder there. Raises ConfigError where that cannot be made or written."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.root):
+                return self
+        except OSError as error:
+            raise ConfigError(
+                f"the home folder {self.root} cannot be made or written ({error.strerror}): choose another with --home "
+                "or EVERLOOP_HOME, or give this user the right to write there"
+            ) from None
 
     def folder(self, *parts: str) -> Path:
         """A folder below the home, made if it is missing."""

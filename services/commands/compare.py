@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
+import time
 from typing import Any
 
 from everloop.errors import ConfigError, NotEnoughData
@@ -18,6 +20,8 @@ from everloop.topics import ADAPTERS
 from services.commands.orders import add_policy
 from services.installation import Installation
 from services.tables import table
+
+EVERY = 2.0  # seconds between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,11 +75,15 @@ async def _compare(
     examiner = Examiner(here.config, HttpServing(engine))
     try:
         answers = []
-        for name in pair:
+        for number, name in enumerate(pair, 1):
+            told = Progress(f"{number} of {len(pair)}, {name[:12]}")
             if name != BASE:
+                told.say("fetching, checking and loading the adapter")
                 release = candidate(PolicyState(tenant, policy), adapters[name], 0.0).releases[0]
                 await examiner.prepared(release)
-            answers.append(await examiner.answers(name, tenant, policy, items))
+            told.say(f"asking {len(items)} {split} items")
+            answers.append(await examiner.answers(name, tenant, policy, items, told))
+            told.say("done")
     finally:
         await examiner.let_go()
     a, b = answers
@@ -91,6 +99,24 @@ async def _compare(
         "adapters": [_row(name, one) for name, one in zip(pair, answers, strict=True)],
         "slices": _slices([item.slice for item in items], a.right, b.right),
     }
+
+
+class Progress:
+    """Says on stderr how far one adapter's answers are, a line every few seconds: the result alone is on stdout."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        if done == of:
+            self.say(f"{of} answered; measuring what is left")
+        elif time.monotonic() - self._said > EVERY:
+            self.say(f"{done} of {of} answered")
+
+    def say(self, what: str) -> None:
+        self._said = time.monotonic()
+        print(f"{self._name}: {what} ({self._said - self._begun:.0f} s)", file=sys.stderr, flush=True)
 
 
 def _row(name: str, answers: Any) -> dict[str, Any]:

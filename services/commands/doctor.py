@@ -12,13 +12,18 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from everloop.config import Config, load
-from everloop.errors import ConfigError
+from everloop.errors import ConfigError, EverloopError, LogError
 from everloop.home import Home
+from everloop.log import open_log
+from everloop.log.kafka.log import KafkaLog
+from everloop.log.kafka.plan import Plan
 
-from services.installation import Installation, holder
+from services.installation import Installation, holder, options
+from services.reach import BrokerAway, check
 from services.starting import not_ready
 from services.supervisor import PORT_KEYS, base_url
 from trainer import recipe as recipes
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(given: argparse.Namespace) -> int:
     try:
         config = load()
         found = [finding for check in CHECKS for finding in check(config)]
@@ -63,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
                 "wrong", str(error), "mend what it names; 'everloop init' writes a configuration with every setting"
             ),
         ]
-    if options.json:
+    if given.json:
         print(json.dumps([finding._asdict() for finding in found]))
     else:
         for finding in found:
@@ -177,11 +182,64 @@ def _free(host: str, port: int) -> bool:
         return True
 
 
+def _log(config: Config) -> Iterator[Finding]:
+    """The configured log: reachable, with a password that is taken, and topics as they are declared."""
+    if not config.log.url.startswith("kafka://"):
+        yield Finding("ok", f"log {config.log.url}, embedded")
+        return
+    try:
+        log = open_log(config)
+    except EverloopError as error:
+        yield Finding("wrong", str(error), "mend [log] in everloop.toml, or EVERLOOP_LOG__…")
+        return
+    try:
+        check(log)
+        yield Finding("ok", f"the log's broker at {config.log.url} answers")
+        yield from _declared(log.plan(), config) if isinstance(log, KafkaLog) else ()
+    except BrokerAway as error:
+        yield Finding(
+            "wrong", str(error), f"start it (one on this machine: everloop kafka start{_of_home()}), or mend log.url"
+        )
+    except LogError as error:
+        yield Finding("wrong", str(error), f"mend [log] in everloop.toml, or, for permissions: {_apply()}")
+    finally:
+        log.close()
+
+
+def _declared(plan: Plan, config: Config) -> Iterator[Finding]:
+    """What differs on the cluster. Topics that 'up' makes by itself need no mending."""
+    made_later = [
+        change for change in plan.changes if change.what.startswith("make topic") and config.log.create_topics
+    ]
+    differ = [change for change in plan.changes if change not in made_later]
+    for note in plan.notes:
+        yield Finding("ok", note)
+    if made_later:
+        yield Finding("note", f"{len(made_later)} topics are not there yet: the first start makes them", _apply())
+    for change in differ:
+        by_hand = change.make is None
+        yield Finding("note" if by_hand else "wrong", change.what, "" if by_hand else _apply())
+    if not plan.changes:
+        yield Finding("ok", "topics and grants are as declared")
+
+
+def _of_home() -> str:
+    return f" --home {os.environ['EVERLOOP_HOME']}" if os.environ.get("EVERLOOP_HOME") else ""
+
+
+def _apply() -> str:
+    return f"everloop topics apply{options()}"
+
+
 def _disk(config: Config) -> Iterator[Finding]:
     home = Home(config.home).root
     there = next(folder for folder in (home, *home.parents) if folder.exists())
-    if not os.access(there, os.W_OK):
-        yield Finding("wrong", f"{there} cannot be written", "choose another folder with --home, or EVERLOOP_HOME")
+    try:
+        with TemporaryFile(dir=there):  # tried: to root every folder seems to be one that can be written
+            pass
+    except OSError as error:
+        what = f"{there} cannot be written ({error.strerror}), so {home} cannot be the home"
+        yield Finding("wrong", what, "choose another folder with --home, or EVERLOOP_HOME")
         return
     free = shutil.disk_usage(there).free
     text = f"{free / 1e9:.1f} GB free for {home}"
@@ -229,6 +287,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _weights,
     _ports,
     _services,
+    _log,
     _disk,
     _memory,
     _data,

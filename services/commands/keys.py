@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = load()
-    keys = Keys(Home(config.home).root / "keys.db")
+    keys = Keys(Home(config.home).made().root / "keys.db")
     try:
         if options.verb == "create":
             return _create(keys, options, list(config.tenants))

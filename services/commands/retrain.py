@@ -1,6 +1,7 @@
 """Start a training run now, whatever its triggers wait for; or repeat an earlier one.
 
-Says first how much there is to learn from, and where that is little; the run goes on all the same.
+Says first how much there is to learn from, and where that is little; the run goes on all the same. Where there is
+nothing yet, it orders none, and says what brings something.
 
 The same batch and seed give the same adapter, whatever is live by now: 'everloop retrain --batch <id> --seed <n>
 --no-publish' begins from what that batch's earlier run began from, and leaves the release alone. A batch that no run is
@@ -11,6 +12,7 @@ known of, and every new one, begins from what is live now. Batch ids and seeds a
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,12 +21,17 @@ from everloop.config import PolicyConfig
 from everloop.run import Command, CommandKind, Run, RunState
 from everloop.topics import RUNS
 
-from services.commands.orders import add_policy
+from services.commands.orders import add_policy, not_ordered, starts
 from services.installation import Installation
+from services.learner.facts import run_order
 from services.learner.pinned import pinned
 from services.learner.repeats import earlier
+from services.reach import BrokerAway
+from services.starting import up
+from services.tables import clock, span
 
 ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
+REMIND = 60.0  # seconds after which it is said again what an order waits for
 STARTS = 60.0  # seconds within which a learner that runs has begun, or says what it waits for
 
 
@@ -52,15 +59,22 @@ def run(options: argparse.Namespace) -> int:
         publish = False if options.no_publish else None
         if options.batch is None:
             told = material(here, tenant, policy)
+            if not told.episodes and store_is_here(here):
+                print("\n".join(nothing_yet(here, tenant, policy)), file=sys.stderr)
+                return 1
             print("\n".join(prospects(f"{tenant}/{policy}", told, here.config.policy(tenant, policy))), flush=True)
         else:
             pinned(here.home, options.batch)
             print(repeating(here, tenant, policy, options.batch, options.seed), flush=True)
-        command = here.order(
-            CommandKind.RETRAIN, tenant, policy, batch=options.batch, seed=options.seed, publish=publish
-        )
-        if not here.running():
-            print(f"Ordered ({command.id}); it starts once the platform runs: everloop up")
+        try:
+            command = here.order(
+                CommandKind.RETRAIN, tenant, policy, batch=options.batch, seed=options.seed, publish=publish
+            )
+        except BrokerAway as error:
+            print(not_ordered(here, f"{tenant}/{policy}: a run", error), file=sys.stderr)
+            return 1
+        if not here.running() and up(here) is None:
+            print(f"Ordered ({command.id}); it starts once the platform runs: {starts(here)}")
             return 1
         print(f"Ordered ({command.id}).", flush=True)
         return _follow(options, here, command)
@@ -92,6 +106,23 @@ def material(here: Installation, tenant: str, policy: str) -> Material:
     return Material(**row, gold=len(GoldSet(here.home.root / "gold").items(tenant, policy, "gate")))
 
 
+def store_is_here(here: Installation) -> bool:
+    """Whether what :func:`material` counts is all there is: on Kafka the store may lie on another machine."""
+    return not here.config.log.url.startswith("kafka://") or "learner" in here.running()
+
+
+def nothing_yet(here: Installation, tenant: str, policy: str) -> Iterator[str]:
+    """That no run is ordered, and what brings something to learn from."""
+    train, gateway = here.config.policy(tenant, policy).train, here.running().get("gateway")
+    where = f"at {gateway.url}/v1" if gateway else "which 'everloop up' starts"
+    cadence = f", or every {train.every} where there are fewer (train.every)" if train.every else ""
+    yield f"{tenant}/{policy} has no scored episodes yet: nothing to learn from, and no run is ordered. Next:"
+    yield f"  send requests for the model {policy!r} through the gateway, {where}"
+    yield "  give feedback on the answers (POST /v1/feedback, or the SDK): thumbs and corrections are learned from"
+    yield f"  a run starts by itself at {train.min_scored} scored episodes (train.min_scored){cadence}"
+    yield "  'everloop status' shows how many there are, and what the next run waits for"
+
+
 def prospects(name: str, told: Material, config: PolicyConfig) -> Iterator[str]:
     """What there is to learn from, and a line for each part of it that is little."""
     from reward.model import FEWEST_OF_A_KIND, MIN_LABELS
@@ -117,7 +148,7 @@ def prospects(name: str, told: Material, config: PolicyConfig) -> Iterator[str]:
 
 def _follow(options: argparse.Namespace, here: Installation, command: Command) -> int:
     """Tell what becomes of the order: what it waits for, the learner's answer, then its run, until begun (or ended)."""
-    began, shown, start = False, "", time.monotonic()
+    began, shown, start, told = False, "", time.monotonic(), 0.0
     while time.monotonic() - start < (options.timeout if options.wait or not began else 0):
         status = here.status("learner") or {}
         said = (status.get("commands") or {}).get(command.id)
@@ -136,9 +167,10 @@ def _follow(options: argparse.Namespace, here: Installation, command: Command) -
                 return 0
         else:
             waits = held_up(status, command.key)
-            if waits and waits != shown:
-                shown = waits
-                print(f"It waits for {waits}", flush=True)
+            waited = time.monotonic() - start
+            if waits and (waits != shown or waited - told > REMIND):
+                print(f"It waits for {waits}" + (f" ({span(waited)} by now)" if waits == shown else ""), flush=True)
+                shown, told = waits, waited
             if time.monotonic() - start > STARTS and not options.wait:
                 print("It has not begun yet, see everloop status")
                 return 0
@@ -155,11 +187,11 @@ def held_up(status: dict[str, Any], key: str) -> str:
     under_way = [(name, its["running"]) for name, its in policies.items() if its.get("running")]
     if under_way:
         name, current = under_way[0]
-        return f"run {current['run']} of {name} to end: one trains at a time"
+        since = f" (under way since {clock(current['since'])})" if "since" in current else ""
+        return f"run {current['run']} of {name} to end{since}: one trains at a time"
     return "everloop resume: the policy is paused" if (policies.get(key) or {}).get("paused") else ""
 
 
 def _is_of(run: Run, command: Command) -> bool:
-    """Whether a run came of this order: it says so, or it began after it for the same policy by an order."""
-    said = getattr(run, "command", None)
-    return run.key == command.key and (said == command.id if said else run.time >= command.time)
+    """Whether a run came of this order. A trigger's run, which has none, may well end after it was given."""
+    return run.key == command.key and run_order(run) == command.id

@@ -1,4 +1,7 @@
-"""What is live, why the last candidate was or was not promoted, what the next run waits for; and the services."""
+"""What is live, why the last candidate was or was not promoted, what the next run waits for; and the services.
+
+Exit status 1 where nothing runs, or the log's broker does not answer or refuses us.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from services.commands.orders import add_policy
 from services.installation import Installation
+from services.reach import meanwhile, spooled, trouble
 from services.starting import NotReady, not_ready
-from services.tables import table
+from services.tables import clock, span, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,46 +25,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    with Installation.here() as here:
+    with Installation.here() as here, ThreadPoolExecutor() as pool:
         running = here.running()
-        said = {name: here.status(name) for name in running}
-        expected, waiting = here.expected(), not_ready(here)
+        asked = pool.submit(trouble, here.config)
+        late = pool.submit(not_ready, here)
+        said = dict(zip(running, pool.map(here.status, running), strict=True))
+        expected, unready, away = here.expected(), late.result(), asked.result()
         whole = {
             "home": str(here.home.root),
             "running": {name: service._asdict() for name, service in running.items()},
             "services": said,
-            "not_ready": [one._asdict() for one in waiting],
+            "not_ready": [one._asdict() for one in unready],
+            "log": {"url": here.config.log.url, "trouble": None if away is None else str(away)},
         }
         if options.json:
             print(json.dumps(whole))
-            return 0 if running else 1
+            return 0 if running and away is None else 1
         keys = ["/".join(pair) for pair in here.policies(options.policy)]
-    if not running and not waiting:
+    if away is not None:
+        print(f"{_sentence(away)}\n{meanwhile(said.get('gateway'))}.\n")
+    if not running and not unready:
         print(f"Nothing runs on {here.home.root}. 'everloop up' starts it; 'everloop release list' shows the past.")
         return 1
     for key in keys:
         print("\n".join([key, *_policy(key, said)]), end="\n\n")
-    print(_services(expected, whole, {one.name: one for one in waiting}))
+    print(_services(expected, whole, {one.name: one for one in unready}))
     spool = _spool((said.get("gateway") or {}).get("spool") or {})
-    if spool:
+    if spool and away is None:
         print(spool)
-    told = [f"{one.name} is not ready{_since(one)}: {one.why}" for one in waiting]
+    told = [f"{one.name} is not ready{_since(one)}: {one.why}" for one in unready]
     print("\n".join(["", *told]) if told else "", end="\n" if told else "")
-    return 0
+    return int(away is not None)
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _spool(its: dict[str, Any]) -> str:
     """What the gateway has acknowledged and the log does not have yet; empty where that is next to nothing."""
-    trouble = its.get("refused") or its.get("away")
-    if not its.get("records") and not its.get("aside") and not trouble:
+    why = its.get("refused") or its.get("away")
+    if not its.get("records") and not its.get("aside") and not why:
         return ""
-    aside = f", {its['aside']} set aside as too large" if its.get("aside") else ""
-    waits = f"{its.get('records', 0)} events ({its.get('bytes', 0) / 1e6:.1f} MB) wait in the gateway's spool"
-    return f"\n{waits}{aside}, the oldest for {_long(its.get('oldest', 0.0))}" + (f": {trouble}" if trouble else "")
+    events, comma, rest = spooled(its).partition(")")
+    return f"\n{events}{comma} wait in the gateway's spool{rest}" + (f": {why}" if why else "")
 
 
 def _since(one: NotReady) -> str:
-    return "" if one.seconds is None else f" after {_long(one.seconds)}"
+    return "" if one.seconds is None else f" after {span(one.seconds)}"
 
 
 def _policy(key: str, said: dict[str, Any]) -> Iterator[str]:
@@ -80,7 +94,7 @@ def _of(said: dict[str, Any], service: str, part: str, key: str) -> dict[str, An
 def _release(its: dict[str, Any]) -> Iterator[str]:
     live = its["live"]
     if live["since"]:
-        yield f"  live          {live['adapter'][:12]} since {_clock(live['since'])}, before it {live['previous'][:12]}"
+        yield f"  live          {live['adapter'][:12]} since {clock(live['since'])}, before it {live['previous'][:12]}"
         if live["lacks"]:
             yield f"                on a person's word: it has {' and '.join(live['lacks'])}"
     else:
@@ -94,7 +108,7 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
         yield f"  candidate     {waiting['adapter'][:12]}: {waiting['waits'] or waiting['reason']}"
     decided = its.get("last_decision")
     if decided:
-        which = f"{decided['adapter'][:12]} {decided['state']}, {_clock(decided['time'])}"
+        which = f"{decided['adapter'][:12]} {decided['state']}, {clock(decided['time'])}"
         yield f"  last decision {which}: {decided['reason']}"
     gold = its["gold"]
     needed = (
@@ -139,7 +153,7 @@ def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:
     yield f"  next run      waits for {its.get('waits_for')}"
     if last:
         why = last["reason"] or last["trigger"]
-        yield f"  last run      {last['id']} {last['state']}, {_clock(last['time'])}: {why}"
+        yield f"  last run      {last['id']} {last['state']}, {clock(last['time'])}: {why}"
 
 
 def _words(value: Any) -> str:
@@ -157,7 +171,7 @@ def _services(expected: list[str], whole: dict[str, Any], waiting: dict[str, Not
         late = waiting.get(name)
         if service is None:
             state, pid, seconds = ("starting", late.pid, late.seconds) if late else ("not running", None, None)
-            rows.append([name, state, pid, None, None if seconds is None else _long(seconds), None])
+            rows.append([name, state, pid, None, None if seconds is None else span(seconds), None])
             continue
         lag, letters = _lag(said or {})
         state = "does not answer" if said is None else "not ready" if late else "runs"
@@ -174,17 +188,5 @@ def _lag(said: dict[str, Any]) -> tuple[int | None, int]:
     return (sum(part["lag"] for part in handlers) if handlers else None), letters
 
 
-def _clock(at: float) -> str:
-    form = "%H:%M:%S" if time.time() - at < 86_400 else "%F %H:%M"
-    return time.strftime(form, time.localtime(at))
-
-
 def _ago(since: float) -> str:
-    return _long(time.time() - since)
-
-
-def _long(seconds: float) -> str:
-    whole = int(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h"
+    return span(time.time() - since)

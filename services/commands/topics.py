@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from everloop.config import load
+from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.log import open_log
 from everloop.log.kafka.log import KafkaLog
@@ -30,10 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    log = open_log(load())
+    log = _opened(load())
     try:
-        if not isinstance(log, KafkaLog):
-            raise ConfigError("this installation's log is embedded, where topics need no care: log.url names no Kafka")
         plan = log.plan(add_partitions=options.add_partitions)
         _show(plan)
         if options.verb == "check":
@@ -48,6 +46,17 @@ def run(options: argparse.Namespace) -> int:
         return int(bool(left))
     finally:
         log.close()
+
+
+def _opened(config: Config) -> KafkaLog:
+    """Raises ConfigError where the log is embedded, and does not open that: it would be made."""
+    log = open_log(config) if config.log.url.startswith("kafka://") else None
+    if not isinstance(log, KafkaLog):
+        raise ConfigError(
+            f"log.url is {config.log.url!r}, the embedded log, whose topics need no care: for a cluster's, give --log "
+            "kafka://<host>:9092"
+        )
+    return log
 
 
 def _grow(log: KafkaLog) -> None:

@@ -18,6 +18,7 @@ from everloop.log import open_log
 from everloop.topics import EVENTS
 
 from services.gateway.keys import Keys
+from services.installation import options
 from services.supervisor import Stop, Supervisor, only_one, services
 from trainer import recipe as recipes
 
@@ -38,21 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object once everything is ready")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(given: argparse.Namespace) -> int:
     config = load()
-    home = Home(config.home)
+    home = Home(config.home).made()
     with only_one(home.root):
         _check_log(config)
         _check_recipes(config)
         wanted = services(config)
         urls = {service.name: service.url for service in wanted}
-        say = _say_nothing if options.json else _say
+        say = _say_nothing if given.json else _say
         supervisor = Supervisor(wanted, home.root, drain=config.services.drain, say=say)
         say(f"Starting {', '.join(urls)}; home {home.root}")
 
         def announce(seconds: float) -> None:
             keys = first_keys(config, home)  # not before: a start that is broken off must not make any
-            if options.json:
+            if given.json:
                 print(json.dumps(ready_line(config, home, urls, keys, seconds)), flush=True)
             else:
                 print(_welcome(config, urls, keys, seconds), flush=True)
@@ -108,13 +109,8 @@ def _welcome(config: Config, urls: dict[str, str], keys: dict[str, str], seconds
         else "as made before ('everloop keys create' makes another)"
     )
     others = "".join(f"\n  API key of {name}: {made}" for name, made in keys.items() if name != tenant)
-    options = "".join(
-        f" --{name} {os.environ[variable]}"
-        for name, variable in (("config", "EVERLOOP_CONFIG"), ("home", "EVERLOOP_HOME"), ("log", "EVERLOOP_LOG__URL"))
-        if os.environ.get(variable)
-    )
     text = TRY.format(
-        base=f"{urls['gateway']}/v1", shown=shown, key=key or "$EVERLOOP_API_KEY", policy=policy, options=options
+        base=f"{urls['gateway']}/v1", shown=shown, key=key or "$EVERLOOP_API_KEY", policy=policy, options=options()
     )
     return f"Everloop is ready after {seconds:.0f} s.{others}\n{text}"
 

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     config = load()
     _check(config)
+    Home(config.home).made()
     from services.service import Service
 
     name = HANDLERS[options.handler]

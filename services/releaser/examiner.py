@@ -31,7 +31,7 @@ from everloop.serving.base import Serving
 from pipelines.gate import Answers, Decision, Evidence, decide, judge_answers, refused
 from pipelines.gold import GoldItem, GoldSet
 from services.releaser.porter import Porter
-from services.releaser.questions import Measure, Questions, Scored, Tokens
+from services.releaser.questions import Measure, Questions, Scored, Tokens, Told, ignored
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -196,12 +196,14 @@ class Examiner:
         evidence = Evidence(tuple(item.slice for item in items), incumbent, candidate)
         return await asyncio.to_thread(decide, evidence, config.gate)
 
-    async def answers(self, adapter: str, tenant: str, policy: str, items: list[GoldItem]) -> Answers:
+    async def answers(
+        self, adapter: str, tenant: str, policy: str, items: list[GoldItem], told: Told = ignored
+    ) -> Answers:
         """What an adapter (or 'base') answers to these items."""
         config = self._config.policy(tenant, policy)
         model = config.base if adapter == BASE else adapter
         measure = None if adapter == BASE else self._measure(adapter, tenant, policy, config.base)
-        given = await self._questions.answers(model, items, config.max_tokens, measure)
+        given = await self._questions.answers(model, items, config.max_tokens, measure, told)
         return judge_answers([item.answer for item in items], given)
 
     def _measure(self, adapter: str, tenant: str, policy: str, base: str) -> Measure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,12 @@ class Tokens(NamedTuple):
 
 Measure = Callable[[list[Tokens]], Awaitable[list[float | None]]]
 """KL to the base of each answer, in nats a token; None: not known."""
+Told = Callable[[int, int], None]
+"""Given how many of how many questions are answered, after each."""
+
+
+def ignored(done: int, of: int) -> None:
+    """A :data:`Told` for whoever needs no progress."""
 
 
 class Questions:
@@ -47,7 +54,12 @@ class Questions:
         self._asked: dict[str, list[Given]] = {}
 
     async def answers(
-        self, model: str, items: Sequence[GoldItem], max_tokens: int, measure: Measure | None
+        self,
+        model: str,
+        items: Sequence[GoldItem],
+        max_tokens: int,
+        measure: Measure | None,
+        told: Told = ignored,
     ) -> list[Given]:
         """What ``model`` answers at temperature 0, in the order of the items.
 
@@ -60,20 +72,26 @@ class Questions:
         name = f"{model}-{asked}"
         if measure is None:
             if name not in self._asked:
-                self._asked[name] = await self._ask_all(model, items, max_tokens, None)
+                self._asked[name] = await self._ask_all(model, items, max_tokens, None, told)
             return self._asked[name]
         kept = self._folder / f"{name}.json"
         if not kept.exists():
-            _write(kept, json.dumps(await self._ask_all(model, items, max_tokens, measure)))
+            _write(kept, json.dumps(await self._ask_all(model, items, max_tokens, measure, told)))
         return [Given(*row) for row in json.loads(kept.read_text())]
 
     async def _ask_all(
-        self, model: str, items: Sequence[GoldItem], max_tokens: int, measure: Measure | None
+        self, model: str, items: Sequence[GoldItem], max_tokens: int, measure: Measure | None, told: Told
     ) -> list[Given]:
-        gate = asyncio.Semaphore(AT_ONCE)
+        gate, count = asyncio.Semaphore(AT_ONCE), itertools.count(1)
+
+        async def answered(item: GoldItem) -> tuple[Given, Tokens]:
+            answer = await self._answer(gate, model, item, max_tokens)
+            told(next(count), len(items))
+            return answer
+
         try:
             async with asyncio.TaskGroup() as group:
-                asked = [group.create_task(self._answer(gate, model, item, max_tokens)) for item in items]
+                asked = [group.create_task(answered(item)) for item in items]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         answers = [task.result() for task in asked]

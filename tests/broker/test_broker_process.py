@@ -97,8 +97,14 @@ def test_the_command_starts_one_and_says_where_it_is(
     try:
         assert main(["kafka", "start", "--port", "0"]) == 0
         assert re.search(r"--log kafka://127\.0\.0\.1:\d+", capsys.readouterr().out)
-        assert main(["kafka", "start"]) == 0
+        at = Broker(tmp_path / "kafka").address
+        for words in (["--port", at.rpartition(":")[2]], ["--port", "0"], []):
+            assert main(["kafka", "start", *words]) == 0
+            assert f"runs already at {at}" in capsys.readouterr().out
+        assert main(["kafka", "start", "--port", "1"]) == 2
+        assert re.search(rf"already, at {at} .* not on port 1: stop it first \('everloop", capsys.readouterr().err)
         assert main(["kafka", "status"]) == 0
+        assert f"runs at {at}" in capsys.readouterr().out
     finally:
         assert main(["kafka", "stop"]) == 0
     assert main(["kafka", "status"]) == 1

@@ -25,6 +25,7 @@ from everloop.topics import COMMANDS, DEAD_LETTERS, EVENTS, PAUSES, RELEASES
 
 from services.commands import COMMANDS as TABLE
 from services.installation import Installation
+from services.supervisor import only_one
 from services.tables import table
 
 EVERLOOP = [sys.executable, "-m", "everloop.cli.main"]
@@ -160,12 +161,34 @@ def test_orders_are_in_the_log_while_nobody_runs(capsys: pytest.CaptureFixture[s
     assert status == 1
     assert "once the platform runs" in out
     assert said(capsys, "pause", "--no-wait")[0] == 0
-    assert said(capsys, "retrain", "--seed", "7", "--no-publish")[0] == 1
-    rollback, retrain = here.records(COMMANDS, Command)
+    (rollback,) = here.records(COMMANDS, Command)
     (pause,) = here.records(PAUSES, Command)
     assert (rollback.kind, rollback.arguments) == ("rollback", {"reason": "it swears", "live": True})
     assert pause.kind == "pause"
-    assert retrain.arguments == {"seed": 7, "publish": False}
+
+
+def test_a_run_on_nothing_is_refused_with_what_brings_something(
+    capsys: pytest.CaptureFixture[str], here: Installation, tmp_path: Path
+) -> None:
+    (tmp_path / "everloop.toml").write_text('[tenants.default.policies.assistant.train]\nevery = "6h"\n')
+    status, out, err = said(capsys, "retrain", "--seed", "7")
+    assert (status, out) == (1, "")
+    assert "default/assistant has no scored episodes yet: nothing to learn from, and no run is ordered" in err
+    assert "send requests for the model 'assistant' through the gateway, which 'everloop up' starts" in err
+    assert "give feedback on the answers" in err
+    assert "at 200 scored episodes (train.min_scored), or every 6h" in err
+    assert "lower" not in err
+    assert list(here.records(COMMANDS, Command)) == []
+
+
+def test_an_order_while_the_platform_starts_is_waited_for(
+    capsys: pytest.CaptureFixture[str], here: Installation
+) -> None:
+    with only_one(here.home.root):
+        status, out, _ = said(capsys, "pause", "--timeout", "0.1")
+    assert status == 1
+    assert "no answer within 0.1 s" in out
+    assert "is done once the platform runs" not in out
 
 
 def test_releases_are_listed_with_why(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
@@ -271,6 +294,37 @@ def test_a_recipe_that_is_none_is_refused_before_anything_starts(
     status, out, _ = said(capsys, "doctor")
     assert status == 1
     assert "default/assistant" in next(line for line in out.splitlines() if "nosuch" in line)
+
+
+@pytest.mark.parametrize("words", [["up"], ["keys", "create"], ["kafka", "start"], ["demo"]])
+def test_a_home_that_cannot_be_made_is_one_line_with_cause_and_mend(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    status, _, err = said(capsys, *words, "--home", str(home))
+    assert status > 0
+    assert f"the home folder {home} cannot be made or written (Not a directory): choose another with --home" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_doctor_tells_of_a_home_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVERLOOP_HOME", "/proc/home")  # there even root makes nothing, which os.access does not know
+    (wrong,) = (f for f in _findings(capsys) if f["what"].startswith("/proc cannot be written"))
+    assert wrong["level"] == "wrong"
+    assert "--home" in wrong["fix"]
+
+
+def test_topics_of_an_embedded_log_are_refused_and_nothing_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, err = said(capsys, "topics", "check", "--log", "sqlite:///new/log.db")
+    assert status == 2
+    assert "sqlite:///new/log.db" in err
+    assert "--log kafka://" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor_names_the_fix(

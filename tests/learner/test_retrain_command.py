@@ -12,8 +12,8 @@ from everloop.log import open_log
 from everloop.run import Command, Run, RunState
 from everloop.topics import COMMANDS, RUNS
 
-from services.commands.retrain import Material, held_up, prospects
-from services.installation import Installation
+from services.commands.retrain import Material, _is_of, held_up, prospects
+from services.installation import Installation, Running
 from services.learner.facts import Facts
 from services.learner.runs import Runs
 from services.learner.triggers import Due
@@ -39,7 +39,8 @@ def test_a_run_on_five_labels_is_ordered_with_a_warning(
     assert "few episodes: by itself a run starts at 20 (train.min_scored)" in told
     assert "few labels: below 30" in told
     assert "few gold items: below 50 (gate.min_gold)" in told
-    assert len(orders()) == 1
+    main(["retrain", "--seed", "7", "--no-publish"])
+    assert [order.arguments for order in orders()] == [{}, {"seed": 7, "publish": False}]
 
 
 def test_where_there_is_enough_nothing_is_said_to_be_little() -> None:
@@ -97,10 +98,43 @@ def test_a_refused_run_has_the_seed_that_it_would_have_had(installation: Config)
         ({}, "the learner, which does not answer yet"),
         ({"bank/desk": {"running": None, "paused": False}}, ""),
         ({"bank/desk": {"running": None, "paused": True}}, "everloop resume: the policy is paused"),
-        ({"bank/other": {"running": {"run": "run_1"}}, "bank/desk": {}}, "run run_1 of bank/other to end"),
+        (
+            {"bank/other": {"running": {"run": "run_1", "since": 0.0}}, "bank/desk": {}},
+            "run run_1 of bank/other to end (under way since 1970-01-01",
+        ),
     ],
 )
 def test_an_order_that_has_to_wait_says_for_what(policies: dict[str, object], words: str) -> None:
     said = held_up({"policies": policies}, "bank/desk")
     assert said.startswith(words)
     assert bool(said) == bool(words)
+
+
+def test_a_run_that_ends_after_an_order_is_not_taken_for_the_orders_own() -> None:
+    order = Command(id="cmd_1", kind="retrain", tenant="bank", policy="desk", time=1.0)
+    fields = {
+        "tenant": "bank",
+        "policy": "desk",
+        "batch": "b",
+        "seed": 0,
+        "parent": "base",
+        "trigger": "t",
+        "time": 2.0,
+    }
+    triggered = Run(id="run_1", state=RunState.PUBLISHED, step=1, **fields)
+    assert not _is_of(triggered, order)
+    assert _is_of(Run(id="run_2", state=RunState.RUNNING, step=0, command="cmd_1", **fields), order)
+
+
+def test_an_order_behind_another_run_says_so_and_reminds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], capture: Callable[[int], None]
+) -> None:
+    capture(5)
+    behind = {"policies": {"bank/desk": {"running": {"run": "run_1", "since": 0.0}}}}
+    monkeypatch.setattr(Installation, "running", lambda self: {"learner": Running("learner", 1, "", 0.0)})
+    monkeypatch.setattr(Installation, "status", lambda self, name: behind)
+    monkeypatch.setattr("services.commands.retrain.REMIND", 0.5)
+    assert main(["retrain", "--wait", "--timeout", "2"]) == 1
+    told = capsys.readouterr().out
+    assert "It waits for run run_1 of bank/desk to end (under way since" in told
+    assert "by now)" in told

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,27 @@ def test_a_command_does_not_take_another_log_than_the_platform_that_runs(here: I
     announced.write_text(json.dumps({**said, "log": here.config.log.url}))
     with here:
         assert here.log.partitions("commands") >= 1
+
+
+@pytest.mark.parametrize(
+    ("its", "ours", "same"),
+    [
+        ("kafka://a:1,B:9092/p", "kafka://b,a:1/p/", True),
+        ("kafka://a", "kafka://a:9092/", True),
+        ("kafka://a/p", "kafka://a/q", False),
+        ("kafka://a", "kafka://a:9093", False),
+        ("sqlite:///log.db", "sqlite:///{home}/log.db", True),
+        ("sqlite:///log.db", "sqlite:///log.db?max_bytes=100000000", True),
+        ("sqlite:///log.db", "sqlite:///other.db", False),
+        ("sqlite:///log.db", "kafka://a", False),
+    ],
+)
+def test_a_log_is_the_same_however_it_is_spelled(home: Home, its: str, ours: str, same: bool) -> None:
+    config = Config(home=home.root, log={"url": ours.format(home=home.root)})
+    said = {"pid": os.getpid(), "url": "http://127.0.0.1:9", "started": 1.0, "log": its}
+    (home.folder("run") / "releaser.json").write_text(json.dumps(said))
+    with Installation(config) as here, nullcontext() if same else pytest.raises(ConfigError, match="runs on the log"):
+        _ = here.log
 
 
 def test_the_first_keys_are_made_once(home: Home) -> None:
