@@ -85,7 +85,7 @@ class Partition:
         self._log = log
         self._changelog = Changelog(log, handler.name, source)
         self._writer: FencedWriter = log.fenced(writer_name(handler.name, source))
-        self._state = StateStore(folder / f"{source[0]}-{source[1]}.db")
+        self._state = StateStore(folder / f"{source[0]}-{source[1]}.db", cache=True)
         try:
             self._restore()
             self.next = self._state.offsets().get(source, 0)

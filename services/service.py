@@ -14,6 +14,7 @@ loops under way have ``services.drain`` seconds to finish.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -230,6 +231,13 @@ class Service:
                 logger.exception("status of %s", name)
                 status[name] = {"error": repr(error)}
         return status
+
+
+def collect_seldom() -> None:
+    """For a process that has made what it keeps, and from here on hundreds of small objects for each thing that it
+    does, gone with it: looking for cycles among all of them would be a part of its work that shows."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def main(name: str, serve: Callable[[Config], int]) -> int:

@@ -33,14 +33,17 @@ Changes = dict[str, bytes | None]
 
 
 class StateStore:
-    """See :class:`everloop.stream.State` for get, put, delete and scan. One thread; one process (``owned``)."""
+    """See :class:`everloop.stream.State` for get, put, delete and scan. One thread; one process (``owned``).
 
-    def __init__(self, path: Path) -> None:
+    ``cache``: of a state that is durable elsewhere. Where the machine loses its power, it is that of an earlier commit.
+    """
+
+    def __init__(self, path: Path, *, cache: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._connection = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
         self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute(f"PRAGMA synchronous = {'NORMAL' if cache else 'FULL'}")
         self._connection.executescript(SCHEMA)
         self._layers: list[Changes] = [{}]
 
@@ -103,7 +106,8 @@ class StateStore:
         return "" if row is None else str(row[0])
 
     def commit(self, offsets: Mapping[TopicPartition, int], mark: str = "") -> None:
-        """Write changes and offsets in one transaction; durable on return. On an error nothing is, and both wait."""
+        """Write changes and offsets in one transaction; durable on return, unless it is a cache. On an error nothing
+        is, and both wait."""
         with self._transaction():
             self._write(self.changes.items(), offsets, mark)
         self._layers = [{}]

@@ -254,6 +254,9 @@ def attach(service: Service, handler: Handler, log: Log, home: Home, **options: 
 def share(service: Service, make: Callable[[], Handler], log: Log, home: Home, **options: Any) -> Stream | FaustWorker:
     """As ``attach``; on Kafka with a handler and a state of its own for each partition, and as many processes as
     are started share the partitions."""
+    from services.service import collect_seldom  # not for those who serve nothing
+
+    collect_seldom()
     if isinstance(log, EmbeddedLog):
         return attach(service, make(), log, home, **options)
     from services.faust_worker import FaustWorker  # not for those who need no Faust: it takes a second

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import sys
 from collections.abc import AsyncIterator
 
@@ -21,7 +20,7 @@ from services.gateway.app import Gateway
 from services.gateway.metrics import SpoolMetrics
 from services.gateway.scribe import Scribe
 from services.gateway.upstream import HttpServing
-from services.service import Service
+from services.service import Service, collect_seldom
 
 EVERY = 1.0  # seconds between looks at the engine
 
@@ -85,8 +84,7 @@ def main() -> int:
     except EverloopError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1
-    gc.freeze()  # what was made so far stays
-    gc.set_threshold(50_000, 20, 50)  # an answer is hundreds of small objects, gone with it: no need to look so often
+    collect_seldom()
     try:
         return service.run()
     finally:

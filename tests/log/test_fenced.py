@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,7 +105,8 @@ def test_what_a_fenced_writer_left_open_is_never_seen(log: KafkaLog, until: Unti
     first = log.fenced("w")
     producer = first._producer
     producer.begin_transaction()
-    first._send(out("left open"), None).get(timeout=30)
+    for sent in first._send([out("left open")]):
+        sent.wait(time.monotonic() + 30)
     assert values(log, "episodes") == []
     log.fenced("w").write([out("committed")])
     until(lambda: values(log, "episodes") == [b"committed"])
@@ -117,6 +119,21 @@ def test_a_record_that_is_too_large_writes_nothing_and_ends_nothing(log: KafkaLo
     writer.write([out("after")])
     until(lambda: values(log, "episodes") == [b"after"])
     assert log.committed("g", "events") == {}
+
+
+def test_a_batch_that_is_too_large_for_the_topic_goes_through_in_parts(log: KafkaLog, url: str, until: Until) -> None:
+    log.partitions("episodes")  # as made for records of 100,000 bytes
+    wider = connect(url, max_record_bytes=1_000_000)
+    assert isinstance(wider, KafkaLog)
+    numbers = [f"{number}".rjust(1000) for number in range(1500)]
+    wider.fenced("w").write([out(number) for number in numbers], offsets={("events", 0): 5}, group="g")
+    until(lambda: log.committed("g", "events") == {0: 5})
+    partition = out("").partition(log.partitions("episodes"))
+    found: list[Record] = []
+    while more := log.read("episodes", partition, found[-1].offset + 1 if found else 0, 1000):
+        found += more
+    assert [r.value for r in found] == [number.encode() for number in numbers]
+    wider.close()
 
 
 def test_a_place_that_the_topic_does_not_have_ends_the_writer(log: KafkaLog) -> None:

@@ -17,7 +17,9 @@ whoever took its place meanwhile. Who still owns its partition makes a new write
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kafka import OffsetAndMetadata
@@ -27,8 +29,9 @@ from kafka.structs import ConsumerGroupMetadata
 
 from everloop.errors import LogError
 from everloop.log.base import NewRecord, TopicPartition, checked_size
+from everloop.log.kafka.batches import Sent, hand_over
 from everloop.log.kafka.clients import Fenced, abandon
-from everloop.log.kafka.records import message
+from everloop.log.kafka.records import Message, message
 
 if TYPE_CHECKING:
     from everloop.log.kafka.log import KafkaLog
@@ -104,18 +107,27 @@ class FencedWriter:
         self, records: Sequence[NewRecord], placed: Sequence[tuple[NewRecord, int]], end: float
     ) -> None:
         self._producer.begin_transaction()
-        sent = [self._send(record, None) for record in records]
-        sent += [self._send(record, partition) for record, partition in placed]
-        for future in sent:
-            future.get(timeout=max(0.001, end - time.monotonic()))
+        for sent in self._send(records, placed):
+            sent.wait(end)
 
-    def _send(self, record: NewRecord, partition: int | None) -> Any:
-        self._log.partitions(record.topic)  # makes it where it is missing
-        name = self._clients.address.qualified(record.topic)
-        its = message(record, name, len(self._producer.partitions_for(name)))
-        if partition is not None:
-            its = its._replace(partition=partition)
-        return self._producer.send(**its._asdict())
+    def _send(self, records: Iterable[NewRecord], placed: Iterable[tuple[NewRecord, int]] = ()) -> list[Sent]:
+        topics: dict[str, tuple[str, set[int]]] = {}
+        messages: dict[Partition, list[Message]] = defaultdict(list)
+        for record, partition in chain(((record, None) for record in records), placed):
+            if record.topic not in topics:
+                topics[record.topic] = self._partitions(record.topic)
+            name, known = topics[record.topic]
+            its = message(record, name, len(known), partition)
+            if its.partition not in known:
+                raise ValueError(f"Unrecognized partition {its.partition} of the topic {name}")
+            messages[Partition(name, its.partition)].append(its)
+        return hand_over(self._producer, messages)
+
+    def _partitions(self, topic: str) -> tuple[str, set[int]]:
+        """The cluster's name for a topic, and its partitions as the producer knows them."""
+        self._log.partitions(topic)  # makes it where it is missing
+        name = self._clients.address.qualified(topic)
+        return name, self._producer.partitions_for(name)
 
     def _add(self, offsets: Mapping[TopicPartition, int], group: Membership, end: float) -> None:
         qualified = self._clients.address.qualified

@@ -37,8 +37,8 @@ def milliseconds(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def message(record: NewRecord, topic: str, partitions: int) -> Message:
-    """``topic``: the cluster's name for it."""
+def message(record: NewRecord, topic: str, partitions: int, partition: int | None = None) -> Message:
+    """``topic``: the cluster's name for it. ``partition``: where the record goes, whatever its key."""
     now = time.time()
     event = record.time or now
     stamp = min(max(event, now - PAST), now + AHEAD)
@@ -50,7 +50,7 @@ def message(record: NewRecord, topic: str, partitions: int) -> Message:
         record.value,
         record.key.encode(),
         headers,
-        record.partition(partitions),
+        record.partition(partitions) if partition is None else partition,
         milliseconds(stamp),
     )
 
