@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import secrets
 import shutil
 import subprocess
 import time
@@ -16,6 +17,8 @@ import pytest
 from everloop.home import Home
 
 if TYPE_CHECKING:
+    from everloop.log.kafka.log import KafkaLog
+
     from services.broker.process import Broker
     from trainer.policy.base import Policy
 
@@ -93,6 +96,34 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     made.start()
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A broker that tests may hurt; each leaves it running. Started by this thread alone, with which it would end."""
+    from services.broker.process import Broker
+
+    made = Broker(tmp_path_factory.mktemp("own"), tied=True)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def url(broker: Broker) -> str:
+    """Of a log on the broker that nobody else uses."""
+    return f"kafka://{broker.address}/{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def log(url: str) -> Iterator[KafkaLog]:
+    from everloop.log import connect
+    from everloop.log.kafka.log import KafkaLog
+
+    made = connect(url)
+    assert isinstance(made, KafkaLog)
+    yield made
+    made.close()
 
 
 def _certificate(name: str, signer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:

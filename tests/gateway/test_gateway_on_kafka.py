@@ -25,15 +25,6 @@ FROZEN_SECONDS = float(os.environ.get("SOAK_FROZEN_SECONDS", "60"))
 PATIENCE = 90.0
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """A broker that tests may hurt; each leaves it running. Started by this thread alone, with which it would end."""
-    broker = Broker(tmp_path_factory.mktemp("own"), tied=True)
-    broker.start()
-    yield broker
-    broker.stop()
-
-
 class OnKafka:
     """A gateway process before a broker, an agent with four episodes, and what is seen of them."""
 

@@ -18,7 +18,7 @@ from everloop import wire
 from everloop.errors import ContractError, LogError
 from everloop.event import Call, Event, Message
 from everloop.home import Home
-from everloop.log import NewRecord, Record, connect
+from everloop.log import NewRecord, Record
 from everloop.log.kafka.declared import Keeping
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.settings import Access, Address
@@ -97,19 +97,6 @@ class Counting:
 @pytest.fixture
 def counting() -> type[Counting]:
     return Counting
-
-
-@pytest.fixture
-def url(broker: Broker) -> str:
-    return f"kafka://{broker.address}/{secrets.token_hex(6)}"
-
-
-@pytest.fixture
-def log(url: str) -> Iterator[KafkaLog]:
-    log = connect(url)
-    assert isinstance(log, KafkaLog)
-    yield log
-    log.close()
 
 
 class Running:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from everloop.errors import LogError
-from everloop.log import NewRecord, connect
+from everloop.log import NewRecord
 from everloop.log.kafka import cluster
 from everloop.log.kafka.log import KafkaLog
 from kafka import errors as kafka_errors
 
-from services.broker.process import Broker
-
 pytestmark = pytest.mark.kafka
 THREADS, EACH = 32, 20
-
-
-@pytest.fixture
-def log(broker: Broker) -> Iterator[KafkaLog]:
-    log = connect(f"kafka://{broker.address}/{secrets.token_hex(6)}")
-    assert isinstance(log, KafkaLog)
-    yield log
-    log.close()
 
 
 def _lost(admin: object) -> None:

@@ -23,15 +23,6 @@ pytestmark = pytest.mark.kafka
 Until = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """A broker that tests may hurt; each leaves it running."""
-    broker = Broker(tmp_path_factory.mktemp("own"), tied=True)
-    broker.start()
-    yield broker
-    broker.stop()
-
-
 @pytest.fixture
 def opened(own: Broker, request: pytest.FixtureRequest) -> Iterator[Callable[..., KafkaLog]]:
     made: list[KafkaLog] = []

@@ -79,7 +79,8 @@ def learned(platform: Any) -> dict[str, Any]:
 
 def is_compared(platform: Any, adapter: str) -> None:
     platform.does("gold", "add", "where is my card", "card_arrival", "--split", "gate")
-    compared = json.loads(platform.does("compare", "base", adapter[:10], "--json"))
+    told = platform.does("compare", "base", adapter[:10], "--json")  # its progress on stderr is before it
+    compared = json.loads(told.splitlines()[-1])
     base, other = compared["adapters"]
     assert (compared["items"], base["adapter"], other["adapter"]) == (1, "base", adapter)
     assert other["kl"] > 0.001

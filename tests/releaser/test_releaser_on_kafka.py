@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from everloop.home import Home
-from everloop.log import connect
 from everloop.log.kafka.clients import Fenced
 from everloop.log.kafka.log import KafkaLog
 from everloop.release import Release, ReleaseState, Route
 from everloop.topics import ADAPTERS, RELEASES, ROUTES
 
-from services.broker.process import Broker
 from services.releaser.journal import Journal
 from services.releaser.state import Change
 
 pytestmark = pytest.mark.kafka
 Until = Callable[..., Any]
-
-
-@pytest.fixture
-def url(broker: Broker) -> str:
-    return f"kafka://{broker.address}/{secrets.token_hex(6)}"
-
-
-@pytest.fixture
-def log(url: str) -> Iterator[KafkaLog]:
-    log = connect(url)
-    assert isinstance(log, KafkaLog)
-    yield log
-    log.close()
 
 
 def change(epoch: int) -> Change:
