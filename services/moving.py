@@ -12,6 +12,7 @@ leaves its old partition in the transaction that brings it to its new one. Memor
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -28,6 +29,7 @@ from services.changelog import Changelog, writer_name
 from services.rewind import refuse_while_it_runs
 from services.unit import Behind
 
+logger = logging.getLogger(__name__)
 SHARED = {
     "assemble": (EVENTS.name, "pipelines.assemble", "Assembler"),
     "score": (EPISODES.name, "reward.handler", "RewardHandler"),
@@ -106,17 +108,25 @@ def move(log: KafkaLog, handler: str, topic: str, count: int, its: Movable) -> i
     """Bring every entry of a handler's state to the partition that its key has among ``count``; how many moved."""
     for number in range(count):
         log.fenced(writer_name(handler, (topic, number))).close()  # a worker that was paused writes no more
+    before = log.partitions(topic)
     logs = [Changelog(log, handler, (topic, number)) for number in range(count)]
     follows = [one.next() for one in logs]
-    moved, whole = 0, dict[str, list[bytes]]()
+    moved, whole, odd = 0, dict[str, list[bytes]](), list[tuple[int, int, dict[str, bytes]]]()
     with closing(log.fenced(f"{handler}-moving")) as writer:
+
+        def bring(number: int, to: int, entries: Mapping[str, bytes]) -> int:
+            for some in _pieces(entries):
+                arrive = logs[to].written(some, follows[to])
+                leave = logs[number].written(dict.fromkeys(some), follows[number])
+                writer.write([], placed=[*arrive.placed, *leave.placed])
+            return len(entries)
+
         for number, one in enumerate(logs):
-            for to, entries in _strays(one, number, count, its, whole).items():
-                for some in _pieces(entries):
-                    arrive = logs[to].written(some, follows[to])
-                    leave = one.written(dict.fromkeys(some), follows[number])
-                    writer.write([], placed=[*arrive.placed, *leave.placed])
-                    moved += len(some)
+            strays = _strays(one, number, (before, count), its, whole)
+            moved += sum(bring(number, to, entries) for to, entries in strays.due.items())
+            odd += [(number, to, entries) for to, entries in strays.odd.items()]
+        for number, to, entries in odd:
+            moved += bring(number, to, _without_a_double(logs[to], entries))
         for key, values in whole.items():
             change = {key: its.joined(key, values)}
             placed = [one.written(change, follows[number]).placed for number, one in enumerate(logs)]
@@ -124,20 +134,39 @@ def move(log: KafkaLog, handler: str, topic: str, count: int, its: Movable) -> i
     return moved
 
 
+class Strays(NamedTuple):
+    """Entries that lie elsewhere than they will, by the partition where they belong. ``due``: they lie where their
+    records came until now. ``odd``: they do not, so that their key may have another entry, which is the true one."""
+
+    due: dict[int, dict[str, bytes]]
+    odd: dict[int, dict[str, bytes]]
+
+
 def _strays(
-    changelog: Changelog, number: int, count: int, its: Movable, whole: dict[str, list[bytes]]
-) -> dict[int, dict[str, bytes]]:
-    """By the partition where they belong: entries that lie elsewhere. ``whole`` takes those of no key."""
-    found: dict[int, dict[str, bytes]] = {}
+    changelog: Changelog, number: int, counts: tuple[int, int], its: Movable, whole: dict[str, list[bytes]]
+) -> Strays:
+    """``counts``: partitions before and now. ``whole`` takes entries of no key."""
+    found = Strays({}, {})
     for key, value in dict(changelog.changes()).items():
         if value is None:
             continue
         route = its.route_of(key)
         if route is None:
             whole.setdefault(key, []).append(value)
-        elif (to := partition_of(route, count)) != number:
-            found.setdefault(to, {})[key] = its.moved(key, value)
+            continue
+        was, to = (partition_of(route, count) for count in counts)
+        if to != number:
+            (found.due if was == number else found.odd).setdefault(to, {})[key] = its.moved(key, value)
     return found
+
+
+def _without_a_double(changelog: Changelog, entries: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Those of the entries of which there is none where they belong; the others stay where nobody looks for them."""
+    there: dict[str, bytes | None] = {key: value for key, value in changelog.changes() if key in entries}
+    doubles = {key for key, value in there.items() if value is not None}
+    if doubles:
+        logger.warning("%d entries lie where they do not belong, and are there already: left alone", len(doubles))
+    return {key: value for key, value in entries.items() if key not in doubles}
 
 
 def _pieces(entries: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:

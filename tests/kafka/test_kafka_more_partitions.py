@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from everloop.topics import CHANGELOG
 from pipelines.assemble import Assembler
 from reward.handler import RewardHandler
 from services import moving
+from services.changelog import Changelog
 from services.moving import NotMoved, grow
 from services.scorer.__main__ import rewards
 
@@ -160,6 +162,29 @@ def test_it_is_refused_while_something_waits_or_comes(
     monkeypatch.setattr(moving, "time", SimpleNamespace(sleep=lambda _: log.append([call(9, "first")])))
     with pytest.raises(NotMoved, match="records come to 'events': take the gateways down"):
         grow(more)
+    more.close()
+
+
+def test_what_lies_where_it_does_not_belong_takes_no_other_s_place(log: KafkaLog, url: str) -> None:
+    """Such as the model that a policy's episode got in the partition of another."""
+    log.partitions("episodes")
+    more = connect(url, partitions=AFTER)
+    more.partitions(CHANGELOG + "score")
+    keys = [f"model/acme/{policy}/weights" for policy in "abcdefgh"]
+    was, becomes = ({k: partition_of(RewardHandler.route_of(k) or "", n) for k in keys} for n in (BEFORE, AFTER))
+    alone = next(key for key in keys if becomes[key] >= BEFORE)
+    with closing(more.fenced("writing")) as writer:
+        for number in range(BEFORE):
+            its = Changelog(more, "score", ("episodes", number))
+            true = {key: b"true" for key in keys if was[key] == number and key != alone}
+            odd = {key: b"odd" for key in keys if was[key] != number}
+            writer.write([], placed=its.written({**odd, **true}, 0).placed)
+    moving.move(more, "score", "episodes", AFTER, RewardHandler)
+    for number in range(AFTER):
+        found = dict(Changelog(more, "score", ("episodes", number)).changes())
+        for key in keys:
+            if becomes[key] == number:
+                assert found[key] == (b"odd" if key == alone else b"true"), (key, number)
     more.close()
 
 

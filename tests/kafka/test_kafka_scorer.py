@@ -13,6 +13,7 @@ import pytest
 from everloop import wire
 from everloop.config import Config
 from everloop.episode import Episode, Turn
+from everloop.errors import ContractError
 from everloop.event import Call, Message
 from everloop.feedback import Feedback
 from everloop.home import Home
@@ -21,6 +22,7 @@ from everloop.log.kafka.log import KafkaLog
 from everloop.score import Score
 
 from reward.handler import RewardHandler
+from services.dead_letters import REPLAY_OF, dead_letter, replay
 from services.scorer.__main__ import rewards
 
 pytestmark = pytest.mark.kafka
@@ -58,6 +60,24 @@ def episode(policy: str, number: int) -> NewRecord:
         turns=(Turn(call=call, feedback=(said,)),),
     )
     return NewRecord("episodes", one.key, wire.encode(one), {}, one.updated, f"acme/{policy}")
+
+
+@pytest.mark.parametrize("value", ["an episode", "no episode"])
+def test_a_dead_letter_that_is_replayed_comes_to_the_partition_of_its_policy(
+    log: KafkaLog, tmp_path: Path, value: str
+) -> None:
+    blobs = Home(tmp_path).blobs
+    sent = [episode("cards", number) for number in range(4)]
+    if value == "no episode":
+        sent = [one._replace(value=b"\x00") for one in sent]
+    for position in log.append(sent):
+        (record,) = log.read(*position, max_records=1)
+        log.append(dead_letter("score", record, ContractError("odd"), 1.0, blobs))
+    assert len(replay(log, blobs, 2.0)) == 4
+    lie = [(r.partition, REPLAY_OF in r.headers) for p in range(4) for r in log.read("episodes", p)]
+    its = partition_of("acme/cards", 4)
+    by_key = [partition_of(one.key, 4) for one in sent] if value == "no episode" else [its] * 4
+    assert sorted(lie) == sorted([*[(its, False)] * 4, *((number, True) for number in by_key)])
 
 
 def test_what_was_learned_outlives_the_disk(log: KafkaLog, tmp_path: Path, work: Any, until: Until) -> None:
