@@ -57,14 +57,14 @@ class Growth(NamedTuple):
 def grow(log: KafkaLog) -> list[Growth]:
     """Give each handler's topic and changelog the partitions that are declared. Raises NotMoved before any change."""
     wanted = {handler: found for handler, (topic, _, _) in SHARED.items() if (found := _wanted(log, handler, topic))}
-    ends = {handler: _drained(log, handler, SHARED[handler][0]) for handler in wanted}
+    found = {handler: _drained(log, handler, SHARED[handler][0]) for handler in wanted}
     if wanted:
         time.sleep(LOOK_SECONDS)
-    for handler, before in ends.items():
+    for handler, its in found.items():
         topic = SHARED[handler][0]
-        if log.end_offsets(topic) != before:
+        if log.end_offsets(topic) != its.ends:
             raise NotMoved(f"records come to {topic!r}: take the gateways down first, and wait until nothing waits")
-    return [_grow(log, handler, count, ends[handler]) for handler, count in wanted.items()]
+    return [_grow(log, handler, count, found[handler]) for handler, count in wanted.items()]
 
 
 def _wanted(log: KafkaLog, handler: str, topic: str) -> int:
@@ -78,27 +78,35 @@ def _wanted(log: KafkaLog, handler: str, topic: str) -> int:
     return count if both != {count} else 0
 
 
-def _drained(log: KafkaLog, handler: str, topic: str) -> list[int]:
-    """The ends of a topic of which its handler, which does not run, has handled everything."""
+class Drained(NamedTuple):
+    """A topic to which nothing comes: the ends of its partitions, and how many records wait all the same."""
+
+    ends: list[int]
+    waiting: int
+
+
+def _drained(log: KafkaLog, handler: str, topic: str) -> Drained:
+    """A topic whose handler does not run. Raises NotMoved where it has something to do: but not where a call was cut
+    short, since no worker starts then to do it."""
     refuse_while_it_runs(log, handler)
     sources: list[TopicPartition] = [(topic, number) for number in range(log.partitions(topic))]
     places = log.partitions(CHANGELOG + handler)
     following = {at: Changelog(log, handler, at).next() if at[1] < places else 0 for at in sources}
     waiting = sum(Behind(log)(following).values())
-    if waiting:
+    if waiting and places <= len(sources):
         raise NotMoved(
             f"{handler!r} has {waiting} records of {topic!r} to go: run 'everloop worker {handler}' until "
             "everloop_handler_lag_records is 0, end it, and try again"
         )
-    return log.end_offsets(topic)
+    return Drained(log.end_offsets(topic), waiting)
 
 
-def _grow(log: KafkaLog, handler: str, count: int, before: list[int]) -> Growth:
+def _grow(log: KafkaLog, handler: str, count: int, before: Drained) -> Growth:
     topic, module, name = SHARED[handler]
     if log.partitions(CHANGELOG + handler) < count:
         log.cluster.add_partitions(CHANGELOG + handler, count)
     moved = move(log, handler, topic, count, getattr(importlib.import_module(module), name))
-    late = sum(log.end_offsets(topic)) - sum(before)
+    late = sum(log.end_offsets(topic)) - sum(before.ends) + before.waiting
     if log.partitions(topic) < count:
         log.cluster.add_partitions(topic, count)
     return Growth(handler, topic, count, moved, late)
