@@ -183,6 +183,7 @@ class FaustWorker:
         self._behind = Behind(log)
         self._lag: dict[TopicPartition, int] | None = None  # None: not known
         self._rebalances = 0
+        self._between = True  # partitions were taken from it, or never given to it, and it waits for those it gets
         self._failure: BaseException | None = None
         self._folder: Path
         self._app: Any
@@ -250,11 +251,15 @@ class FaustWorker:
         for line in self._lines.values():
             line.stop()
         self._lines = {number: Line(number) for number in numbers}
+        self._tally.divided(numbers)
+        self._between = False
         for number, line in self._lines.items():
             self._tasks[number] = asyncio.create_task(self._serve(line, self._tasks.get(number)))
 
     async def _revoked(self, _: Any, revoked: Any, **more: Any) -> None:
+        self._between = True
         await self._let_go([at.partition for at in revoked], self._session / 2)
+        self._tally.divided(self._lines)
 
     async def _let_go(self, numbers: Iterable[int], patience: float | None) -> None:
         """What is under way is finished; where that takes too long, the next owner fences it."""
@@ -323,16 +328,22 @@ class FaustWorker:
         partition.take([record(message, self._topic) for message in messages])
 
     async def _look(self) -> None:
-        """How far behind it is; that is also what tells progress while there is nothing to do."""
+        """How far behind it is; that is also what tells progress while there is nothing to do.
+
+        Progress of the worker is to have its partitions; what it does with each is that partition's.
+        """
         while True:
             served = self._served()
             following = {line.partition.source: line.partition.next for line in served}
-            settled = self._rebalances > 0 and len(served) == len(self._lines)
+            settled = not self._between and len(served) == len(self._lines)
             try:
                 found = await asyncio.to_thread(self._behind, following)
                 self._lag = found if settled else None  # those that are still being taken over may have any number
-                if self._rebalances and not sum(found.values()):
+                if settled:
                     self._tally.moved()
+                for (_, number), waiting in found.items():
+                    if not waiting:
+                        self._tally.moved(number)
             except LogError as error:
                 logger.warning("%s: its lag is not known: %s", self.name, error)
                 self._lag = None

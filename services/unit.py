@@ -14,7 +14,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from everloop.errors import ContractError, LogError, RecordTooLarge, ServingError
@@ -52,6 +52,8 @@ class Tally:
     """What the runner of a handler counts and shows, over all of its units. Thread-safe.
 
     ``stuck_after``: seconds without progress that mean trouble. ``running``: the runner says whether it runs here.
+    Progress is the runner's, and that of each part (a partition with a unit of its own): the one that has stood still
+    longest counts, so that none hides another.
     """
 
     def __init__(self, name: str, stuck_after: float) -> None:
@@ -61,18 +63,28 @@ class Tally:
         self.dead_letters = 0
         self.last_cause = ""
         self.progress = time.monotonic()  # when the last record was done, or there was none to do
+        self._parts: dict[int, float] = {}  # the same of each part
         self.seconds = SECONDS.labels(name)  # looked up once: each record is timed
         self.retried = RETRIES.labels(name).inc
         self._stuck_after = stuck_after
         self._lock = threading.Lock()
         AGE.labels(name).set_function(self.age)
 
-    def moved(self) -> None:
-        self.progress = time.monotonic()
+    def moved(self, part: int | None = None) -> None:
+        """The runner has, or one of its parts."""
+        if part is None:
+            self.progress = time.monotonic()
+        elif part in self._parts:
+            self._parts[part] = time.monotonic()
+
+    def divided(self, parts: Iterable[int]) -> None:
+        """It has these parts from now on, and no others."""
+        self._parts = dict.fromkeys(parts, time.monotonic())
 
     def age(self) -> float:
         """Seconds since the last record was done, or there was none to do; 0 while it does not run here."""
-        return time.monotonic() - self.progress if self.running else 0.0
+        oldest = min([self.progress, *self._parts.copy().values()])
+        return time.monotonic() - oldest if self.running else 0.0
 
     def trouble(self, lag: Callable[[], int]) -> str | None:
         """For liveness: one sentence where the handler has not moved for ``stuck_after`` seconds."""
@@ -103,7 +115,10 @@ class Tally:
 
 
 class Unit:
-    """One handler and its state; one thread. ``stop``: whoever waits for a next try, or has more records, gives up."""
+    """One handler and its state; one thread. ``stop``: whoever waits for a next try, or has more records, gives up.
+
+    ``part``: which one of the runner's parts it is; None: it is the only one.
+    """
 
     def __init__(
         self,
@@ -116,6 +131,7 @@ class Unit:
         clock: Callable[[], float],
         blobs: BlobStore,
         retry: Retry,
+        part: int | None = None,
     ) -> None:
         self._handler = handler
         self._state = state
@@ -125,6 +141,7 @@ class Unit:
         self._clock = clock
         self._blobs = blobs
         self._retry = retry
+        self._part = part
 
     def attempt(self, what: str, step: Callable[[], Any], permanent: tuple[type[Exception], ...] = ()) -> Any:
         """The result of ``step``, tried again with backoff unless its error is permanent."""
@@ -158,7 +175,7 @@ class Unit:
                 break
             self._handle(record, outputs, letters)
             taken += 1
-            self._tally.moved()
+            self._tally.moved(self._part)
         outputs += self.attempt("flush", self._flush)
         return self._commit(records[:taken], outputs, letters)
 
