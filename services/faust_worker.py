@@ -44,7 +44,7 @@ from prometheus_client import Counter, Gauge
 from services.partition import Partition, check_changelog
 from services.retry import Retry, Stopping
 from services.state import own_folder
-from services.unit import LAG, Behind, Tally
+from services.unit import LAG, WAITING, Behind, Tally
 
 logger = logging.getLogger(__name__)
 SESSION_SECONDS = 6.0  # without a heartbeat, after which the others get the partitions; the least a broker allows
@@ -55,7 +55,6 @@ LOOK_SECONDS = 1.0  # between looks at how far behind it is
 FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
 
 REBALANCES = Counter("everloop_handler_rebalances", "Times that partitions were shared out anew", ["handler"])
-WAITING = Gauge("everloop_handler_oldest_waiting_seconds", "Since the oldest record that waits arrived", ["handler"])
 
 
 class ReadsCommitted(driver.AIOKafkaConsumerThread):
@@ -99,12 +98,11 @@ class Line:
         self.partition: Partition | None = None
         self.stopping = False
         self.bytes = 0
-        self._waiting: deque[tuple[float, Any]] = deque()
+        self._waiting: deque[Any] = deque()
         self._changed = asyncio.Event()
 
     def put(self, messages: list[Any]) -> None:
-        now = time.monotonic()
-        self._waiting.extend((now, message) for message in messages)
+        self._waiting.extend(messages)
         self.bytes += sum(len(message.value or b"") for message in messages)
         self._changed.set()
 
@@ -126,7 +124,7 @@ class Line:
         while len(self._waiting) < most and not self.stopping and (left := end - time.monotonic()) > 0:
             self._changed.clear()
             await self._change(left)
-        taken = [self._waiting.popleft()[1] for _ in range(min(most, len(self._waiting)))]
+        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
         self.bytes -= sum(len(message.value or b"") for message in taken)
         if not self._waiting and not self.stopping:
             self._changed.clear()
@@ -138,10 +136,6 @@ class Line:
                 return await self._changed.wait()
         except TimeoutError:
             return False
-
-    def waited(self) -> float:
-        """Seconds since the oldest that waits arrived."""
-        return time.monotonic() - self._waiting[0][0] if self._waiting else 0.0
 
 
 class FaustWorker:
@@ -189,7 +183,8 @@ class FaustWorker:
         self._app: Any
         check_changelog(log, self.name, self._topic)
         LAG.labels(self.name).set_function(lambda: math.nan if self._lag is None else self.lag())
-        WAITING.labels(self.name).set_function(lambda: max((x.waited() for x in list(self._lines.values())), default=0))
+        waited = lambda: math.nan if self._lag is None else self._behind.waited(self._clock())  # noqa: E731
+        WAITING.labels(self.name).set_function(waited)
 
     def run(self) -> None:
         """Handle records until ``stop`` is set. Raises what did not pass by itself: end the process."""

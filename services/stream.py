@@ -31,7 +31,7 @@ from everloop.wire import BlobStore
 
 from services.retry import Retry, Stopping
 from services.state import StateStore, owned
-from services.unit import AGE, DEAD, LAG, RECORDS, Behind, Tally, Unit
+from services.unit import AGE, DEAD, LAG, RECORDS, WAITING, Behind, Tally, Unit
 
 if TYPE_CHECKING:
     from services.faust_worker import FaustWorker
@@ -88,6 +88,7 @@ class Stream:
         self._unit: Unit
         self._consumer: Consumer
         LAG.labels(self.name).set_function(self._shown_lag)
+        WAITING.labels(self.name).set_function(self._shown_wait)
 
     def run(self, *, until_idle: bool = False) -> None:
         """Handle records until ``stop`` is set (``until_idle``: or until there is none left).
@@ -210,6 +211,10 @@ class Stream:
             return self.lag()
         except LogError:
             return math.nan
+
+    def _shown_wait(self) -> float:
+        """As ``_shown_lag``: how old the oldest record is that is not handled yet."""
+        return math.nan if math.isnan(self._shown_lag()) else self._behind.waited(self._clock())
 
     def trouble(self) -> str | None:
         """For liveness: see :meth:`services.unit.Tally.trouble`."""

@@ -37,6 +37,11 @@ OUTPUTS = Counter("everloop_handler_outputs", "Records appended, dead letters in
 DEAD = Counter("everloop_handler_dead_letters", "Records that could not be taken", ["handler"])
 RETRIES = Counter("everloop_handler_retries", "Failed tries that were repeated", ["handler"])
 LAG = Gauge("everloop_handler_lag_records", "Records not handled yet", ["handler"])
+WAITING = Gauge(
+    "everloop_handler_oldest_waiting_seconds",
+    "Age of the oldest record that is not committed, by its time",
+    ["handler"],
+)
 AGE = Gauge("everloop_handler_progress_age_seconds", "Since the last record, or look at an empty log", ["handler"])
 SECONDS = Histogram(
     "everloop_handler_record_seconds",
@@ -216,7 +221,7 @@ class Unit:
 
 
 class Behind:
-    """How many records of each partition are not handled yet.
+    """How many records of each partition are not handled yet, and how old the oldest is.
 
     On Kafka the last offsets may be of no record (a transaction's end has one), so a partition that seems to have
     more is looked into.
@@ -225,19 +230,27 @@ class Behind:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._empty: dict[TopicPartition, tuple[int, int]] = {}
+        self._oldest: float | None = None
 
     def __call__(self, following: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """By partition, from the next offset to handle of each."""
         ends = {topic: self._log.end_offsets(topic) for topic in {topic for topic, _ in following}}
-        return {at: self._count(at, offset, ends[at[0]][at[1]]) for at, offset in following.items()}
+        found = {at: self._look(at, offset, ends[at[0]][at[1]]) for at, offset in following.items()}
+        self._oldest = min((first.time for _, first in found.values() if first is not None), default=None)
+        return {at: count for at, (count, _) in found.items()}
 
-    def _count(self, at: TopicPartition, offset: int, end: int) -> int:
+    def waited(self, now: float) -> float:
+        """Seconds since the time of the oldest record that was not handled at the last look; 0: there was none."""
+        return 0.0 if self._oldest is None else max(0.0, now - self._oldest)
+
+    def _look(self, at: TopicPartition, offset: int, end: int) -> tuple[int, Record | None]:
+        """How many there are, and the first."""
         begin, until = self._empty.get(at, (-1, -1))
         start = until if begin == offset else offset
         if start >= end:
-            return 0
+            return 0, None
         found = self._log.read(*at, start, 1)
         if found:
-            return max(0, end - found[0].offset)
+            return max(0, end - found[0].offset), found[0]
         self._empty[at] = (offset, end)
-        return 0
+        return 0, None

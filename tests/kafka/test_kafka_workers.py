@@ -170,6 +170,7 @@ def test_what_an_operator_watches_is_in_the_metrics(
     worker = work(tmp_path, stuck_after=20.0)
     until(lambda: done() == KEYS * 5 and metric("lag_records") == 0, deadline=30)
     assert (metric("rebalances_total") or 0) > before
+    assert metric("oldest_waiting_seconds") == 0
     until(lambda: (metric("progress_age_seconds") or 9) < 1.5)
     assert worker.worker.trouble() is None
     assert sum(worker.worker.status()["offsets"].values()) == KEYS * 5
@@ -199,6 +200,7 @@ def test_a_partition_that_hangs_is_seen_though_the_others_go_on(
         said = until(trouble, deadline=30, every=0.3)
         assert "counting has not moved" in said
         assert worker.handled > 3, "the others did"
+        assert 100 < (metric("oldest_waiting_seconds") or 0) < 200, "of the one that hangs, though it was taken"
     finally:
         go.set()
     until(lambda: worker.trouble() is None and worker.lag() == 0)
