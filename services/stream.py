@@ -256,9 +256,12 @@ def attach(service: Service, handler: Handler, log: Log, home: Home, **options: 
     return stream
 
 
-def share(service: Service, make: Callable[[], Handler], log: Log, home: Home, **options: Any) -> Stream | FaustWorker:
+def share(
+    service: Service, make: Callable[[], Handler], log: Log, home: Home, *, at_once: int = 500, **options: Any
+) -> Stream | FaustWorker:
     """As ``attach``; on Kafka with a handler and a state of its own for each partition, and as many processes as
-    are started share the partitions."""
+    are started share the partitions. ``at_once`` bounds a batch there: what flushing one takes, a rebalance waits for,
+    up to 3 s."""
     from services.service import collect_seldom  # not for those who serve nothing
 
     collect_seldom()
@@ -266,7 +269,7 @@ def share(service: Service, make: Callable[[], Handler], log: Log, home: Home, *
         return attach(service, make(), log, home, **options)
     from services.faust_worker import FaustWorker  # not for those who need no Faust: it takes a second
 
-    worker = FaustWorker(make, log, home, stop=service.stop, **options)
+    worker = FaustWorker(make, log, home, stop=service.stop, max_records=at_once, **options)
     _bind(service, worker)
     return worker
 
