@@ -249,7 +249,7 @@ class Assembler:
                 wire.encode(episode, self._blobs),
                 {"schema": "Episode", "id": about},
                 episode.updated,
-                route=f"{episode.tenant}/{episode.policy}",  # what is learned of a policy has one reader
+                route=episode.route,
             ),
             NewRecord(
                 TRAJECTORIES.name,

@@ -74,7 +74,12 @@ class Known(NamedTuple):
 def known(state: State, key: str) -> Known | None:
     """None: nothing has come of this episode, or it is forgotten."""
     held = state.get(key)
-    return None if held is None else Known(*ormsgpack.unpackb(held))
+    return None if held is None else _unpacked(held)
+
+
+def _unpacked(value: bytes) -> Known:
+    """What a later release has put behind these fields is left out: workers of both run while one is replaced."""
+    return Known(*ormsgpack.unpackb(value)[: len(Known._fields)])
 
 
 def entry(key: str, event: str) -> str:
@@ -179,7 +184,7 @@ def moved(key: str, value: bytes) -> bytes:
     """See :class:`everloop.stream.Movable`: all that an episode has came before what its new partition will have."""
     if "\n" in key:
         return value
-    held = Known(*ormsgpack.unpackb(value))
+    held = _unpacked(value)
     events = [(offset - EARLIER, event) for offset, event in held.events]
     return _packed(held._replace(events=events, last=EARLIER if held.settled else -1))
 

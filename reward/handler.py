@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import ormsgpack
@@ -57,6 +57,11 @@ class Known:
     version: int = -1
     learned: list[str] = field(default_factory=list)
     calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def unpacked(cls, held: bytes) -> Known:
+        """What a later release has put behind these fields is left out: workers of both run while one is replaced."""
+        return cls(*ormsgpack.unpackb(held)[: len(fields(cls))])
 
     def call(self, name: str) -> dict[str, Any]:
         return self.calls.setdefault(name, {})
@@ -160,7 +165,7 @@ class RewardHandler:
         desk.live.offsets[f"{read.record.topic}/{read.record.partition}"] = read.record.offset + 1
         mark = f"episode/{episode.tenant}/{episode.policy}/{episode.id}"
         held = state.get(mark)
-        known = Known(*ormsgpack.unpackb(held)) if held else Known()
+        known = Known.unpacked(held) if held else Known()
         if episode.version <= known.version:
             return []
         known.version = episode.version

@@ -42,7 +42,10 @@ class Falling:
 class Watch:
     """Rewards and labels of one policy, as they came."""
 
-    def __init__(self, window: int, rewards: Sequence[float] = (), labels: Sequence[float] = ()) -> None:
+    def __init__(
+        self, window: int, rewards: Sequence[float] = (), labels: Sequence[float] = (), **later: object
+    ) -> None:
+        """``later``: what a later release watches too."""
         self.rewards = Falling(window, rewards)
         self.labels = Falling(window, labels)
 

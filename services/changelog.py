@@ -6,17 +6,20 @@
                                           "mark"   → <next offset> <owner> <count>     the last of each transaction
 
 The mark says how far the state is. Its owner is a name drawn for each writer, so no two commits have the same mark,
-and a cache is that of the changelog where it has the newest one. Where it has an earlier one that is still there, what
-follows it brings the cache up to date: compaction takes a mark before any tombstone behind it.
+and a cache is that of the changelog where it has the newest one. Where it has an earlier one that is still there and
+young, what follows it brings the cache up to date. An old one is not enough: compaction may keep it (where it stands
+last in its segment) and take tombstones behind it, so that the cache would keep what was deleted.
 """
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from everloop.log.base import NewRecord, Record, TopicPartition
+from everloop.log.kafka.declared import TOMBSTONE_SECONDS
 from everloop.log.kafka.log import KafkaLog
 from everloop.topics import CHANGELOG
 
@@ -27,6 +30,7 @@ SOURCE = "source"
 """Header of a record: topic, partition and next offset of the records that the state is of."""
 READ_AT_ONCE = 2000
 FAR = 65_536  # offsets from the end, beyond which a mark is not looked for
+YOUNG = TOMBSTONE_SECONDS / 2  # half of it is left for clocks that differ
 
 
 class Written(NamedTuple):
@@ -70,13 +74,13 @@ class Changelog:
         return next_of(self.mark())
 
     def offset_of(self, mark: str) -> int | None:
-        """Where a mark lies; None where it is not, or no longer, near the end."""
+        """Where a mark lies; None where it is not, or no longer, near the end, or tombstones behind it may be gone."""
         end, back = self._log.end_offsets(self._topic)[self._source[1]], 16
         while mark:
             start = max(0, end - back)
             for record in self._read(start):
                 if record.key == MARK and record.value == mark.encode():
-                    return record.offset
+                    return record.offset if time.time() - record.time < YOUNG else None
             if not start or back >= FAR:
                 break
             back *= 16

@@ -1,6 +1,6 @@
 """Dead letters: records that a handler could never take. Made by ``services/stream.py``; listed and replayed here.
 
-Replaying appends the original bytes to the original topic under the original key and headers, and in the same
+Replaying appends the original bytes to the original topic under the original key, route and headers, and in the same
 append the letter again, now marked as replayed. Every handler of that topic sees the record once more, so handlers
 take duplicates by id. A marked letter is left alone unless replaying it again is asked for.
 """
@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Collection, Iterator
 
 from everloop import wire
+from everloop.episode import Episode
 from everloop.errors import ContractError, EverloopError
 from everloop.log.base import Log, NewRecord, Record
 from everloop.run import DeadLetter
-from everloop.topics import DEAD_LETTERS
+from everloop.topics import DEAD_LETTERS, EPISODES
 from everloop.wire import BlobStore
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,17 @@ def replay(
     marked = [letter.model_copy(update={"replayed": now}) for letter in chosen]
     for letter in marked:
         headers = {**letter.headers, REPLAY_OF: letter.id}
-        original = NewRecord(letter.topic, letter.record_key, letter.value, headers)
+        original = NewRecord(letter.topic, letter.record_key, letter.value, headers, route=_route(letter, blobs))
         log.append([original, _record(letter, blobs)])
     return marked
+
+
+def _route(letter: DeadLetter, blobs: BlobStore) -> str:
+    """Of the original record, which the log does not keep. An episode that cannot be read has none: nobody takes it,
+    wherever it lies."""
+    if letter.topic != EPISODES.name:
+        return ""
+    try:
+        return wire.decode(Episode, letter.value or b"", blobs).route
+    except ContractError:
+        return ""

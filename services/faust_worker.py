@@ -11,8 +11,9 @@ Handlers work in threads of their own, so heartbeats go on meanwhile. Faust comm
 offsets are committed with what the records gave, and a partition knows from its state where to go on. So whatever
 Faust delivers twice is skipped, and what it leaves out is read from the log.
 
-At a rebalance each partition finishes the record it is at, commits, and lets go; whoever has it next takes its writer's
-name. What fails, or was fenced, ends the process before anything of its batch is committed; it is started anew.
+At a rebalance each partition finishes the record it is at, flushes, commits, and lets go; where that takes longer than
+half a session, whoever has it next takes its writer's name, and this process ends. So a batch must not be more than is
+flushed in that time. What fails, or was fenced, ends the process before anything of its batch is committed; it is started anew.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from prometheus_client import Counter, Gauge
 from services.partition import Partition, check_changelog
 from services.retry import Retry, Stopping
 from services.state import own_folder
-from services.unit import LAG, Behind, Tally
+from services.unit import LAG, WAITING, Behind, Tally
 
 logger = logging.getLogger(__name__)
 SESSION_SECONDS = 6.0  # without a heartbeat, after which the others get the partitions; the least a broker allows
@@ -55,7 +56,6 @@ LOOK_SECONDS = 1.0  # between looks at how far behind it is
 FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
 
 REBALANCES = Counter("everloop_handler_rebalances", "Times that partitions were shared out anew", ["handler"])
-WAITING = Gauge("everloop_handler_oldest_waiting_seconds", "Since the oldest record that waits arrived", ["handler"])
 
 
 class ReadsCommitted(driver.AIOKafkaConsumerThread):
@@ -99,12 +99,11 @@ class Line:
         self.partition: Partition | None = None
         self.stopping = False
         self.bytes = 0
-        self._waiting: deque[tuple[float, Any]] = deque()
+        self._waiting: deque[Any] = deque()
         self._changed = asyncio.Event()
 
     def put(self, messages: list[Any]) -> None:
-        now = time.monotonic()
-        self._waiting.extend((now, message) for message in messages)
+        self._waiting.extend(messages)
         self.bytes += sum(len(message.value or b"") for message in messages)
         self._changed.set()
 
@@ -126,7 +125,7 @@ class Line:
         while len(self._waiting) < most and not self.stopping and (left := end - time.monotonic()) > 0:
             self._changed.clear()
             await self._change(left)
-        taken = [self._waiting.popleft()[1] for _ in range(min(most, len(self._waiting)))]
+        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
         self.bytes -= sum(len(message.value or b"") for message in taken)
         if not self._waiting and not self.stopping:
             self._changed.clear()
@@ -138,10 +137,6 @@ class Line:
                 return await self._changed.wait()
         except TimeoutError:
             return False
-
-    def waited(self) -> float:
-        """Seconds since the oldest that waits arrived."""
-        return time.monotonic() - self._waiting[0][0] if self._waiting else 0.0
 
 
 class FaustWorker:
@@ -183,12 +178,14 @@ class FaustWorker:
         self._behind = Behind(log)
         self._lag: dict[TopicPartition, int] | None = None  # None: not known
         self._rebalances = 0
+        self._between = True  # partitions were taken from it, or never given to it, and it waits for those it gets
         self._failure: BaseException | None = None
         self._folder: Path
         self._app: Any
         check_changelog(log, self.name, self._topic)
         LAG.labels(self.name).set_function(lambda: math.nan if self._lag is None else self.lag())
-        WAITING.labels(self.name).set_function(lambda: max((x.waited() for x in list(self._lines.values())), default=0))
+        waited = lambda: math.nan if self._lag is None else self._behind.waited(self._clock())  # noqa: E731
+        WAITING.labels(self.name).set_function(waited)
 
     def run(self) -> None:
         """Handle records until ``stop`` is set. Raises what did not pass by itself: end the process."""
@@ -250,11 +247,15 @@ class FaustWorker:
         for line in self._lines.values():
             line.stop()
         self._lines = {number: Line(number) for number in numbers}
+        self._tally.divided(numbers)
+        self._between = False
         for number, line in self._lines.items():
             self._tasks[number] = asyncio.create_task(self._serve(line, self._tasks.get(number)))
 
     async def _revoked(self, _: Any, revoked: Any, **more: Any) -> None:
+        self._between = True
         await self._let_go([at.partition for at in revoked], self._session / 2)
+        self._tally.divided(self._lines)
 
     async def _let_go(self, numbers: Iterable[int], patience: float | None) -> None:
         """What is under way is finished; where that takes too long, the next owner fences it."""
@@ -323,16 +324,22 @@ class FaustWorker:
         partition.take([record(message, self._topic) for message in messages])
 
     async def _look(self) -> None:
-        """How far behind it is; that is also what tells progress while there is nothing to do."""
+        """How far behind it is; that is also what tells progress while there is nothing to do.
+
+        Progress of the worker is to have its partitions; what it does with each is that partition's.
+        """
         while True:
             served = self._served()
             following = {line.partition.source: line.partition.next for line in served}
-            settled = self._rebalances > 0 and len(served) == len(self._lines)
+            settled = not self._between and len(served) == len(self._lines)
             try:
                 found = await asyncio.to_thread(self._behind, following)
                 self._lag = found if settled else None  # those that are still being taken over may have any number
-                if self._rebalances and not sum(found.values()):
+                if settled:
                     self._tally.moved()
+                for (_, number), waiting in found.items():
+                    if not waiting:
+                        self._tally.moved(number)
             except LogError as error:
                 logger.warning("%s: its lag is not known: %s", self.name, error)
                 self._lag = None

@@ -12,6 +12,7 @@ leaves its old partition in the transaction that brings it to its new one. Memor
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -28,6 +29,7 @@ from services.changelog import Changelog, writer_name
 from services.rewind import refuse_while_it_runs
 from services.unit import Behind
 
+logger = logging.getLogger(__name__)
 SHARED = {
     "assemble": (EVENTS.name, "pipelines.assemble", "Assembler"),
     "score": (EPISODES.name, "reward.handler", "RewardHandler"),
@@ -55,14 +57,14 @@ class Growth(NamedTuple):
 def grow(log: KafkaLog) -> list[Growth]:
     """Give each handler's topic and changelog the partitions that are declared. Raises NotMoved before any change."""
     wanted = {handler: found for handler, (topic, _, _) in SHARED.items() if (found := _wanted(log, handler, topic))}
-    ends = {handler: _drained(log, handler, SHARED[handler][0]) for handler in wanted}
+    found = {handler: _drained(log, handler, SHARED[handler][0]) for handler in wanted}
     if wanted:
         time.sleep(LOOK_SECONDS)
-    for handler, before in ends.items():
+    for handler, its in found.items():
         topic = SHARED[handler][0]
-        if log.end_offsets(topic) != before:
+        if log.end_offsets(topic) != its.ends:
             raise NotMoved(f"records come to {topic!r}: take the gateways down first, and wait until nothing waits")
-    return [_grow(log, handler, count, ends[handler]) for handler, count in wanted.items()]
+    return [_grow(log, handler, count, found[handler]) for handler, count in wanted.items()]
 
 
 def _wanted(log: KafkaLog, handler: str, topic: str) -> int:
@@ -76,27 +78,35 @@ def _wanted(log: KafkaLog, handler: str, topic: str) -> int:
     return count if both != {count} else 0
 
 
-def _drained(log: KafkaLog, handler: str, topic: str) -> list[int]:
-    """The ends of a topic of which its handler, which does not run, has handled everything."""
+class Drained(NamedTuple):
+    """A topic to which nothing comes: the ends of its partitions, and how many records wait all the same."""
+
+    ends: list[int]
+    waiting: int
+
+
+def _drained(log: KafkaLog, handler: str, topic: str) -> Drained:
+    """A topic whose handler does not run. Raises NotMoved where it has something to do: but not where a call was cut
+    short, since no worker starts then to do it."""
     refuse_while_it_runs(log, handler)
     sources: list[TopicPartition] = [(topic, number) for number in range(log.partitions(topic))]
     places = log.partitions(CHANGELOG + handler)
     following = {at: Changelog(log, handler, at).next() if at[1] < places else 0 for at in sources}
     waiting = sum(Behind(log)(following).values())
-    if waiting:
+    if waiting and places <= len(sources):
         raise NotMoved(
             f"{handler!r} has {waiting} records of {topic!r} to go: run 'everloop worker {handler}' until "
             "everloop_handler_lag_records is 0, end it, and try again"
         )
-    return log.end_offsets(topic)
+    return Drained(log.end_offsets(topic), waiting)
 
 
-def _grow(log: KafkaLog, handler: str, count: int, before: list[int]) -> Growth:
+def _grow(log: KafkaLog, handler: str, count: int, before: Drained) -> Growth:
     topic, module, name = SHARED[handler]
     if log.partitions(CHANGELOG + handler) < count:
         log.cluster.add_partitions(CHANGELOG + handler, count)
     moved = move(log, handler, topic, count, getattr(importlib.import_module(module), name))
-    late = sum(log.end_offsets(topic)) - sum(before)
+    late = sum(log.end_offsets(topic)) - sum(before.ends) + before.waiting
     if log.partitions(topic) < count:
         log.cluster.add_partitions(topic, count)
     return Growth(handler, topic, count, moved, late)
@@ -106,17 +116,25 @@ def move(log: KafkaLog, handler: str, topic: str, count: int, its: Movable) -> i
     """Bring every entry of a handler's state to the partition that its key has among ``count``; how many moved."""
     for number in range(count):
         log.fenced(writer_name(handler, (topic, number))).close()  # a worker that was paused writes no more
+    before = log.partitions(topic)
     logs = [Changelog(log, handler, (topic, number)) for number in range(count)]
     follows = [one.next() for one in logs]
-    moved, whole = 0, dict[str, list[bytes]]()
+    moved, whole, odd = 0, dict[str, list[bytes]](), list[tuple[int, int, dict[str, bytes]]]()
     with closing(log.fenced(f"{handler}-moving")) as writer:
+
+        def bring(number: int, to: int, entries: Mapping[str, bytes]) -> int:
+            for some in _pieces(entries):
+                arrive = logs[to].written(some, follows[to])
+                leave = logs[number].written(dict.fromkeys(some), follows[number])
+                writer.write([], placed=[*arrive.placed, *leave.placed])
+            return len(entries)
+
         for number, one in enumerate(logs):
-            for to, entries in _strays(one, number, count, its, whole).items():
-                for some in _pieces(entries):
-                    arrive = logs[to].written(some, follows[to])
-                    leave = one.written(dict.fromkeys(some), follows[number])
-                    writer.write([], placed=[*arrive.placed, *leave.placed])
-                    moved += len(some)
+            strays = _strays(one, number, (before, count), its, whole)
+            moved += sum(bring(number, to, entries) for to, entries in strays.due.items())
+            odd += [(number, to, entries) for to, entries in strays.odd.items()]
+        for number, to, entries in odd:
+            moved += bring(number, to, _without_a_double(logs[to], entries))
         for key, values in whole.items():
             change = {key: its.joined(key, values)}
             placed = [one.written(change, follows[number]).placed for number, one in enumerate(logs)]
@@ -124,20 +142,39 @@ def move(log: KafkaLog, handler: str, topic: str, count: int, its: Movable) -> i
     return moved
 
 
+class Strays(NamedTuple):
+    """Entries that lie elsewhere than they will, by the partition where they belong. ``due``: they lie where their
+    records came until now. ``odd``: they do not, so that their key may have another entry, which is the true one."""
+
+    due: dict[int, dict[str, bytes]]
+    odd: dict[int, dict[str, bytes]]
+
+
 def _strays(
-    changelog: Changelog, number: int, count: int, its: Movable, whole: dict[str, list[bytes]]
-) -> dict[int, dict[str, bytes]]:
-    """By the partition where they belong: entries that lie elsewhere. ``whole`` takes those of no key."""
-    found: dict[int, dict[str, bytes]] = {}
+    changelog: Changelog, number: int, counts: tuple[int, int], its: Movable, whole: dict[str, list[bytes]]
+) -> Strays:
+    """``counts``: partitions before and now. ``whole`` takes entries of no key."""
+    found = Strays({}, {})
     for key, value in dict(changelog.changes()).items():
         if value is None:
             continue
         route = its.route_of(key)
         if route is None:
             whole.setdefault(key, []).append(value)
-        elif (to := partition_of(route, count)) != number:
-            found.setdefault(to, {})[key] = its.moved(key, value)
+            continue
+        was, to = (partition_of(route, count) for count in counts)
+        if to != number:
+            (found.due if was == number else found.odd).setdefault(to, {})[key] = its.moved(key, value)
     return found
+
+
+def _without_a_double(changelog: Changelog, entries: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Those of the entries of which there is none where they belong; the others stay where nobody looks for them."""
+    there: dict[str, bytes | None] = {key: value for key, value in changelog.changes() if key in entries}
+    doubles = {key for key, value in there.items() if value is not None}
+    if doubles:
+        logger.warning("%d entries lie where they do not belong, and are there already: left alone", len(doubles))
+    return {key: value for key, value in entries.items() if key not in doubles}
 
 
 def _pieces(entries: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:

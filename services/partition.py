@@ -50,15 +50,17 @@ TAKEOVERS = Counter("everloop_handler_takeovers", "Partitions that were taken ov
 
 
 class Counted:
-    """Changes, and how many there were."""
+    """Changes, and how many there were; ``moved`` is called at each."""
 
-    def __init__(self, changes: Iterable[tuple[str, bytes | None]]) -> None:
+    def __init__(self, changes: Iterable[tuple[str, bytes | None]], moved: Callable[[], None]) -> None:
         self._changes = changes
+        self._moved = moved
         self.count = 0
 
     def __iter__(self) -> Iterator[tuple[str, bytes | None]]:
         for change in self._changes:
             self.count += 1
+            self._moved()
             yield change
 
 
@@ -82,6 +84,7 @@ class Partition:
         self.source = source
         self.stop = threading.Event()
         self._name = handler.name
+        self._moved = lambda: tally.moved(source[1])
         self._log = log
         self._changelog = Changelog(log, handler.name, source)
         self._writer: FencedWriter = log.fenced(writer_name(handler.name, source))
@@ -93,7 +96,15 @@ class Partition:
             self.close()
             raise
         self._unit = Unit(
-            handler, self._state, self._write, tally, stop=self.stop, clock=clock, blobs=blobs, retry=retry
+            handler,
+            self._state,
+            self._write,
+            tally,
+            stop=self.stop,
+            clock=clock,
+            blobs=blobs,
+            retry=retry,
+            part=source[1],
         )
         TAKEOVERS.labels(self._name).inc()
 
@@ -102,7 +113,7 @@ class Partition:
         if self._state.mark() == mark:
             return
         held = self._changelog.offset_of(self._state.mark())
-        began, counted = time.monotonic(), Counted(self._changelog.changes(-1 if held is None else held))
+        began, counted = time.monotonic(), Counted(self._changelog.changes(-1 if held is None else held), self._moved)
         offsets = {self.source: next_of(mark)} if mark else {}
         self._state.rebuild(counted, offsets, mark, anew=held is None)
         RESTORED.labels(self._name).inc(counted.count)

@@ -31,7 +31,7 @@ from everloop.wire import BlobStore
 
 from services.retry import Retry, Stopping
 from services.state import StateStore, owned
-from services.unit import AGE, DEAD, LAG, RECORDS, Behind, Tally, Unit
+from services.unit import AGE, DEAD, LAG, RECORDS, WAITING, Behind, Tally, Unit
 
 if TYPE_CHECKING:
     from services.faust_worker import FaustWorker
@@ -88,6 +88,7 @@ class Stream:
         self._unit: Unit
         self._consumer: Consumer
         LAG.labels(self.name).set_function(self._shown_lag)
+        WAITING.labels(self.name).set_function(self._shown_wait)
 
     def run(self, *, until_idle: bool = False) -> None:
         """Handle records until ``stop`` is set (``until_idle``: or until there is none left).
@@ -211,6 +212,10 @@ class Stream:
         except LogError:
             return math.nan
 
+    def _shown_wait(self) -> float:
+        """As ``_shown_lag``: how old the oldest record is that is not handled yet."""
+        return math.nan if math.isnan(self._shown_lag()) else self._behind.waited(self._clock())
+
     def trouble(self) -> str | None:
         """For liveness: see :meth:`services.unit.Tally.trouble`."""
         return self._tally.trouble(self.lag)
@@ -251,9 +256,12 @@ def attach(service: Service, handler: Handler, log: Log, home: Home, **options: 
     return stream
 
 
-def share(service: Service, make: Callable[[], Handler], log: Log, home: Home, **options: Any) -> Stream | FaustWorker:
+def share(
+    service: Service, make: Callable[[], Handler], log: Log, home: Home, *, at_once: int = 500, **options: Any
+) -> Stream | FaustWorker:
     """As ``attach``; on Kafka with a handler and a state of its own for each partition, and as many processes as
-    are started share the partitions."""
+    are started share the partitions. ``at_once`` bounds a batch there: what flushing one takes, a rebalance waits for,
+    up to 3 s."""
     from services.service import collect_seldom  # not for those who serve nothing
 
     collect_seldom()
@@ -261,7 +269,7 @@ def share(service: Service, make: Callable[[], Handler], log: Log, home: Home, *
         return attach(service, make(), log, home, **options)
     from services.faust_worker import FaustWorker  # not for those who need no Faust: it takes a second
 
-    worker = FaustWorker(make, log, home, stop=service.stop, **options)
+    worker = FaustWorker(make, log, home, stop=service.stop, max_records=at_once, **options)
     _bind(service, worker)
     return worker
 

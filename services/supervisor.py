@@ -9,7 +9,8 @@
          child leaves behind (PR_SET_CHILD_SUBREAPER), so nothing outlives it, not even after kill -9
 
 Nobody waits for anybody for ever: a child that is not ready is asked again, one that died is started again after
-a growing pause, and at a stop whoever is still there shortly before the deadline is killed.
+a growing pause, one whose /healthz goes on to complain is ended so that it is started again, and at a stop whoever is
+still there shortly before the deadline is killed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from everloop.config import Config
@@ -46,6 +48,8 @@ GATEWAY_PART = 0.75  # after which the engine is asked, gateway or not
 ENGINE_PART = 0.12  # what the engine has, then
 KILL_PART = 0.9  # after which whoever is left is killed
 POLL = 0.1  # seconds between looks at the children
+HEALTH_EVERY = 5.0  # seconds between questions to a ready service whether it is alive
+ILL = 3  # times in a row that it says no, after which it is started anew
 LOG_LIMIT = 16_777_216  # bytes after which a service's log is set aside at its next start
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -77,7 +81,8 @@ class Service:
 
 @dataclass
 class Child:
-    """One service's process. ``deaths`` counts those in a row; times are of a monotonic clock, in seconds."""
+    """One service's process. ``deaths`` counts those in a row, ``ill`` the times in a row that its health was bad; times
+    are of a monotonic clock, in seconds. ``kill_at``: it was asked to end for that, and has until then."""
 
     service: Service
     process: subprocess.Popen[bytes] | None = None
@@ -86,6 +91,9 @@ class Child:
     deaths: int = 0
     ready: bool = False
     ever_ready: bool = False
+    ill: int = 0
+    ask_at: float = 0.0
+    kill_at: float | None = None
 
 
 def services(config: Config) -> list[Service]:
@@ -234,8 +242,27 @@ class Supervisor:
         elif not child.ready and self._answers(child):
             child.ready = child.ever_ready = True
             self.say(f"{child.service.name} is ready ({now - child.started:.1f} s)")
-        elif child.deaths and now - child.started > STABLE:
-            child.deaths = 0
+        elif child.ready:
+            self._watch(child, now)
+            if child.deaths and now - child.started > STABLE:
+                child.deaths = 0
+
+    def _watch(self, child: Child, now: float) -> None:
+        """End one that goes on to say that it is stuck. One that says nothing may be busy, and is left alone."""
+        if child.kill_at is not None:
+            if now >= child.kill_at and child.process is not None:
+                self.say(f"{child.service.name} did not stop in time and is killed")
+                _kill_group(child.process.pid)
+            return
+        if now < child.ask_at:
+            return
+        child.ask_at = now + HEALTH_EVERY
+        trouble = complaint(child.service.url)
+        child.ill = child.ill + 1 if trouble else 0
+        if child.ill >= ILL:
+            self.say(f"{child.service.name} is stuck and is started again: {trouble}")
+            self._ask_to_stop([child])
+            child.kill_at = now + SERVICE_PART * self.drain
 
     def _start(self, child: Child, now: float) -> None:
         with self._log(child.service.name) as log:
@@ -249,6 +276,7 @@ class Supervisor:
                 preexec_fn=die_with_parent,  # safe: this process has one thread
             )
         child.started, child.ready = now, False
+        child.ill, child.ask_at, child.kill_at = 0, now, None
 
     def _log(self, name: str) -> contextlib.AbstractContextManager[object]:
         path = self.log_path(name)
@@ -329,6 +357,21 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError, ChildProcessError):
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
+
+
+def complaint(url: str) -> str | None:
+    """What a service's /healthz finds wrong; None where that is nothing, or it does not answer."""
+    try:
+        with urllib.request.urlopen(f"{url}/healthz", timeout=1):
+            return None
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+            return None
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            return "; ".join(map(str, json.loads(error.read(65_536))["trouble"].values()))
+        return "it does not say why"
+    except (OSError, ValueError):
+        return None
 
 
 def _how(status: int) -> str:

@@ -14,7 +14,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from everloop.errors import ContractError, LogError, RecordTooLarge, ServingError
@@ -37,6 +37,11 @@ OUTPUTS = Counter("everloop_handler_outputs", "Records appended, dead letters in
 DEAD = Counter("everloop_handler_dead_letters", "Records that could not be taken", ["handler"])
 RETRIES = Counter("everloop_handler_retries", "Failed tries that were repeated", ["handler"])
 LAG = Gauge("everloop_handler_lag_records", "Records not handled yet", ["handler"])
+WAITING = Gauge(
+    "everloop_handler_oldest_waiting_seconds",
+    "Age of the oldest record that is not committed, by its time",
+    ["handler"],
+)
 AGE = Gauge("everloop_handler_progress_age_seconds", "Since the last record, or look at an empty log", ["handler"])
 SECONDS = Histogram(
     "everloop_handler_record_seconds",
@@ -52,6 +57,8 @@ class Tally:
     """What the runner of a handler counts and shows, over all of its units. Thread-safe.
 
     ``stuck_after``: seconds without progress that mean trouble. ``running``: the runner says whether it runs here.
+    Progress is the runner's, and that of each part (a partition with a unit of its own): the one that has stood still
+    longest counts, so that none hides another.
     """
 
     def __init__(self, name: str, stuck_after: float) -> None:
@@ -61,18 +68,28 @@ class Tally:
         self.dead_letters = 0
         self.last_cause = ""
         self.progress = time.monotonic()  # when the last record was done, or there was none to do
+        self._parts: dict[int, float] = {}  # the same of each part
         self.seconds = SECONDS.labels(name)  # looked up once: each record is timed
         self.retried = RETRIES.labels(name).inc
         self._stuck_after = stuck_after
         self._lock = threading.Lock()
         AGE.labels(name).set_function(self.age)
 
-    def moved(self) -> None:
-        self.progress = time.monotonic()
+    def moved(self, part: int | None = None) -> None:
+        """The runner has, or one of its parts."""
+        if part is None:
+            self.progress = time.monotonic()
+        elif part in self._parts:
+            self._parts[part] = time.monotonic()
+
+    def divided(self, parts: Iterable[int]) -> None:
+        """It has these parts from now on, and no others."""
+        self._parts = dict.fromkeys(parts, time.monotonic())
 
     def age(self) -> float:
         """Seconds since the last record was done, or there was none to do; 0 while it does not run here."""
-        return time.monotonic() - self.progress if self.running else 0.0
+        oldest = min([self.progress, *self._parts.copy().values()])
+        return time.monotonic() - oldest if self.running else 0.0
 
     def trouble(self, lag: Callable[[], int]) -> str | None:
         """For liveness: one sentence where the handler has not moved for ``stuck_after`` seconds."""
@@ -103,7 +120,10 @@ class Tally:
 
 
 class Unit:
-    """One handler and its state; one thread. ``stop``: whoever waits for a next try, or has more records, gives up."""
+    """One handler and its state; one thread. ``stop``: whoever waits for a next try, or has more records, gives up.
+
+    ``part``: which one of the runner's parts it is; None: it is the only one.
+    """
 
     def __init__(
         self,
@@ -116,6 +136,7 @@ class Unit:
         clock: Callable[[], float],
         blobs: BlobStore,
         retry: Retry,
+        part: int | None = None,
     ) -> None:
         self._handler = handler
         self._state = state
@@ -125,6 +146,7 @@ class Unit:
         self._clock = clock
         self._blobs = blobs
         self._retry = retry
+        self._part = part
 
     def attempt(self, what: str, step: Callable[[], Any], permanent: tuple[type[Exception], ...] = ()) -> Any:
         """The result of ``step``, tried again with backoff unless its error is permanent."""
@@ -158,7 +180,7 @@ class Unit:
                 break
             self._handle(record, outputs, letters)
             taken += 1
-            self._tally.moved()
+            self._tally.moved(self._part)
         outputs += self.attempt("flush", self._flush)
         return self._commit(records[:taken], outputs, letters)
 
@@ -199,7 +221,7 @@ class Unit:
 
 
 class Behind:
-    """How many records of each partition are not handled yet.
+    """How many records of each partition are not handled yet, and how old the oldest is.
 
     On Kafka the last offsets may be of no record (a transaction's end has one), so a partition that seems to have
     more is looked into.
@@ -208,19 +230,27 @@ class Behind:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._empty: dict[TopicPartition, tuple[int, int]] = {}
+        self._oldest: float | None = None
 
     def __call__(self, following: Mapping[TopicPartition, int]) -> dict[TopicPartition, int]:
         """By partition, from the next offset to handle of each."""
         ends = {topic: self._log.end_offsets(topic) for topic in {topic for topic, _ in following}}
-        return {at: self._count(at, offset, ends[at[0]][at[1]]) for at, offset in following.items()}
+        found = {at: self._look(at, offset, ends[at[0]][at[1]]) for at, offset in following.items()}
+        self._oldest = min((first.time for _, first in found.values() if first is not None), default=None)
+        return {at: count for at, (count, _) in found.items()}
 
-    def _count(self, at: TopicPartition, offset: int, end: int) -> int:
+    def waited(self, now: float) -> float:
+        """Seconds since the time of the oldest record that was not handled at the last look; 0: there was none."""
+        return 0.0 if self._oldest is None else max(0.0, now - self._oldest)
+
+    def _look(self, at: TopicPartition, offset: int, end: int) -> tuple[int, Record | None]:
+        """How many there are, and the first."""
         begin, until = self._empty.get(at, (-1, -1))
         start = until if begin == offset else offset
         if start >= end:
-            return 0
+            return 0, None
         found = self._log.read(*at, start, 1)
         if found:
-            return max(0, end - found[0].offset)
+            return max(0, end - found[0].offset), found[0]
         self._empty[at] = (offset, end)
-        return 0
+        return 0, None

@@ -59,6 +59,11 @@ class Episode(Contract):
         return f"{self.tenant}/{self.id}"
 
     @property
+    def route(self) -> str:
+        """Decides its partition in place of the key: what is learned of a policy has one reader."""
+        return f"{self.tenant}/{self.policy}"
+
+    @property
     def outcome(self) -> float | None:
         """The newest outcome about the episode, 0 to 1; None: not measured."""
         values = [f.value for f in self.feedback if f.kind is FeedbackKind.OUTCOME]

@@ -37,6 +37,10 @@ from services.service import Service, main
 from services.stream import share
 
 
+AT_ONCE = 32
+"""Episodes of a batch where workers share partitions: about a second's work, all of it in ``flush``."""
+
+
 @functools.cache
 def encoder(name: str) -> Encoder:
     """One encoder for all policies that name it. One thread: the cores belong to the engine and the trainer."""
@@ -53,7 +57,7 @@ def work(service: Service) -> int:
     config, home = service.config, Home(service.config.home)
     log = open_log(config)
     try:
-        runner = share(service, lambda: RewardHandler(config, home, encoder), log, home)
+        runner = share(service, lambda: RewardHandler(config, home, encoder), log, home, at_once=AT_ONCE)
 
         def status() -> dict[str, Any]:
             return rewards(log, runner.handlers())

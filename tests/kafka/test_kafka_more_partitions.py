@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from everloop.topics import CHANGELOG
 from pipelines.assemble import Assembler
 from reward.handler import RewardHandler
 from services import moving
+from services.changelog import Changelog
 from services.moving import NotMoved, grow
 from services.scorer.__main__ import rewards
 
@@ -163,6 +165,29 @@ def test_it_is_refused_while_something_waits_or_comes(
     more.close()
 
 
+def test_what_lies_where_it_does_not_belong_takes_no_other_s_place(log: KafkaLog, url: str) -> None:
+    """Such as the model that a policy's episode got in the partition of another."""
+    log.partitions("episodes")
+    more = connect(url, partitions=AFTER)
+    more.partitions(CHANGELOG + "score")
+    keys = [f"model/acme/{policy}/weights" for policy in "abcdefgh"]
+    was, becomes = ({k: partition_of(RewardHandler.route_of(k) or "", n) for k in keys} for n in (BEFORE, AFTER))
+    alone = next(key for key in keys if becomes[key] >= BEFORE)
+    with closing(more.fenced("writing")) as writer:
+        for number in range(BEFORE):
+            its = Changelog(more, "score", ("episodes", number))
+            true = {key: b"true" for key in keys if was[key] == number and key != alone}
+            odd = {key: b"odd" for key in keys if was[key] != number}
+            writer.write([], placed=its.written({**odd, **true}, 0).placed)
+    moving.move(more, "score", "episodes", AFTER, RewardHandler)
+    for number in range(AFTER):
+        found = dict(Changelog(more, "score", ("episodes", number)).changes())
+        for key in keys:
+            if becomes[key] == number:
+                assert found[key] == (b"odd" if key == alone else b"true"), (key, number)
+    more.close()
+
+
 def test_cut_short_it_lets_no_worker_start_and_goes_on_where_it_stopped(
     log: KafkaLog, url: str, tmp_path: Path, work: Any, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,10 +214,11 @@ def test_cut_short_it_lets_no_worker_start_and_goes_on_where_it_stopped(
     monkeypatch.setattr(moving, "_pieces", pieces)
     with pytest.raises(LogError, match="everloop topics apply --add-partitions"):
         work(tmp_path / "work", lambda: Assembler(config, home), on=more)
+    log.append([event(0, "end", Ended())])
     (done,) = grow(more)
-    assert (done.partitions, done.late) == (AFTER, 0)
+    assert (done.partitions, done.late) == (AFTER, 1), "no worker can take it before"
     assert grow(more) == [], "there is nothing left to do"
     more.append([call(n, "second") for n in range(EPISODES)])
-    work(tmp_path / "work", lambda: Assembler(config, home), on=more)
-    until(lambda: {e.version for e in newest(more).values()} == {2} and len(newest(more)) == EPISODES, deadline=30)
-    assert all(len(episode.turns) == 2 for episode in newest(more).values())
+    second = work(tmp_path / "work", lambda: Assembler(config, home), on=more)
+    until(lambda: second.worker.handled == EPISODES + 1, deadline=40)
+    until(lambda: all(len(e.turns) == 2 for e in newest(more).values()) and len(newest(more)) == EPISODES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from everloop.home import Home
@@ -64,17 +65,20 @@ def owner(log: KafkaLog, tmp_path: Path) -> Callable[..., dict[str, bytes]]:
     return take
 
 
-@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("mark", ["near", "far", "old"])
 def test_it_takes_what_another_has_done_since(
-    owner: Callable[..., dict[str, bytes]], near: bool, monkeypatch: pytest.MonkeyPatch
+    owner: Callable[..., dict[str, bytes]], mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = {f"k{number}": b"1" for number in range(12)}
     assert owner("a", first) == first
     since = {"k3": b"", "k4": b"2", **{f"n{number}": b"2" for number in range(8)}}
     held = {key: value for key, value in {**first, **since}.items() if value}
     assert owner("b", since) == held
-    if not near:
+    if mark == "far":
         monkeypatch.setattr(changelog, "FAR", 16)
+    if mark == "old":
+        ahead = time.time() + changelog.TOMBSTONE_SECONDS / 2
+        monkeypatch.setattr(changelog, "time", SimpleNamespace(time=lambda: ahead))
     before = restored()
     assert owner("a", {}) == held
-    assert restored() - before == (len(since) if near else len(first) + len(since))
+    assert restored() - before == (len(since) if mark == "near" else len(first) + len(since))

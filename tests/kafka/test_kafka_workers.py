@@ -31,7 +31,7 @@ from prometheus_client import REGISTRY
 
 from pipelines.assemble import Assembler
 from services import faust_worker
-from services.faust_worker import Line
+from services.faust_worker import FaustWorker, Line
 from services.partition import check_changelog
 
 pytestmark = pytest.mark.kafka
@@ -167,13 +167,81 @@ def test_what_an_operator_watches_is_in_the_metrics(
 ) -> None:
     feed(log)
     before = metric("rebalances_total") or 0
-    worker = work(tmp_path, stuck_after=0.0)
+    worker = work(tmp_path, stuck_after=20.0)
     until(lambda: done() == KEYS * 5 and metric("lag_records") == 0, deadline=30)
     assert (metric("rebalances_total") or 0) > before
     assert metric("oldest_waiting_seconds") == 0
     until(lambda: (metric("progress_age_seconds") or 9) < 1.5)
-    assert "has not moved" in worker.worker.trouble(), "liveness is the age of the last progress"
+    assert worker.worker.trouble() is None
     assert sum(worker.worker.status()["offsets"].values()) == KEYS * 5
+
+
+def test_a_partition_that_hangs_is_seen_though_the_others_go_on(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, counting: Any
+) -> None:
+    go = threading.Event()
+
+    class Hanging(counting):
+        def handle(self, state: Any, record: Any, now: float) -> list[NewRecord]:
+            if record.value == b"hang":
+                go.wait(60)
+            return list(super().handle(state, record, now))
+
+    log.append([NewRecord("events", "k0", b"hang", {"id": "x"}, time.time() - 100.0)])
+    worker = work(tmp_path, Hanging, stuck_after=3.0).worker
+    hung = partition_of("k0", 4)
+    other = next(f"k{k}" for k in range(9) if partition_of(f"k{k}", 4) != hung)
+
+    def trouble() -> str | None:
+        log.append([NewRecord("events", other, b"", {"id": "y"})])
+        return str(worker.trouble() or "")
+
+    try:
+        said = until(trouble, deadline=30, every=0.3)
+        assert "counting has not moved" in said
+        assert worker.handled > 3, "the others did"
+        assert 100 < (metric("oldest_waiting_seconds") or 0) < 200, "of the one that hangs, though it was taken"
+    finally:
+        go.set()
+    until(lambda: worker.trouble() is None and worker.lag() == 0)
+
+
+def test_a_worker_whose_partitions_were_taken_and_never_given_back_is_seen(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any, expel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assigned = FaustWorker._assigned
+
+    async def once(worker: FaustWorker, *arguments: Any, **more: Any) -> None:
+        if not worker._rebalances:
+            await assigned(worker, *arguments, **more)
+
+    monkeypatch.setattr(FaustWorker, "_assigned", once)
+    feed(log, 1)
+    worker = work(tmp_path, stuck_after=4.0).worker
+    until(lambda: done() == KEYS and metric("lag_records") == 0, deadline=30)
+    assert worker.trouble() is None
+    expel()
+    assert "has not moved" in until(worker.trouble, deadline=40)
+
+
+def test_a_partition_whose_state_never_comes_is_seen(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, take_over = threading.Event(), FaustWorker._take_over
+
+    def hanging(worker: FaustWorker, number: int) -> Any:
+        if number == 2:
+            go.wait(60)
+        return take_over(worker, number)
+
+    monkeypatch.setattr(FaustWorker, "_take_over", hanging)
+    worker = work(tmp_path, stuck_after=4.0).worker
+    try:
+        until(lambda: len(worker.handlers()) == 3, deadline=30)
+        assert "has not moved" in until(worker.trouble, deadline=20)
+    finally:
+        go.set()
+    until(lambda: worker.trouble() is None)
 
 
 def test_a_handler_needs_a_changelog_with_a_place_for_each_partition(

@@ -54,6 +54,20 @@ def said(log: KafkaLog) -> dict[str, list[bytes | None]]:
     return found
 
 
+def test_an_output_that_only_the_broker_finds_too_large(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any
+) -> None:
+    log.partitions("episodes")
+    log.cluster.configure("episodes", {"max.message.bytes": "8000"})
+    feed = [NewRecord("events", "k", b"v", {"id": str(i), "wide": "15000" if i == 3 else "0"}) for i in range(6)]
+    log.append(feed)
+    worker = work(tmp_path, Gathering)
+    until(lambda: done() == len(feed) or worker.ended, deadline=40)
+    assert worker.failure is None
+    assert list(letters(log, tmp_path)) == ["3"]
+    assert said(log) == {"k": [b"1", b"2", b"3", b"4", b"5"]}
+
+
 def test_a_state_and_an_output_that_grow_too_large(
     log: KafkaLog, tmp_path: Path, work: Any, until: Until, done: Any
 ) -> None:

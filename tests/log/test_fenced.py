@@ -136,6 +136,23 @@ def test_a_batch_that_is_too_large_for_the_topic_goes_through_in_parts(log: Kafk
     wider.close()
 
 
+def test_what_the_broker_finds_too_large_writes_nothing_and_ends_nothing(log: KafkaLog, until: Until) -> None:
+    log.partitions("trajectories")
+    log.cluster.configure("trajectories", {"max.message.bytes": "20000"})
+    writer = log.fenced("w")
+    for number in range(3):
+        with pytest.raises(RecordTooLarge, match=r"raise the topic's max\.message\.bytes"):
+            writer.write(
+                [out("fits"), out("too", "trajectories"), out("x" * 50_000, "trajectories")],
+                offsets={("events", 0): 5},
+                group="g",
+            )
+        writer.write([out(f"after {number}"), out(f"{number}", "trajectories")])
+    assert values(log, "episodes") == [f"after {number}".encode() for number in range(3)]
+    assert values(log, "trajectories") == [b"0", b"1", b"2"]
+    assert log.committed("g", "events") == {}
+
+
 def test_a_place_that_the_topic_does_not_have_ends_the_writer(log: KafkaLog) -> None:
     writer = log.fenced("w")
     with pytest.raises(LogError, match="Unrecognized partition 9"):

@@ -13,6 +13,7 @@ from everloop.log import NewRecord, connect, partition_of
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import carry_out
 from everloop.topics import TOPICS
+from kafka import KafkaConsumer
 
 from services.broker.process import Broker
 
@@ -49,6 +50,33 @@ def test_an_empty_cluster_gets_every_topic_and_then_nothing_differs(opened: Call
     carry_out(plan.changes)
     assert log.plan().changes == []
     assert [log.partitions(topic) for topic in ("events", "routes", "everloop-state-assemble")] == [3, 1, 3]
+
+
+def test_changelogs_are_compacted_soon(opened: Callable[..., KafkaLog]) -> None:
+    log = opened()
+    log.partitions("everloop-state-score")
+    log.partitions("routes")
+    found = log.cluster.describe(["everloop-state-score", "routes"])
+    its, other = (found[name].settings for name in ("everloop-state-score", "routes"))
+    assert (its["cleanup.policy"], its["segment.bytes"], its["segment.ms"]) == ("compact", "67108864", "3600000")
+    assert (other["cleanup.policy"], other["segment.bytes"]) == ("compact", "1073741824"), "as the cluster has it"
+
+
+def test_what_is_read_in_pieces_is_fetched_once(
+    opened: Callable[..., KafkaLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(partitions=1)
+    log.append([NewRecord("events", "k", b"x" * 100, {"id": str(n)}) for n in range(300)])
+    sought: list[int] = []
+    seek = KafkaConsumer.seek
+    monkeypatch.setattr(KafkaConsumer, "seek", lambda its, at, to: (sought.append(to), seek(its, at, to)))
+    offset, found = 0, list[str]()
+    while records := log.read("events", 0, offset, 40):
+        found += [record.headers["id"] for record in records]
+        offset = records[-1].offset + 1
+    assert found == [str(n) for n in range(300)]
+    assert sought == [0]
+    assert log.read("events", 0, 7, 1)[0].headers["id"] == "7", "and elsewhere where that is asked for"
 
 
 def test_a_difference_is_shown_before_it_is_mended(opened: Callable[..., KafkaLog]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import ormsgpack
 import pytest
 from everloop import wire
 from everloop.config import Config
@@ -165,6 +166,16 @@ def test_the_key_of_every_entry_is_known(desk, make):
     desk.take(make.event(make.call(), seq=0))
     assert {settled.route_of(key) for key in desk.state.entries} == {"acme/ep_1", None}
     assert settled.joined(settled.PASSED, [b"7", b"5", b"9"]) == b"5"
+
+
+def test_a_state_of_a_later_release_is_taken_up(desk, make):
+    desk.take(make.event(make.call(), seq=0))
+    key = "acme/ep_1"
+    desk.state.entries[key] = ormsgpack.packb([*ormsgpack.unpackb(desk.state.entries[key]), {"more": 1}])
+    desk.take(make.event(make.thumb(1)))
+    assert desk.final().version == 2
+    later = ormsgpack.packb([*ormsgpack.unpackb(desk.state.entries[key]), {"more": 1}])
+    assert settled.moved(key, later) == settled.moved(key, desk.state.entries[key])
 
 
 def long_call(make, number):

@@ -1,6 +1,9 @@
 """The handler "score": what is learned once, what crosses nobody, what a given-up batch leaves, what comes out."""
 
+import json
+
 import numpy as np
+import ormsgpack
 import pytest
 from everloop import wire
 from everloop.config import Config
@@ -106,6 +109,18 @@ def test_a_restart_goes_on_where_the_state_is(new_handler, kit):
     for start in range(0, 130, 26):
         run(new_handler(), parts, records[start : start + 26])
     assert without_counts(whole) == without_counts(parts)
+
+
+def test_a_state_of_a_later_release_is_taken_up(new_handler, kit):
+    state, records = kit.MemoryState(), kit.records(*kit.desk_traffic(10))
+    run(new_handler(), state, records)
+    for key, held in state.entries.items():
+        if key.startswith("episode/"):
+            state.entries[key] = ormsgpack.packb([*ormsgpack.unpackb(held), {"more": 1}])
+        if key.endswith("/desk"):
+            desk = json.loads(held)
+            state.entries[key] = json.dumps(desk | {"watch": desk["watch"] | {"more": [1.0]}, "more": 1}).encode()
+    assert run(new_handler(), state, records) == []
 
 
 def test_rebuilt_from_the_log_it_is_the_same_version(new_handler, home, kit):

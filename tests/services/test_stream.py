@@ -329,6 +329,7 @@ def test_a_handler_that_hangs_shows_in_liveness_and_status(log: Log, folder: Pat
     assert "2 records to go" in trouble
     assert stream.status()["lag"] == 2
     assert metric("lag_records", "counting") == 2
+    assert 0.2 < (metric("oldest_waiting_seconds", "counting") or 0) < 60, "since it was appended"
     release.set()
     until(lambda: stream.trouble() is None and stream.lag() == 0)
     stop.set()

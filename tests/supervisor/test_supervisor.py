@@ -27,10 +27,14 @@ import http.server, os, subprocess, sys, signal
 port, mode = int(sys.argv[1]), sys.argv[2]
 if mode == "broken": print("the weights are missing"); sys.exit(1)
 if mode == "refuses": print("serving.url: nonsense"); sys.exit(2)
-if mode == "stubborn": signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "stubborn" in mode: signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if mode == "parent": print("child", subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True)
 class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"ok")
+    def do_GET(self):
+        ill = "ill" in mode and self.path == "/healthz"
+        self.send_response(503 if ill else 200)
+        self.end_headers()
+        self.wfile.write(b'{"ok": false, "trouble": {"learn": "it hangs"}}' if ill else b"ok")
     def log_message(self, *a): pass
 print("pid", os.getpid(), flush=True)
 if mode == "counts":
@@ -46,7 +50,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
 SUPERVISOR = """
 import json, sys
 from pathlib import Path
+from services import supervisor
 from services.supervisor import Service, Stop, Supervisor, ServiceFailed
+supervisor.HEALTH_EVERY = 0.2
 home, drain, wanted = Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3])
 made = [Service(n, (sys.executable, "-c", sys.argv[4], str(port), mode), f"http://127.0.0.1:{port}", {})
         for n, port, mode in wanted]
@@ -126,6 +132,20 @@ def test_restarts_what_dies_and_reaps_everything_at_a_stop(start: Callable[..., 
     assert up.says("DOWN")
     assert len(everybody) == 4
     assert not [pid for pid in everybody if alive(pid)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mode", ["ill", "ill and stubborn"])
+def test_a_service_that_says_it_is_stuck_is_started_again(
+    start: Callable[..., Up], until: Callable[..., Any], mode: str
+) -> None:
+    up = start("good", mode, drain=1)
+    until(lambda: len(up.pids("s1")) >= 2)
+    assert up.says("s1 is stuck and is started again: it hangs")
+    assert up.says("s1 did not stop in time and is killed") == ("stubborn" in mode)
+    assert len(up.pids("s0")) == 1, "one that is well is left alone"
+    up.process.terminate()
+    assert up.process.wait(timeout=60) == 0
 
 
 @pytest.mark.processes

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from everloop.topics import CHANGELOG, TOPICS
 
 BATCH_OVERHEAD = 65_536  # bytes of a record's batch beyond the record itself
+TOMBSTONE_SECONDS = 86_400  # for which a changelog keeps what says that an entry was deleted
+CHANGELOG_SETTINGS = {
+    "segment.bytes": str(64 * 1_048_576),
+    "segment.ms": "3600000",
+    "delete.retention.ms": str(TOMBSTONE_SECONDS * 1000),
+}
+"""Compaction leaves the newest segment alone: with Kafka's own (1 GB, a week) a state is read back with all that it
+was in the meantime."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ def spec_of(name: str, keeping: Keeping) -> TopicSpec:
         "message.timestamp.type": "CreateTime",
         "message.timestamp.after.max.ms": str(2 * 86_400_000),
     }
+    if name.startswith(CHANGELOG):
+        settings |= CHANGELOG_SETTINGS
     if keeping.replicas:
         settings["min.insync.replicas"] = str(max(1, keeping.replicas - 1))
     return TopicSpec(name, partitions, keeping.replicas or -1, settings)

@@ -27,7 +27,7 @@ from kafka import TopicPartition as Partition
 from kafka import errors as kafka_errors
 from kafka.structs import ConsumerGroupMetadata
 
-from everloop.errors import LogError
+from everloop.errors import LogError, RecordTooLarge
 from everloop.log.base import NewRecord, TopicPartition, checked_size
 from everloop.log.kafka.batches import Sent, hand_over
 from everloop.log.kafka.clients import Fenced, abandon
@@ -97,7 +97,7 @@ class FencedWriter:
         except LogError as error:
             raise self._end(error) from error
         except (kafka_errors.KafkaError, ValueError) as error:  # ValueError: a place that the topic does not have
-            raise self._end(self._clients.explain(error, f"writing as {self._name!r}")) from error
+            raise self._undone(self._clients.explain(error, f"writing as {self._name!r}"), end) from error
 
     @property
     def _manager(self) -> Any:
@@ -147,6 +147,26 @@ class FencedWriter:
         self._producer._sender.wakeup()
         if not result.wait(timeout_ms=max(1.0, (end - time.monotonic()) * 1000)):
             raise kafka_errors.KafkaTimeoutError(f"no answer within {self._deadline:g} s")
+
+    def _undone(self, error: LogError, end: float) -> LogError:
+        """What to raise for an error of the transaction. A record that is too large for its topic ends no writer: the
+        transaction is aborted, so that the others can be written without it."""
+        if not isinstance(error, RecordTooLarge):
+            return self._end(error)
+        try:
+            self._abort(end)
+        except kafka_errors.KafkaError as failed:
+            return self._end(self._clients.explain(failed, f"taking back what {self._name!r} wrote"))
+        return error
+
+    def _abort(self, end: float) -> None:
+        """The refused records had numbers already, and the broker takes none behind a gap: so numbers begin anew, with
+        a next epoch, which it gives to the newest writer of the name alone."""
+        self._finish(self._manager.begin_abort(), end)
+        self._manager.bump_producer_id_and_epoch()
+        self._producer._sender.wakeup()
+        while self._manager.is_bumping_epoch() and time.monotonic() < end:
+            time.sleep(0.005)
 
     def _end(self, error: LogError) -> LogError:
         """This writer has ended with ``error``; the broker aborts what it left open when the next one begins."""

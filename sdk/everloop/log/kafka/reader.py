@@ -51,7 +51,9 @@ class Readers:
     def _read(self, consumer: KafkaConsumer, at: TopicPartition, offset: int, end: int, max_records: int) -> list[Any]:
         if consumer.assignment() != {at}:
             consumer.assign([at])
-        consumer.seek(at, offset)
+            consumer.seek(at, offset)
+        elif consumer.position(at, timeout_ms=1000) != offset:  # what it has fetched already goes with a seek
+            consumer.seek(at, offset)
         deadline = time.monotonic() + SECONDS
         while True:
             found = consumer.poll(timeout_ms=500, max_records=max_records).get(at, [])
