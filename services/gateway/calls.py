@@ -172,7 +172,7 @@ class Calls:
         turn.stored = True
         for choice in answer.choices:
             self._turns.answered(turn, choice.message)
-        self._metrics.counted(len(answer.prompt), sum(len(choice.token_ids) for choice in answer.choices))
+        self._metrics.counted(*answer.counted)
         return self._capture.store(events)
 
     async def _unanswered(self, ask: Ask, turn: Turn, stream: _Stream | None, why: str, finish: str) -> None:
