@@ -40,7 +40,7 @@ from everloop.log.kafka.settings import Access
 from everloop.stream import Handler
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 
 from services.partition import Partition, check_changelog
 from services.retry import Retry, Stopping

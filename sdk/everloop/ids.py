@@ -88,9 +88,14 @@ class Ids:
         return RESPONSE + _text(body + self._keyed(8, "response", tenant, body))
 
     @staticmethod
+    def call(raw: bytes) -> str:
+        """The call id of these 8 bytes."""
+        return "call_" + _text(raw)
+
+    @staticmethod
     def call_of(response: str) -> str:
         """The call id that belongs to a response id, whoever made it."""
-        return "call_" + _text(_raw(response.rpartition("-")[2])[16:24])
+        return Ids.call(_raw(response.rpartition("-")[2])[16:24])
 
     def parse_response(self, tenant: str, response: str) -> tuple[str, str]:
         """(episode id, call id) of a response id. Raises ValueError where this tenant never got such a response."""

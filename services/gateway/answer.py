@@ -19,12 +19,12 @@ ENGINE_ONLY = ("prompt_token_ids", "prompt_logprobs", "kv_transfer_params")
 
 @dataclass(slots=True)
 class Choice:
-    """One of the n answers to a request, whole or as far as it came. ``logprobs``: see :class:`Sampled`."""
+    """One of the n answers to a request, whole or as far as it came. Ids and ``logprobs``: see :class:`Sampled`."""
 
     index: int
     message: dict[str, Any]
     finish_reason: str | None = None
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] | bytes = field(default_factory=list)
     logprobs: list[float] | bytes = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
 
@@ -34,16 +34,19 @@ class Answer:
     """What the engine said. ``prompt`` are the prompt's token ids; empty where the engine gave none."""
 
     choices: list[Choice]
-    prompt: list[int] = field(default_factory=list)
+    prompt: list[int] | bytes = field(default_factory=list)
     usage: dict[str, Any] | None = None
     created: int = 0
 
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many tokens there are: (of the prompt, of all choices)."""
+        return _count(self.prompt), sum([_count(choice.token_ids) for choice in self.choices])
+
     def sampled(self, choice: Choice) -> Sampled:
         """What was said of a choice's tokens, and whether the engine counts as many as there are."""
-        completed = sum(len(each.token_ids) for each in self.choices)
-        counted = (len(self.prompt), completed)
         usage = self.usage
-        agreed = usage is None or (usage.get("prompt_tokens"), usage.get("completion_tokens")) == counted
+        agreed = usage is None or (usage.get("prompt_tokens"), usage.get("completion_tokens")) == self.counted
         return Sampled(self.prompt, choice.token_ids, choice.logprobs, agreed, choice.raw_logprobs)
 
 
@@ -136,7 +139,7 @@ class Listener:
             choice = self._choices[index] = Choice(index, {"role": "assistant", "content": None})
             self.answer.choices.append(choice)
         self.answer.prompt = self.answer.prompt or given.get("prompt_token_ids") or []
-        choice.token_ids.extend(given.get("token_ids") or ())
+        choice.token_ids += given.get("token_ids") or []
         choice.logprobs += _logprobs(given.get("logprobs"))
         choice.raw_logprobs.extend(given.get("raw_logprobs") or ())
         _grow(choice.message, given["delta"] if "delta" in given else {"content": given.get("text")})
@@ -169,6 +172,10 @@ def _called(choice: Choice, given: dict[str, Any]) -> None:
     """An answer that calls tools ends because of them: clients wait for just this word."""
     if choice.message.get("tool_calls") and choice.finish_reason == "stop":
         choice.finish_reason = given["finish_reason"] = "tool_calls"
+
+
+def _count(ids: list[int] | bytes) -> int:
+    return ids.count(b",") + 1 if isinstance(ids, bytes) else len(ids)
 
 
 def _logprobs(given: dict[str, Any] | None) -> list[float] | bytes:

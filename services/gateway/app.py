@@ -17,7 +17,7 @@ from everloop.log.embedded import EmbeddedLog
 from everloop.serving.base import Serving
 from prometheus_client import CollectorRegistry
 
-from services.gateway.calls import CODE, Calls
+from services.gateway.calls import CODE, Answered, Calls
 from services.gateway.capture import Capture, load_hook
 from services.gateway.conversations import Conversations
 from services.gateway.door import Door
@@ -35,7 +35,7 @@ from services.gateway.tokens import Tokens
 from services.gateway.turns import Turns
 
 logger = logging.getLogger(__name__)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.Request], Awaitable[Any]]  # what aiohttp can send
 UNDER_WAY = 0.85  # of the drain: for answers under way; the rest is for their events to become durable
 REST = "rest"  # the route that has what no other has
 ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
@@ -123,7 +123,7 @@ class Gateway:
         self._log.close()
 
     def _calling(self, path: Any) -> Handler:
-        async def call(request: web.Request) -> web.StreamResponse:
+        async def call(request: web.Request) -> Answered:
             self.metrics.under_way += 1
             try:
                 return await self._calls.answer(request, path)
@@ -150,7 +150,7 @@ class Gateway:
         duration = self.metrics.duration.labels(route)
         good = codes.labels(route, "200")
 
-        async def guarded(request: web.Request) -> web.StreamResponse:
+        async def guarded(request: web.Request) -> Answered:
             began = time.monotonic()
             code = 499
             try:

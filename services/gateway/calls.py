@@ -38,6 +38,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused, error_fields, from_engine, from_log
 from services.gateway.retries import Finished, Promise, Recovered, Retries
 from services.gateway.turns import Turn, Turns
+from services.gateway.whole import Whole
 
 DONE = b"data: [DONE]\n\n"
 JSON = "application/json"
@@ -47,6 +48,7 @@ LEFT = "client disconnected"
 SLOW = "the answer, or the client that reads it, took too long"
 STOPPED = "the gateway stopped before the answer was whole"
 SOON = {"Retry-After": "1"}
+Answered = web.StreamResponse | Whole
 CODE = web.RequestKey("code", int)
 """The status that counts, where it is known only after another one was sent: a stream that broke."""
 
@@ -77,7 +79,7 @@ class Calls:
         self._recovered = recovered
         self._metrics = metrics
 
-    async def answer(self, request: web.Request, path: Path) -> web.StreamResponse:
+    async def answer(self, request: web.Request, path: Path) -> Answered:
         key = self._door.key(request, "call")
         raw = await self._door.body(request)
         ask = read(path, parse(raw), self._tenants[key.tenant].policies)
@@ -87,7 +89,7 @@ class Calls:
         earlier = await self._retries.earlier(mark) or self._recovered.answer(mark, ask)
         if earlier is not None:
             self._metrics.retries_joined.inc()
-            return _response(earlier)
+            return Whole(earlier)
         turn = self._turns.begin(request, key, ask, mark.name, len(raw))
         with self._retries.answering(mark) as promise:
             return await self._answer(request, ask, turn, promise)
@@ -108,7 +110,7 @@ class Calls:
         finally:
             self._limits.discard(limit)
 
-    async def _answer(self, request: web.Request, ask: Ask, turn: Turn, promise: Promise) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, ask: Ask, turn: Turn, promise: Promise) -> Answered:
         stream = _Stream(request, ask, turn) if ask.stream else None
         try:
             with self._limit() as limit:
@@ -134,7 +136,7 @@ class Calls:
             await self._unanswered(ask, turn, stream, LEFT, "cancelled")
             raise
 
-    async def _whole(self, ask: Ask, turn: Turn, promise: Promise) -> web.Response:
+    async def _whole(self, ask: Ask, turn: Turn, promise: Promise) -> Whole:
         asked = time.monotonic()
         body = await self._complete(ask, turn)
         took = time.monotonic() - asked
@@ -146,7 +148,7 @@ class Calls:
             promise(finished, stored)
             await asyncio.shield(stored)
         self._metrics.added.observe(time.monotonic() - turn.began - took)
-        return _response(finished)
+        return Whole(finished)
 
     async def _stream(self, stream: _Stream, promise: Promise) -> web.StreamResponse:
         ask, turn = stream.ask, stream.turn
@@ -170,7 +172,7 @@ class Calls:
         turn.stored = True
         for choice in answer.choices:
             self._turns.answered(turn, choice.message)
-        self._metrics.counted(len(answer.prompt), sum(len(choice.token_ids) for choice in answer.choices))
+        self._metrics.counted(*answer.counted)
         return self._capture.store(events)
 
     async def _unanswered(self, ask: Ask, turn: Turn, stream: _Stream | None, why: str, finish: str) -> None:
@@ -290,10 +292,6 @@ def _frame(chunk: dict[str, Any]) -> bytes:
 
 def _for(ask: Ask, turn: Turn, version: str) -> dict[str, Any]:
     return {**ask.body, "model": turn.base if version == BASE else version}
-
-
-def _response(finished: Finished) -> web.Response:
-    return web.Response(body=finished.body, headers={**finished.headers, "Content-Type": finished.content_type})
 
 
 def _nothing(finished: Finished, stored: asyncio.Future[None]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from typing import cast
 from urllib.parse import urlsplit
@@ -175,7 +176,8 @@ class Connection(asyncio.Protocol):
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._paused = False
-        self._deadline: asyncio.TimerHandle | None = None
+        self._ends = math.inf  # when the answer must have come; never while there is none to come
+        self._clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -201,10 +203,16 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def ask(self, request: bytes, seconds: float) -> None:
-        """Send a request whose answer must have come within ``seconds``."""
+        """Send a request whose answer must have come within ``seconds``, the same at every call.
+
+        A clock that runs already is left alone: it looks again when it finds that it went off too early.
+        """
         self.framing = Framing()
         self._transport.write(request)
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self._fail, Expired("it took too long"))
+        loop = asyncio.get_running_loop()
+        self._ends = loop.time() + seconds
+        if self._clock is None:
+            self._clock = loop.call_at(self._ends, self._look)
 
     async def head(self) -> Framing:
         """Wait for the answer's status and headers. Raises Broken."""
@@ -236,15 +244,15 @@ class Connection(asyncio.Protocol):
                     pass
 
     def rest(self) -> bool:
-        """Stop the clock; whether the connection may be used again: its answer was read to the end."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        """Wait for nothing; whether the connection may be used again: its answer was read to the end."""
+        self._ends = math.inf
         framing = self.framing
         return framing.done and framing.lasting and not framing.blocks and not self.lost
 
     def close(self) -> None:
-        self.rest()
+        self._ends = math.inf
+        if self._clock is not None:
+            self._clock.cancel()
         self._transport.abort()
 
     async def _more(self) -> None:
@@ -255,6 +263,14 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._clock = None
+        if self._ends <= loop.time():
+            self._fail(Expired("it took too long"))
+        elif self._ends < math.inf:
+            self._clock = loop.call_at(self._ends, self._look)
 
     def _fail(self, error: Exception) -> None:
         self._error = error

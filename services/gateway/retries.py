@@ -48,7 +48,7 @@ IDEMPOTENCY_KEY = "Idempotency-Key"
 
 
 class Finished(NamedTuple):
-    """An answer as it was sent, byte for byte."""
+    """An answer as it was sent, byte for byte. ``headers`` are the gateway's own words: nobody else writes in them."""
 
     body: bytes
     content_type: str

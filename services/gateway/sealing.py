@@ -32,13 +32,14 @@ LOGPROB = re.compile(rb'b":([^,]+)')
 class Sampled(NamedTuple):
     """What an engine said of the tokens of one answer.
 
-    ``logprobs``: one number each sampled token, or the JSON list that they stand in, an object each token.
+    ``prompt`` and ``completion``: ids, or the JSON list of them. ``logprobs``: one number each sampled token, or the
+    JSON list that they stand in, an object each token.
     ``agreed``: the engine's own counts are those of the ids. ``raw``: before temperature and truncation, where the
     engine gives them; else none.
     """
 
-    prompt: list[int]
-    completion: list[int]
+    prompt: list[int] | bytes
+    completion: list[int] | bytes
     logprobs: list[float] | bytes
     agreed: bool
     raw: list[float] = []
@@ -120,13 +121,14 @@ def tokens(sampled: Sampled) -> Fields | None:
     if not sampled.completion:
         return None
     try:
-        numbers = _numbers(sampled.logprobs, len(sampled.completion))
-        prompt, completion = _packed("i", sampled.prompt), _packed("i", sampled.completion)
+        ids = _ids(sampled.completion)
+        numbers = _numbers(sampled.logprobs, len(ids))
+        prompt, completion = _packed("i", _ids(sampled.prompt)), _packed("i", ids)
         logprobs = _packed("f", numbers)
         raw = _packed("f", sampled.raw) if sampled.raw else None
-    except (struct.error, TypeError, OverflowError):
+    except (struct.error, TypeError, OverflowError, orjson.JSONDecodeError):
         return None
-    whole = bool(prompt) and len(numbers) == len(sampled.completion) and math.isfinite(sum(numbers))
+    whole = bool(prompt) and len(numbers) == len(ids) and math.isfinite(sum(numbers))
     return {
         "prompt": prompt,
         "completion": completion,
@@ -136,6 +138,10 @@ def tokens(sampled: Sampled) -> Fields | None:
         "checked": whole and sampled.agreed,
         "routed_experts": None,
     }
+
+
+def _ids(given: list[int] | bytes) -> list[int]:
+    return orjson.loads(given) if isinstance(given, bytes) else given
 
 
 def _numbers(logprobs: list[float] | bytes, count: int) -> list[float]:

@@ -88,8 +88,8 @@ class Turns:
         conversation = Conversation(key.tenant, ask.policy, subject, ask.messages)
         episode = self._episode(request, key, conversation, config, began)
         assignment = self._assignment(key, ask, episode, subject, config, began)
-        response = self._ids.response(key.tenant, episode, self._unique.randbytes(8))
-        call = self._ids.call_of(response)
+        unique = self._unique.randbytes(8)
+        call = self._ids.call(unique)
         if config.explore and ask.pin is None and point("explore", call) < config.explore:
             explore(ask)
         capture_fields(ask.route, ask.body)
@@ -100,7 +100,7 @@ class Turns:
             assignment=assignment,
             served=assignment.version,
             pinned=ask.pin is not None,
-            response=response,
+            response=self._ids.response(key.tenant, episode, unique),
             episode=episode,
             call=call,
             subject=subject,

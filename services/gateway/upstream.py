@@ -24,8 +24,8 @@ REQUESTS = itertools.count()
 class HttpServing:
     """An engine at ``url``. Implements ``everloop.serving.base.Serving``; made and used inside one event loop.
 
-    ``brief``: log-probabilities of a lone answer, where no alternatives were asked for, may be left as JSON (see
-    ``brief.loads``).
+    ``brief``: log-probabilities and token ids of a lone answer, where no alternatives were asked for, may be left as
+    JSON (see ``brief.loads``).
     """
 
     def __init__(self, url: str, *, timeout: float = 300.0, brief: bool = False) -> None:

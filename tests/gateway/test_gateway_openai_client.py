@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
+import orjson
 import pytest
 
 ASK: dict[str, Any] = {"model": "assistant", "messages": [{"role": "user", "content": "Where is my card?"}]}
@@ -196,3 +200,27 @@ async def test_of_several_answers_in_one_chunk_each_comes_in_its_order(bench: An
             said[choice.index] += choice.delta.content or ""
     assert said == {0: "a c", 1: "b d e"}
     assert {event.payload.output.text for event in bench.events()} == set(said.values())
+
+
+async def test_an_answer_says_how_it_ends_and_the_connection_goes_on_only_where_the_client_wants_it(bench: Any) -> None:
+    for first, ending, lasts in (
+        (b"HTTP/1.1", b"", True),
+        (b"HTTP/1.1", b"Connection: close\r\n", False),
+        (b"HTTP/1.0", b"", False),
+        (b"HTTP/1.0", b"Connection: keep-alive\r\n", False),
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(bench.url).port)
+        head = b"POST /v1/chat/completions %b\r\nHost: here\r\nAuthorization: Bearer %b\r\nContent-Length: %d\r\n%b\r\n"
+        body = orjson.dumps(ASK)
+        request = head % (first, bench.key.encode(), len(body), ending) + body
+        for _ in range(1 + lasts):
+            writer.write(request)
+            said = (await reader.readuntil(b"\r\n\r\n")).decode()
+            headers = dict(line.split(": ", 1) for line in said.splitlines()[1:-1])
+            assert said.startswith("HTTP/1.1 200 OK\r\n")
+            assert parsedate_to_datetime(headers["Date"]).tzinfo is not None
+            assert headers.get("Connection") == (None if lasts else "close")
+            answer = orjson.loads(await reader.readexactly(int(headers["Content-Length"])))
+            assert answer["choices"][0]["message"]["content"]
+        assert lasts or not await reader.read()
+        writer.close()
