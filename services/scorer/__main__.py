@@ -36,7 +36,6 @@ from services.scorer.metrics import RewardMetrics
 from services.service import Service, main
 from services.stream import share
 
-
 AT_ONCE = 32
 """Episodes of a batch where workers share partitions: about a second's work, all of it in ``flush``."""
 
