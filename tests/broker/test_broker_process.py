@@ -14,7 +14,6 @@ import pytest
 import yaml
 from everloop.cli.main import main
 
-from services.broker import process
 from services.broker.jars import KAFKA, RECIPE, NoBroker
 from services.broker.process import Broker
 from services.broker.settings import ADMIN, Secured, Settings, properties
@@ -77,7 +76,9 @@ def test_it_is_started_found_killed_and_stopped(tmp_path: Path) -> None:
     assert again.start() == 0.0, "it runs already"
     broker.kill()
     assert again.pid is None
-    assert broker.start() < process.READY_SECONDS, "at the same port, on the same data"
+    again_after = broker.start()
+    print(f"started again after {again_after:.1f} s")
+    assert again_after < 15, "at the same port, on the same data"
     assert again.address == broker.address
     broker.freeze()
     assert again.stop() is True, "a frozen one too"
