@@ -176,6 +176,27 @@ def test_what_an_operator_watches_is_in_the_metrics(
     assert sum(worker.worker.status()["offsets"].values()) == KEYS * 5
 
 
+def test_what_is_not_committed_or_was_given_up_is_not_handled(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until
+) -> None:
+    log.partitions("events")
+    given_up, open_still = log.fenced("given up"), log.fenced("open")
+    for writer in (given_up, open_still):
+        writer._producer.begin_transaction()
+        for sent in writer._send([NewRecord("events", f"k{k}", b"never", {"id": f"{k}"}) for k in range(KEYS)]):
+            sent.wait(time.monotonic() + 30)
+    log.fenced("given up").close()
+    worker = work(tmp_path)
+    until(lambda: len(worker.worker.handlers()) == 4, deadline=30)
+    time.sleep(3.0)  # in which all of it would be fetched and handled
+    assert worker.worker.handled == 0
+    log.fenced("open").close()
+    feed(log, 1)
+    until(lambda: worker.worker.handled == KEYS, deadline=30)
+    time.sleep(0.5)
+    assert worker.worker.handled == KEYS, "what was committed, and no more"
+
+
 def test_a_partition_that_hangs_is_seen_though_the_others_go_on(
     log: KafkaLog, tmp_path: Path, work: Any, until: Until, counting: Any
 ) -> None:
