@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from everloop import wire
 from everloop.config import Config
-from everloop.episode import Episode
+from everloop.episode import Episode, Turn
 from everloop.errors import LogError
 from everloop.event import Call, Ended, Event, FeedbackGiven, Message
 from everloop.feedback import Feedback
@@ -26,7 +26,7 @@ from everloop.home import Home
 from everloop.log import NewRecord, partition_of
 from everloop.log.kafka.log import KafkaLog
 from everloop.run import DeadLetter
-from everloop.topics import CHANGELOG, EPISODES, EVENTS
+from everloop.topics import CHANGELOG, EPISODES, EVENTS, HANDLERS, SCORES
 from prometheus_client import REGISTRY
 
 from pipelines.assemble import Assembler
@@ -365,13 +365,31 @@ def test_one_more_worker_is_started_by_a_command(url: str, log: KafkaLog, tmp_pa
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "is nobody's home yet" in refused.stderr
     Home(tmp_path).secret()
+    check_worker(command, tmp_path, "assemble", lambda: until(lambda: sum(log.end_offsets(EPISODES.name)), deadline=60))
+
+
+@pytest.mark.processes
+@pytest.mark.models
+def test_one_more_scorer_is_started_by_a_command(url: str, log: KafkaLog, tmp_path: Path, until: Until) -> None:
+    payload = words("ep_1")[0].payload
+    assert isinstance(payload, Call)
+    episode = Episode(
+        tenant="acme", policy="desk", id="ep_1", version=1, started=1.0, updated=1.0, turns=(Turn(call=payload),)
+    )
+    log.append([NewRecord(EPISODES.name, episode.key, wire.encode(episode), {}, 1.0, episode.route)])
+    Home(tmp_path).secret()
+    command = [sys.executable, "-m", "everloop.cli.main", "worker", "score", "--home", str(tmp_path), "--log", url]
+    check_worker(command, tmp_path, "score", lambda: until(lambda: sum(log.end_offsets(SCORES.name)), deadline=90))
+
+
+def check_worker(command: list[str], home: Path, handler: str, does_its_work: Callable[[], object]) -> None:
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        until(lambda: sum(log.end_offsets(EPISODES.name)) > 0, deadline=60)
-        (announced,) = (tmp_path / "run").glob("assembler-*.json")
+        does_its_work()
+        (announced,) = (home / "run").glob(f"{HANDLERS[handler]}-*.json")
         address = json.loads(announced.read_text())["url"]
         with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
-            assert 'everloop_handler_rebalances_total{handler="assemble"} 1.0' in answer.read().decode()
+            assert f'everloop_handler_rebalances_total{{handler="{handler}"}} 1.0' in answer.read().decode()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:

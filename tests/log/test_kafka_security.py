@@ -179,7 +179,7 @@ def told(start_seconds: float, tmp_path: Path, url: str, *arguments: str, **sett
 def test_a_command_that_reaches_no_broker_says_so(
     tmp_path: Path, start_seconds: float, arguments: tuple[str, ...]
 ) -> None:
-    Home(tmp_path / "home").made()
+    Home(tmp_path / "home").secret()  # a worker asks for a home that is known
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         silent_port, free_port = silent.getsockname()[1], nobody.getsockname()[1]
@@ -199,7 +199,7 @@ def test_what_cannot_begin_says_why(
     start_seconds: float,
     arguments: tuple[str, ...],
 ) -> None:
-    Home(tmp_path / "home").made()
+    Home(tmp_path / "home").secret()  # a worker asks for a home that is known
     at, its = f"kafka://{secured.address}", {"security": "sasl", "ca_file": authority[0]}
     admin, stranger = ({"username": name, "password": f"password-of-{name}"} for name in (ADMIN, f"{PREFIX}-learner"))
 
