@@ -11,9 +11,10 @@ Handlers work in threads of their own, so heartbeats go on meanwhile. Faust comm
 offsets are committed with what the records gave, and a partition knows from its state where to go on. So whatever
 Faust delivers twice is skipped, and what it leaves out is read from the log.
 
-At a rebalance each partition finishes the record it is at, flushes, commits, and lets go; where that takes longer than
-half a session, whoever has it next takes its writer's name, and this process ends. So a batch must not be more than is
-flushed in that time. What fails, or was fenced, ends the process before anything of its batch is committed; it is started anew.
+At a rebalance each partition finishes the record it is at, flushes, commits, and lets go. Where that takes longer than
+half a session, whoever has it next takes its writer's name, and this process ends: a batch must be no more than is
+flushed in that time. What fails, or was fenced, ends the process before anything of its batch is committed; it is
+started anew.
 """
 
 from __future__ import annotations

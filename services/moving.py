@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from itertools import islice
 from typing import NamedTuple
 
 from everloop.errors import EverloopError
@@ -35,7 +34,7 @@ SHARED = {
     "score": (EPISODES.name, "reward.handler", "RewardHandler"),
 }
 """By handler: its topic, and the class that knows its state."""
-AT_ONCE = 500  # entries of one transaction
+AT_ONCE, AT_ONCE_BYTES = 500, 8_388_608  # entries of one transaction, and bytes in them
 LOOK_SECONDS = 2.0  # for which nothing must come to a topic
 
 
@@ -178,6 +177,12 @@ def _without_a_double(changelog: Changelog, entries: Mapping[str, bytes]) -> dic
 
 
 def _pieces(entries: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-    left = iter(entries.items())
-    while piece := dict(islice(left, AT_ONCE)):
+    piece, size = dict[str, bytes](), 0
+    for key, value in entries.items():
+        if piece and (len(piece) >= AT_ONCE or size + len(value) > AT_ONCE_BYTES):
+            yield piece
+            piece, size = {}, 0
+        piece[key] = value
+        size += len(value)
+    if piece:
         yield piece

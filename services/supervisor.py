@@ -81,8 +81,11 @@ class Service:
 
 @dataclass
 class Child:
-    """One service's process. ``deaths`` counts those in a row, ``ill`` the times in a row that its health was bad; times
-    are of a monotonic clock, in seconds. ``kill_at``: it was asked to end for that, and has until then."""
+    """One service's process. Times are of a monotonic clock, in seconds.
+
+    ``deaths`` counts those in a row, ``ill`` the times in a row that its health was bad. ``kill_at``: it was asked to
+    end for that, and has until then.
+    """
 
     service: Service
     process: subprocess.Popen[bytes] | None = None

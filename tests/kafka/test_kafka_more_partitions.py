@@ -188,6 +188,14 @@ def test_what_lies_where_it_does_not_belong_takes_no_other_s_place(log: KafkaLog
     more.close()
 
 
+def test_a_transaction_is_bounded_by_entries_and_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "AT_ONCE", 3)
+    monkeypatch.setattr(moving, "AT_ONCE_BYTES", 100)
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 60, "e": 41, "f": 500, "g": 1}
+    pieces = [list(piece) for piece in moving._pieces({key: bytes(size) for key, size in sizes.items()})]
+    assert pieces == [["a", "b", "c"], ["d"], ["e"], ["f"], ["g"]]
+
+
 def test_cut_short_it_lets_no_worker_start_and_goes_on_where_it_stopped(
     log: KafkaLog, url: str, tmp_path: Path, work: Any, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,8 @@ def test_a_worker_that_joins_under_a_backlog_ends_nobody(
 
     log.append([episode(policy, number, str(number)) for number in range(250) for policy in policies.values()])
     first = start("first")
-    until(lambda: first.worker.handled > 0, deadline=40)
+    until(lambda: len(first.worker.handlers()) == 4, deadline=40)
+    time.sleep(2.0)  # it is in the middle of its first batches
     second = start("second")
     until(lambda: second.worker.handled > 0 or first.ended, deadline=60)
     assert first.worker.lag() > 0, "there was a backlog, or this shows nothing"

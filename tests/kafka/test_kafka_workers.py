@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from everloop import wire
 from everloop.config import Config
-from everloop.episode import Episode
+from everloop.episode import Episode, Turn
 from everloop.errors import LogError
 from everloop.event import Call, Ended, Event, FeedbackGiven, Message
 from everloop.feedback import Feedback
@@ -26,7 +26,7 @@ from everloop.home import Home
 from everloop.log import NewRecord, partition_of
 from everloop.log.kafka.log import KafkaLog
 from everloop.run import DeadLetter
-from everloop.topics import CHANGELOG, EPISODES, EVENTS
+from everloop.topics import CHANGELOG, EPISODES, EVENTS, HANDLERS, SCORES
 from prometheus_client import REGISTRY
 
 from pipelines.assemble import Assembler
@@ -174,6 +174,27 @@ def test_what_an_operator_watches_is_in_the_metrics(
     until(lambda: (metric("progress_age_seconds") or 9) < 1.5)
     assert worker.worker.trouble() is None
     assert sum(worker.worker.status()["offsets"].values()) == KEYS * 5
+
+
+def test_what_is_not_committed_or_was_given_up_is_not_handled(
+    log: KafkaLog, tmp_path: Path, work: Any, until: Until
+) -> None:
+    log.partitions("events")
+    given_up, open_still = log.fenced("given up"), log.fenced("open")
+    for writer in (given_up, open_still):
+        writer._producer.begin_transaction()
+        for sent in writer._send([NewRecord("events", f"k{k}", b"never", {"id": f"{k}"}) for k in range(KEYS)]):
+            sent.wait(time.monotonic() + 30)
+    log.fenced("given up").close()
+    worker = work(tmp_path)
+    until(lambda: len(worker.worker.handlers()) == 4, deadline=30)
+    time.sleep(3.0)  # in which all of it would be fetched and handled
+    assert worker.worker.handled == 0
+    log.fenced("open").close()
+    feed(log, 1)
+    until(lambda: worker.worker.handled == KEYS, deadline=30)
+    time.sleep(0.5)
+    assert worker.worker.handled == KEYS, "what was committed, and no more"
 
 
 def test_a_partition_that_hangs_is_seen_though_the_others_go_on(
@@ -344,13 +365,31 @@ def test_one_more_worker_is_started_by_a_command(url: str, log: KafkaLog, tmp_pa
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "is nobody's home yet" in refused.stderr
     Home(tmp_path).secret()
+    check_worker(command, tmp_path, "assemble", lambda: until(lambda: sum(log.end_offsets(EPISODES.name)), deadline=60))
+
+
+@pytest.mark.processes
+@pytest.mark.models
+def test_one_more_scorer_is_started_by_a_command(url: str, log: KafkaLog, tmp_path: Path, until: Until) -> None:
+    payload = words("ep_1")[0].payload
+    assert isinstance(payload, Call)
+    episode = Episode(
+        tenant="acme", policy="desk", id="ep_1", version=1, started=1.0, updated=1.0, turns=(Turn(call=payload),)
+    )
+    log.append([NewRecord(EPISODES.name, episode.key, wire.encode(episode), {}, 1.0, episode.route)])
+    Home(tmp_path).secret()
+    command = [sys.executable, "-m", "everloop.cli.main", "worker", "score", "--home", str(tmp_path), "--log", url]
+    check_worker(command, tmp_path, "score", lambda: until(lambda: sum(log.end_offsets(SCORES.name)), deadline=90))
+
+
+def check_worker(command: list[str], home: Path, handler: str, does_its_work: Callable[[], object]) -> None:
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        until(lambda: sum(log.end_offsets(EPISODES.name)) > 0, deadline=60)
-        (announced,) = (tmp_path / "run").glob("assembler-*.json")
+        does_its_work()
+        (announced,) = (home / "run").glob(f"{HANDLERS[handler]}-*.json")
         address = json.loads(announced.read_text())["url"]
         with urllib.request.urlopen(f"{address}/metrics", timeout=10) as answer:
-            assert 'everloop_handler_rebalances_total{handler="assemble"} 1.0' in answer.read().decode()
+            assert f'everloop_handler_rebalances_total{{handler="{handler}"}} 1.0' in answer.read().decode()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:

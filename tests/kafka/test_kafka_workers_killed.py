@@ -66,8 +66,10 @@ def test_another_goes_on_where_a_worker_stopped_whose_disk_is_lost(
     shutil.rmtree(tmp_path / "first")
     feed(log, 5, EACH)
     start(tmp_path / "second")
-    until(lambda: done() > KEYS * 5, deadline=30)
-    assert time.monotonic() - killed < 60, "seconds from the kill to the first record that the other committed"
+    until(lambda: done() > KEYS * 5, deadline=90)
+    took = time.monotonic() - killed
+    print(f"{took:.1f} s from the kill to the first record that the other committed")
+    assert took < 40, "a session of 6 s, and a process that starts on busy cores"
     until(lambda: done() == KEYS * EACH, deadline=30)
     assert said() == WHOLE, "it counted on"
 

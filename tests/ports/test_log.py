@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everloop import wire
 from everloop.errors import LogError, RecordTooLarge
 from everloop.log import Consumer, Log, NewRecord, Record, connect, partition_of
+from everloop.score import Score
 
 
 def sqlite_url(request: pytest.FixtureRequest) -> str:
@@ -133,6 +135,33 @@ def test_no_event_time_means_that_of_the_append(log: Log) -> None:
     first, second = everything(log)
     assert first.time > 1_700_000_000
     assert second.time == 5.0
+
+
+class Later(Score):
+    """A score as the next release has it: one field is new, and may be missing where the older one wrote."""
+
+    schema_version: int = 2
+    mood: str = "unknown"
+
+
+SCORE = {
+    "tenant": "acme", "policy": "desk", "episode": "ep_1", "version": 1, "call": "c1", "reward_version": "r1",
+    "value": 0.5, "spread": 0.1, "reward": 0.4, "mask": True, "source": "model", "time": 1000.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", [Score, Later])
+@pytest.mark.parametrize("writer", [Score, Later])
+def test_releases_that_follow_each_other_read_each_other_s_records(
+    log: Log, writer: type[Score], reader: type[Score]
+) -> None:
+    more = {"mood": "calm"} if writer is Later else {}
+    (at,) = log.append([NewRecord("scores", "acme/ep_1", wire.encode(writer(**SCORE, **more)), {"schema": "Score"})])
+    (record,) = log.read(*at)
+    read = wire.decode(reader, record.value or b"")
+    assert (read.value, read.schema_version) == (0.5, 2 if writer is Later else 1)
+    passed_on = wire.decode(Later, wire.encode(read))
+    assert passed_on.mood == more.get("mood", "unknown"), "what one does not know survives it"
 
 
 def test_records_of_a_key_keep_their_order_in_one_partition(log: Log) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 
 from everloop.log.kafka.settings import Access, Address
 
@@ -11,8 +12,9 @@ SECONDS = 2.0
 
 
 def why_silent(address: Address, access: Access) -> str:
-    """One sentence with cause and mend, from looking at each server in turn; takes up to 4 s a server."""
-    return "; ".join(dict.fromkeys(_look(server, access) for server in address.servers[:2]))
+    """One sentence with cause and mend, from looking at two servers at once; takes up to 4 s."""
+    with ThreadPoolExecutor() as pool:
+        return "; ".join(dict.fromkeys(pool.map(lambda server: _look(server, access), address.servers[:2])))
 
 
 def _look(server: str, access: Access) -> str:
