@@ -141,17 +141,17 @@ class RewardHandler:
 
     def _encode(self) -> None:
         """Bring the vectors of the whole batch into the encoders' memory, from which every later step reads them."""
-        texts: dict[str, dict[str, None]] = {}
+        texts: dict[int, tuple[Vectors, dict[str, None]]] = {}
         for read in self._waiting:
-            encoder = self._reward_config(read.episode.tenant, read.episode.policy).encoder
-            ours = texts.setdefault(encoder, {})
+            encoder = self._desks[read.episode.tenant, read.episode.policy].live.encoder
+            _, ours = texts.setdefault(id(encoder), (encoder, {}))
             for example in read.examples:
                 ours.update({example.prompt: None, example.answer: None})
             for _, lesson in read.lessons:
                 if isinstance(lesson, Pair):
                     ours.update({lesson.chosen: None, lesson.rejected: None})
-        for name, ours in texts.items():
-            self._encoders(name).encode(list(ours))
+        for encoder, ours in texts.values():
+            encoder.encode(list(ours))
 
     def _take(self, state: State, read: Read) -> list[NewRecord]:
         """Learn from one episode version and score what changed in it; nothing where it was taken before."""
