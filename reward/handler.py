@@ -33,7 +33,7 @@ from reward import evidence
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
-from reward.model import Estimate, Label, Pair, Vectors
+from reward.model import Estimate, Label, Pair, Trace, Vectors
 
 Encoders = Callable[[str], Vectors]
 """The encoder of a configured name; the same object for the same name."""
@@ -52,7 +52,11 @@ class Read:
 
 @dataclass
 class Known:
-    """What is remembered of an episode. ``calls``: by call id, what was expected and what it was scored by."""
+    """What is remembered of an episode.
+
+    ``calls``: by call id, what was expected, what it was scored by, and under ``taught`` the trace of each label
+    that was learned, by its id.
+    """
 
     version: int = -1
     learned: list[str] = field(default_factory=list)
@@ -179,6 +183,7 @@ def teaches(episode: Episode) -> bool:
 def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Learn each word that was not learned before; note what was expected of a call before its first label."""
     outputs = []
+    _take_back(desk, read, known)
     for number, lesson in read.lessons:
         if lesson.id in known.learned:
             continue
@@ -188,12 +193,24 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             lesson = replace(lesson, watched=first)
         expected, due = desk.learn(lesson)
         known.learned.append(lesson.id)
+        if desk.live.trace is not None:
+            call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             desk.watch.labels.add(lesson.value)
         if due:
             outputs.append(version_record(desk, read.episode.updated))
     return outputs
+
+
+def _take_back(desk: Desk, read: Read, known: Known) -> None:
+    """Undo the labels that were revised or withdrawn, so that a word said again later is learned again."""
+    standing = {lesson.id for _, lesson in read.lessons}
+    for turn, example in zip(read.episode.turns, read.examples, strict=True):
+        taught = known.call(turn.call.id).get("taught", {})
+        for name in [name for name in taught if name not in standing]:
+            desk.live.take_back(name, example, Trace(*taught.pop(name)))
+            known.learned.remove(name)
 
 
 def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipelines.assemble import Assembler
 from reward import encoder
+from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import RewardModel
 
@@ -203,6 +204,40 @@ def test_revised_feedback_is_learned_and_the_first_expectation_stays(new_handler
     assert one.predicted == two.predicted
     assert two.reward < one.reward
     assert handler.status()["default/assistant"]["updates"] == 2
+
+
+@pytest.mark.parametrize("about", ["call", "whole"])
+@pytest.mark.parametrize(
+    ("changes", "last"), [((1, -1, 1), 1), ((-1, 1, -1), -1), ((1, -1, 1, -1), -1), ((1, None), None)]
+)
+def test_a_word_that_is_changed_to_and_fro_leaves_what_the_last_one_leaves(new_handler, kit, about, changes, last):
+    """None: withdrawn. What is summed is the same; the heads' steps cannot be undone, and point the right way."""
+    turns = (("card please", "card desk"), ("loan now", "loan desk"))
+
+    def taught(*values):
+        handler, state = new_handler(), kit.MemoryState()
+        run(handler, state, kit.records(*kit.desk_traffic(40)))
+        for number, value in enumerate(values):
+            words = () if value is None else (kit.thumb(value, f"w{number}", float(number)),)
+            said = {"feedback": words} if about == "call" else {}
+            one = kit.episode("e", *turns, version=number + 1, **said)
+            if about == "whole":
+                one = one.model_copy(update={"feedback": words})
+            run(handler, state, kit.records(one, start=40 + number))
+        return handler._desks["default", "assistant"].live
+
+    there, straight, against = taught(*changes), taught(*() if last is None else (last,)), taught(-(last or 1))
+    assert there.seen == straight.seen
+    assert there.prototypes.rows == straight.prototypes.rows or last is None
+    for name in ("good", "bad", "counts", "totals"):
+        ours, theirs = getattr(there.prototypes, name), getattr(straight.prototypes, name)
+        np.testing.assert_allclose(ours, theirs, atol=0.06)
+    assert sum(lesson.weight for lesson in there.reservoir.lessons) == pytest.approx(
+        sum(lesson.weight for lesson in straight.reservoir.lessons)
+    )
+    if last is not None:
+        value, expected, other = (m.estimate([Example(*turns[1])])[0].value for m in (there, straight, against))
+        assert abs(value - expected) < abs(value - other)
 
 
 def test_what_is_no_episode_is_refused_at_once(new_handler, kit):
