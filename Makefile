@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(VENV)/uv/bin/uv
-STAMP := $(VENV)/.installed
-# A smaller build of torch (CPU only) from an index that you name: make demo TORCH_INDEX=<url>
-TORCH_INDEX ?=
+# A smaller build of torch (CPU only) from an index that you name: make demo TORCH_INDEX=<url>. It is remembered; an
+# empty TORCH_INDEX= goes back to the locked build, which brings CUDA.
+TORCH_INDEX ?= $(shell cat $(VENV)/.torch-index 2>/dev/null)
+STAMP := $(VENV)/.installed$(if $(TORCH_INDEX),-torch-$(shell printf %s '$(TORCH_INDEX)' | cksum | cut -d ' ' -f 1))
+LOCKED := $(if $(TORCH_INDEX),$(VENV)/torchless.lock,requirements.lock)
 # On Kafka: make demo LOG=kafka (the broker of 'make kafka'), or LOG=kafka://<host>:9092
 LOG ?=
 LOG_URL := $(if $(filter kafka,$(LOG)),kafka://127.0.0.1:9092,$(LOG))
@@ -20,17 +22,22 @@ help:            ## this list
 
 install: $(STAMP) ## set up .venv from requirements.lock
 
-$(STAMP): requirements.lock pyproject.toml sdk/pyproject.toml
+$(VENV)/torchless.lock: requirements.lock
+	@mkdir -p $(VENV)
+	@awk '/^[^ \t#]/ { keep = !/^(torch==|triton==|nvidia-|cuda-)/ } keep' requirements.lock > $@
+
+$(STAMP): $(LOCKED) pyproject.toml sdk/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Everloop needs Python 3.11 or later; $$($(PYTHON) --version) found. Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@test -x $(UV) || { $(PYTHON) -m venv $(VENV)/uv && $(VENV)/uv/bin/pip install --quiet --disable-pip-version-check 'uv==0.13.9'; }
 	@test -x $(BIN)/python || $(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
 	@echo "Installing the locked dependencies (the first time takes a minute or more) …"
-	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
-	@if [ -n "$(TORCH_INDEX)" ]; then $(UV) pip install --quiet --python $(BIN)/python --reinstall-package torch --no-deps \
+	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes $(LOCKED)
+	@if [ -n "$(TORCH_INDEX)" ]; then $(UV) pip install --quiet --python $(BIN)/python --no-deps \
 	  --default-index "$(TORCH_INDEX)" "$$(grep -oE '^torch==[0-9.]+' requirements.lock)"; fi
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --config-settings editable_mode=compat -e sdk -e .
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # so that no start compiles them again
+	@rm -f $(VENV)/.installed* && printf %s '$(TORCH_INDEX)' > $(VENV)/.torch-index
 	@touch $@
 
 demo: $(STAMP)   ## close the loop on real messages and show the improvement

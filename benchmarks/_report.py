@@ -121,11 +121,16 @@ def publish(
     aims: Sequence[Aim] = (),
     *,
     quick: bool = False,
+    part: bool = False,
     notes: Sequence[str] = (),
     folder: Path = RESULTS,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Print the table, the machine and the aims; write ``<folder>/<name>.json``. Returns the file's path."""
+    """Print the table, the machine and the aims; write ``<folder>/<name>.json``. Returns the file's path.
+
+    A quick form, or a part of the benchmark, goes to a file of its own beside it, which git ignores: what documents
+    cite is the whole one.
+    """
     about = machine()
     say(table(rows))
     said = ", ".join(f"{key}: {value}" for key, value in about.items())
@@ -144,7 +149,7 @@ def publish(
         "time": round(time.time()),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = folder / f"{name}{'-quick' if quick else '-part' if part else ''}.json"
     path.write_text(json.dumps(_finite(result), indent=1, default=float) + "\n", encoding="utf-8")
     return path
 

@@ -56,6 +56,9 @@ def main() -> int:
     except (IndexError, ValueError):
         print(f"the demo ended with status {done.returncode} and no result; its last words: {lines[-3:]}")
         return 1
+    if said["seconds_by_phase"] is None:
+        print(f"the demo ended with status {done.returncode} and no result: {said['trouble']}")
+        return 1
     rows = [{"phase": phase, "seconds": seconds} for phase, seconds in said["seconds_by_phase"].items()]
     rows.append({"phase": "in all", "seconds": said["seconds"]})
     shown = ("data", "messages", "accuracy_before", "accuracy_after", "corrected_then_right")

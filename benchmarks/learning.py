@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found[arm, seed] = json.loads(path.read_text())
     reached = [cell["cycles"][-1]["accuracy"] for (arm, _), cell in found.items() if arm == MAIN]
     aims = [_report.aim("held-out exact match of the main line", 0.65, statistics.fmean(reached))] if reached else []
-    _report.publish("learning", rows(found), aims, quick=options.quick, notes=notes(found))
+    part = bool(options.cell)
+    _report.publish("learning", rows(found), aims, quick=options.quick, part=part, notes=notes(found))
     return 0
 
 

@@ -4,8 +4,10 @@ All checks must pass, else the incumbent stays:
 
 =========  ==========================================================================================
 files      the engine could take them (names, shapes, finite values); found out before, given here
-gold       the mean gain is above 0, and by a paired bootstrap its lower bound at or above ``min_gain``
-skills     topics learned earlier, in pools of at least 400 items, lose at most ``old_skill_loss``
+gold       the mean gain is above 0, and by a paired bootstrap its lower bound at or above ``min_gain``: with one
+           below 0, as by default, a larger loss is ruled out, and a gain beyond chance is not shown
+skills     topics learned earlier, in pools of at least 400 items, lose at most ``old_skill_loss``; where there are
+           fewer items, only what is certain to be a larger loss fails, and the decision says so
 slices     no slice loses more than ``slice_loss`` beyond chance
 kl         nats a token to the base, over the candidate's answers, at most ``max_kl``; not known: a person decides
 behaviour  empty, cut-off, refusing and off-format answers do not become more frequent beyond chance, and the mean
@@ -172,8 +174,10 @@ def _old_skills(evidence: Evidence, config: GateConfig) -> Check:
         return Check("skills", True, "no topic was learned yet", {"pools": 0})
     bound, worst, size = min(losses)
     passed = bound >= -config.old_skill_loss
-    numbers = {"pools": len(losses), "worst": worst, "size": size, "limit": -config.old_skill_loss}
+    numbers = {"pools": len(losses), "worst": worst, "bound": bound, "size": size, "limit": -config.old_skill_loss}
     says = f"old skills {_points(worst)} points" + ("" if passed else f", below {_points(-config.old_skill_loss)}")
+    if size < POOL:
+        says += f" (only {size} items, so by their upper bound {_points(bound)}: a larger loss could go unseen)"
     return Check("skills", passed, says, numbers)
 
 

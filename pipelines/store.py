@@ -25,6 +25,7 @@ import pyarrow as pa
 from everloop import wire
 from everloop.episode import Episode
 from everloop.errors import EverloopError
+from everloop.score import Score
 from everloop.wire import BlobStore
 
 from pipelines import compaction, views
@@ -78,6 +79,13 @@ class Store:
         )
         for envelope in found.column("envelope"):
             yield wire.decode(Episode, envelope.as_py(), self._blobs)
+
+    def scores(self, tenant: str, policy: str) -> Iterator[Score]:
+        """The newest score of each call of a policy, in no order."""
+        named = ", ".join(f'"{name}"' for name in Score.model_fields if name != "schema_version")
+        found = self.sql(f"SELECT {named} FROM scores WHERE tenant = ? AND policy = ?", [tenant, policy])
+        for batch in found.to_batches(AT_ONCE):
+            yield from (Score(**row) for row in batch.to_pylist())
 
     def versions(self, tenant: str, policy: str, wanted: Mapping[str, int]) -> Iterator[Episode]:
         """The given version of each given episode of a policy, as contracts, in no order; what is gone is left out."""

@@ -22,6 +22,10 @@ from reward.model import Label, Pair, RewardModel, Vectors
 from reward.watch import Watch
 
 logger = logging.getLogger(__name__)
+WAY_OUT = (
+    "Set this policy's [reward] encoder, heads and reservoir back; or, to learn again what the log still has, stop the "
+    "reward service and delete its state (state/score.db below the home; docs/operations.md for Kafka)"
+)
 
 
 class Desk:
@@ -39,19 +43,17 @@ class Desk:
         self._writes = 0
 
     def read(self, state: State) -> Desk:
-        """Take up what the state holds; returns itself. Where it belongs to another encoder or size, start anew."""
+        """Take up what the state holds; returns itself.
+
+        Raises ContractError where it belongs to another encoder or size: what was learned is nobody's to delete here.
+        """
         pieces = {key.removeprefix(self.prefix): value for key, value in state.scan(self.prefix)}
         desk = json.loads(pieces.pop("desk", b"{}"))
-        if not durable.restore(self.live, pieces.items()):
-            if pieces:
-                logger.warning(
-                    "reward model of %s/%s: encoder or size changed, so it starts anew from here; to learn the "
-                    "history again, stop the reward service and delete its state",
-                    *(self.tenant, self.policy),
-                )
-                for name in pieces:
-                    state.delete(self.prefix + name)
-            return self
+        try:
+            if not durable.restore(self.live, pieces.items()):
+                return self
+        except ContractError as error:
+            raise ContractError(f"{self.tenant}/{self.policy}: {error}. {WAY_OUT}") from None
         self._writes = desk["writes"]
         self.watch = Watch(self.live.config.window, **desk["watch"])
         self._score_with(desk["version"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from everloop.errors import ContractError
 
+from reward.encoder import precisions
 from reward.heads import Lesson
 from reward.model import RewardModel
 
@@ -41,18 +42,17 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
 def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
     """Make a new ``model`` what it was when the pieces were packed.
 
-    ``pieces`` in ascending order of their names, as a scan of the state gives them. Returns False, with the model
-    as it was, where there are none, or where they belong to another encoder or size.
+    ``pieces`` in ascending order of their names, as a scan of the state gives them. The model goes on with the
+    encoder's arithmetic that they were made with. Returns False, with the model as it was, where there are none.
 
-    Raises ContractError where a piece is cut short.
+    Raises ContractError where they belong to another encoder or size, or a piece is cut short.
     """
     held = dict(pieces)
     if "core" not in held:
         return False
     try:
         core = _unpack_core(held.pop("core"))
-        if core["shape"] != shape_of(model):
-            return False
+        _take_encoder(model, core["shape"])
         for name, value in sorted(held.items()):
             kind, _, number = name.partition("/")
             if kind == "answer":
@@ -63,6 +63,18 @@ def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
     except (ValueError, KeyError, IndexError) as error:
         raise ContractError(f"the reward model's state is damaged: {error!r}; delete it to rebuild it") from None
     return True
+
+
+def _take_encoder(model: RewardModel, shape: str) -> None:
+    own = model.encoder
+    for model.encoder in precisions(own):
+        if shape_of(model) == shape:
+            return
+    model.encoder = own
+    raise ContractError(
+        f"what the reward model has learned belongs to another encoder or size than the configured {own.name!r} with "
+        f"heads = {model.config.heads} and reservoir = {model.config.reservoir}; nothing was deleted"
+    )
 
 
 def _pack_lesson(lesson: Lesson) -> bytes:

@@ -3,6 +3,8 @@
 Equal text must give equal bits whatever stands beside it in a batch, else a model that is rebuilt from the log
 would differ from the one that was live. So texts are encoded in groups of one exact token count, without padding
 (the rows of a matrix product do not depend on how many there are), and on one thread unless told otherwise.
+
+A model keeps the arithmetic that it began with, on whatever processor it goes on: see :func:`precisions`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 MINILM = "minilm"
 MAX_TOKENS = 128
 BATCH = 64
+PRECISIONS = ("bfloat16", "float32")
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -59,10 +62,19 @@ class Encoder:
         name: "minilm", or a sentence-transformers folder.
         remember: vectors kept in memory, least recently used dropped first; 1.5 kB each at 384 dimensions.
         threads: of torch, for this process; None leaves them as they are.
+        arithmetic: one of PRECISIONS; None: the one that this processor is fastest in.
     """
 
-    def __init__(self, name: str = MINILM, *, remember: int = 32_768, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str = MINILM,
+        *,
+        remember: int = 32_768,
+        threads: int | None = None,
+        arithmetic: str | None = None,
+    ) -> None:
         self.name = name
+        self.arithmetic = arithmetic or precision()
         self.folder = folder_of(name)
         self.size = self._declared_size()
         self.encoded = 0  # texts that went through the network: what the memory did not save
@@ -72,6 +84,22 @@ class Encoder:
         self._lock = threading.Lock()
         self._network: Network | None = None
         self._version: str | None = None
+        self._others: list[Encoder] | None = None
+
+    @property
+    def others(self) -> list[Encoder]:
+        """The same files in each other arithmetic; the same objects each time. None has loaded weights before it
+        is asked."""
+        with self._lock:
+            if self._others is None:
+                self._others = [
+                    Encoder(self.name, remember=self._remember, threads=self._threads, arithmetic=other)
+                    for other in PRECISIONS
+                    if other != self.arithmetic
+                ]
+                for one in self._others:
+                    one._others = [self, *(other for other in self._others if other is not one)]
+            return self._others
 
     def _declared_size(self) -> int:
         for pooling in sorted(self.folder.glob("*_Pooling/config.json")):
@@ -82,7 +110,7 @@ class Encoder:
     def version(self) -> str:
         """Hash of everything that decides a vector: weights, tokenizer, arithmetic. Part of a reward version."""
         if self._version is None:
-            digest = hashlib.sha256(f"{precision()} {MAX_TOKENS}".encode())
+            digest = hashlib.sha256(f"{self.arithmetic} {MAX_TOKENS}".encode())
             for path in sorted(self.folder.rglob("*")):
                 if path.suffix in {".json", ".safetensors", ".txt", ".model"}:
                     digest.update(path.relative_to(self.folder).as_posix().encode())
@@ -127,19 +155,19 @@ class Encoder:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         if bert.fits(self.folder):
-            return bert.Bert(self.folder, getattr(torch, precision()), MAX_TOKENS)
-        return SentenceTransformers(self.folder)
+            return bert.Bert(self.folder, getattr(torch, self.arithmetic), MAX_TOKENS)
+        return SentenceTransformers(self.folder, self.arithmetic)
 
 
 class SentenceTransformers:
     """Any other encoder that sentence-transformers can load from a folder, as a :class:`Network`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, arithmetic: str) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(str(folder), device="cpu", local_files_only=True).eval()
-        self._model = model.to(getattr(torch, precision()))
+        self._model = model.to(getattr(torch, arithmetic))
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._model.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
@@ -153,10 +181,19 @@ class SentenceTransformers:
 
 
 def precision() -> str:
-    """The arithmetic of the encoder here: bfloat16 where the processor multiplies it natively (half the time)."""
+    """What a new model reckons in here: bfloat16 where the processor multiplies it natively (half the time)."""
     import torch
 
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def precisions(encoder: Any) -> list[Any]:
+    """The encoder, then the same files in each other arithmetic: one of them is what a stored model was made with.
+
+    Else a state or snapshot from another processor would be that of a foreign encoder. Encoders of other kinds have
+    one arithmetic alone.
+    """
+    return [encoder, *encoder.others] if isinstance(encoder, Encoder) else [encoder]
 
 
 def _groups(lengths: list[int]) -> list[list[int]]:

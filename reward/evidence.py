@@ -92,8 +92,8 @@ def said(episode: Episode) -> list[Said]:
 def lessons(episode: Episode, examples: list[Example]) -> list[tuple[int, Label | Pair]]:
     """What there is to learn from an episode, each with its turn. Ids name what was said: unchanged, it is the same.
 
-    The label of a revised word has another id, so that it is learned as a new one: an online model cannot take back
-    what it learned, and the newer word counts beside the older one.
+    A label that an earlier version of the episode had and this one has not was revised or withdrawn: the handler takes
+    it back. A pair stays learned: what it was about is not said any more.
     """
     found: list[tuple[int, Label | Pair]] = []
     for number, (turn, one, example) in enumerate(zip(episode.turns, said(episode), examples, strict=True)):

@@ -33,7 +33,7 @@ from reward import evidence
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
-from reward.model import Estimate, Label, Pair, Vectors
+from reward.model import Estimate, Label, Pair, Trace, Vectors
 
 Encoders = Callable[[str], Vectors]
 """The encoder of a configured name; the same object for the same name."""
@@ -52,7 +52,11 @@ class Read:
 
 @dataclass
 class Known:
-    """What is remembered of an episode. ``calls``: by call id, what was expected and what it was scored by."""
+    """What is remembered of an episode.
+
+    ``calls``: by call id, what was expected, what it was scored by, and under ``taught`` the trace of each label
+    that was learned, by its id.
+    """
 
     version: int = -1
     learned: list[str] = field(default_factory=list)
@@ -146,17 +150,17 @@ class RewardHandler:
 
     def _encode(self) -> None:
         """Bring the vectors of the whole batch into the encoders' memory, from which every later step reads them."""
-        texts: dict[str, dict[str, None]] = {}
+        texts: dict[int, tuple[Vectors, dict[str, None]]] = {}
         for read in self._waiting:
-            encoder = self._reward_config(read.episode.tenant, read.episode.policy).encoder
-            ours = texts.setdefault(encoder, {})
+            encoder = self._desks[read.episode.tenant, read.episode.policy].live.encoder
+            _, ours = texts.setdefault(id(encoder), (encoder, {}))
             for example in read.examples:
                 ours.update({example.prompt: None, example.answer: None})
             for _, lesson in read.lessons:
                 if isinstance(lesson, Pair):
                     ours.update({lesson.chosen: None, lesson.rejected: None})
-        for name, ours in texts.items():
-            self._encoders(name).encode(list(ours))
+        for encoder, ours in texts.values():
+            encoder.encode(list(ours))
 
     def _take(self, state: State, read: Read) -> list[NewRecord]:
         """Learn from one episode version and score what changed in it; nothing where it was taken before."""
@@ -184,6 +188,7 @@ def teaches(episode: Episode) -> bool:
 def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Learn each word that was not learned before; note what was expected of a call before its first label."""
     outputs = []
+    _take_back(desk, read, known)
     for number, lesson in read.lessons:
         if lesson.id in known.learned:
             continue
@@ -193,12 +198,24 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             lesson = replace(lesson, watched=first)
         expected, due = desk.learn(lesson)
         known.learned.append(lesson.id)
+        if desk.live.trace is not None:
+            call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             desk.watch.labels.add(lesson.value)
         if due:
             outputs.append(version_record(desk, read.episode.updated))
     return outputs
+
+
+def _take_back(desk: Desk, read: Read, known: Known) -> None:
+    """Undo the labels that were revised or withdrawn, so that a word said again later is learned again."""
+    standing = {lesson.id for _, lesson in read.lessons}
+    for turn, example in zip(read.episode.turns, read.examples, strict=True):
+        taught = known.call(turn.call.id).get("taught", {})
+        for name in [name for name in taught if name not in standing]:
+            desk.live.take_back(name, example, Trace(*taught.pop(name)))
+            known.learned.remove(name)
 
 
 def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:

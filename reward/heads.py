@@ -114,6 +114,14 @@ class Reservoir:
         self.count += 1
         return slot
 
+    def silence(self, number: int) -> int | None:
+        """Have the lesson that was added as the ``number``-th (from 0) teach nothing more; its slot, if it is there."""
+        slot = number % self.capacity
+        if self.count - number > self.capacity:
+            return None
+        self.lessons[slot] = self.lessons[slot]._replace(weight=0.0)
+        return slot
+
     def sample(self) -> list[Lesson]:
         """REPLAY lessons, half of them from the RECENT newest; the draw depends on the count alone."""
         random = np.random.default_rng(self.count)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from everloop.config import RewardConfig
@@ -82,6 +82,15 @@ class Pair:
     structure: Structure = field(default_factory=Structure)
 
 
+class Trace(NamedTuple):
+    """What a label did that can be taken back: its value, the weights that its answer got, which lesson it became."""
+
+    value: float
+    good: float
+    bad: float
+    lesson: int
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What the model says of one answer; the fields are those of :class:`everloop.score.Score`.
@@ -134,6 +143,7 @@ class RewardModel:
         self.updates = 0
         self.seen = [0, 0]  # bad and good labels
         self.refused = 0  # labels that were not learned because something in them was not finite
+        self.trace: Trace | None = None  # of the label that was learned last; None: it was a pair, or refused
         self.offsets: dict[str, int] = {}
         self.changed_rows: set[int] = set()
         self.changed_slots: set[int] = set()
@@ -186,10 +196,25 @@ class RewardModel:
         """Learn from each in turn; returns what was expected before: P(it says good), or P(chosen is better)."""
         return [self._learn_pair(one) if isinstance(one, Pair) else self._learn_label(one) for one in lessons]
 
+    def take_back(self, name: str, example: Example, trace: Trace) -> None:
+        """Undo a label that nobody stands by any more: in its answer's prototype, the counts and replay.
+
+        The step that the heads made stays, since later ones build on it; what is learned instead steps against it.
+        """
+        if example.answer.strip():
+            prompt, answer = self.encoder.encode([example.prompt, example.answer])
+            members = _members(name, self.config.heads)
+            row = self.prototypes.remove(key_of(example.answer), answer, prompt, members, trace.good, trace.bad)
+            self.changed_rows.update(() if row is None else (row,))
+        slot = self.reservoir.silence(trace.lesson)
+        self.changed_slots.update(() if slot is None else (slot,))
+        self.seen[trace.value > 0.5] -= 1
+
     def _learn_label(self, label: Label) -> float:
         own, shared = self._features([label.example])
         neutral = shared.copy()
         neutral[:, LENGTH_COLUMNS] = 0
+        self.trace = None
         logits = self.heads.logits(own, neutral)[:, 0]
         right = float(probability(self.calibration.line(logits)).mean())
         expected = self.calibration.heard(right)
@@ -197,7 +222,8 @@ class RewardModel:
             return self._refuse()
         members = _members(label.id, self.config.heads)
         good = label.value if label.certain else meant(label.value, right)
-        self._remember(label.example, members, label.weight * good, label.weight * (1 - good))
+        self.trace = Trace(label.value, label.weight * good, label.weight * (1 - good), self.reservoir.count)
+        self._remember(label.example, members, self.trace.good, self.trace.bad)
         self._step(Lesson(own[:, 0], shared[0], label.value, label.weight, members))
         self.seen[label.value > 0.5] += 1
         if label.watched:
@@ -208,6 +234,7 @@ class RewardModel:
         chosen = Example(pair.prompt, pair.chosen, pair.structure)
         rejected = Example(pair.prompt, pair.rejected, pair.structure)
         own, shared = self._features([chosen, rejected])
+        self.trace = None
         difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
         expected = float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
         if not (math.isfinite(expected) and np.isfinite(alike).all()):

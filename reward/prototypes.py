@@ -103,6 +103,15 @@ class Prototypes:
         self._refresh(row)
         return row
 
+    def remove(self, answer: bytes, own: Array, prompt: Array, members: Array, good: float, bad: float) -> int | None:
+        """Take back what :meth:`add` did with these values; None where the answer made room since, and it with it."""
+        row = self.rows.get(answer)
+        if row is None or (self.counts[:, :, row] + 1e-3 < np.outer((good, bad), members)).any():
+            return None
+        self.add(answer, own, prompt, members, -good, -bad)
+        self.counts[:, :, row] = np.maximum(self.counts[:, :, row], 0)  # rounding
+        return row
+
     @np.errstate(invalid="ignore")  # vectors that are not finite give features that are not: the caller looks
     def features(self, prompts: Array, which: Array, answers: Sequence[bytes], own: Array, pairs: Array) -> Array:
         """What is known about each (prompt, answer): float32 of shape (heads, pairs, FEATURES).

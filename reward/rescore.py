@@ -1,15 +1,16 @@
 """History scored again by a newer version of the reward model: what ``everloop replay --scores`` does.
 
-Reads the log's own episodes and scores, partition by partition, and appends a score of the newest version of each
-episode wherever another reward version spoke last. A score keeps what was said and expected of its call, so
+History is the archive and the log's tail, which is newer. A score of the newest version of each episode is appended
+wherever another reward version spoke last. A score keeps what was said and expected of its call, so
 predict-then-learn numbers stay what they were. Done twice, the second time appends nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from everloop import wire
 from everloop.contract import Contract
@@ -30,6 +31,14 @@ C = TypeVar("C", bound=Contract)
 CHUNK = 200  # episodes whose texts are encoded at once
 
 
+class Spoken(NamedTuple):
+    """What matters of the newest score of a call: who scored which episode version, and what had been expected."""
+
+    reward_version: str
+    version: int
+    predicted: float | None
+
+
 def newest_version(log: Log, tenant: str, policy: str) -> str:
     """The reward version that was announced last. Raises NotEnoughData where none was."""
     found = [v for _, v in _records(log, REWARDS.name, 0, RewardVersion, None) if v.key == f"{tenant}/{policy}"]
@@ -38,31 +47,49 @@ def newest_version(log: Log, tenant: str, policy: str) -> str:
     return found[-1].version
 
 
-def rescore(log: Log, home: Home, encoder: Vectors, tenant: str, policy: str, *, version: str | None = None) -> int:
+def rescore(
+    log: Log,
+    home: Home,
+    encoder: Vectors,
+    tenant: str,
+    policy: str,
+    *,
+    version: str | None = None,
+    episodes: Iterable[Episode] = (),
+    scores: Iterable[Score] = (),
+) -> int:
     """Score the history of a policy with a version (None: the newest); returns how many scores were appended.
+
+    ``episodes`` and ``scores`` are the policy's newest in the archive; what the log has beyond them is read here.
 
     Raises NotEnoughData where there is no version; ContractError where its snapshot is not whole or gone.
     """
     folder = snapshot_folder(home, tenant, policy, version or newest_version(log, tenant, policy))
     model = RewardModel.load(folder, encoder)
+    before = _spoken(scores)
+    before.update(_spoken(_of(log, SCORES.name, Score, home, tenant, policy)))
+    history = _newest(episodes, {one.id: one for one in _of(log, EPISODES.name, Episode, home, tenant, policy)})
     appended = 0
-    for partition in range(log.partitions(EPISODES.name)):
-        newest = {
-            key: episode
-            for key, episode in _records(log, EPISODES.name, partition, Episode, home)
-            if (episode.tenant, episode.policy) == (tenant, policy)
-        }
-        before = {
-            (score.episode, score.call): score
-            for _, score in _records(log, SCORES.name, partition, Score, home)
-            if (score.tenant, score.policy) == (tenant, policy)
-        }
-        episodes = list(newest.values())
-        for start in range(0, len(episodes), CHUNK):
-            made = list(_rescored(model, folder.name, episodes[start : start + CHUNK], before))
-            log.append(made)
-            appended += len(made)
+    while chunk := list(islice(history, CHUNK)):
+        made = list(_rescored(model, folder.name, chunk, before))
+        log.append(made)
+        appended += len(made)
     return appended
+
+
+def _spoken(scores: Iterable[Score]) -> dict[tuple[str, str], Spoken]:
+    """By (episode, call): of all partitions together, since a score does not lie where its episode does."""
+    return {
+        (score.episode, score.call): Spoken(score.reward_version, score.version, score.predicted) for score in scores
+    }
+
+
+def _newest(archived: Iterable[Episode], tail: dict[str, Episode]) -> Iterator[Episode]:
+    """Each episode once, in its newest version: of the archive, and what is in the log's tail alone."""
+    for episode in archived:
+        newer = tail.pop(episode.id, episode)
+        yield max(newer, episode, key=lambda one: one.version)
+    yield from tail.values()
 
 
 def snapshot_folder(home: Home, tenant: str, policy: str, version: str) -> Path:
@@ -76,7 +103,7 @@ def snapshot_folder(home: Home, tenant: str, policy: str, version: str) -> Path:
 
 
 def _rescored(
-    model: RewardModel, version: str, episodes: list[Episode], before: dict[tuple[str, str], Score]
+    model: RewardModel, version: str, episodes: list[Episode], before: dict[tuple[str, str], Spoken]
 ) -> Iterator[NewRecord]:
     its = [examples(episode) for episode in episodes]
     estimates = iter(model.estimate([example for one in its for example in one]))
@@ -91,6 +118,14 @@ def _rescored(
                     episode, turn, estimate, said, version=version, pessimism=pessimism, predicted=said_before
                 )
                 yield score_record(score)
+
+
+def _of(log: Log, topic: str, contract: type[C], home: Home, tenant: str, policy: str) -> Iterator[C]:
+    """What a topic holds of a policy, in the order of each partition."""
+    for partition in range(log.partitions(topic)):
+        for _, one in _records(log, topic, partition, contract, home):
+            if (getattr(one, "tenant", None), getattr(one, "policy", None)) == (tenant, policy):
+                yield one
 
 
 def _records(log: Log, topic: str, partition: int, contract: type[C], home: Home | None) -> Iterator[tuple[str, C]]:

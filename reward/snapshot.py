@@ -20,6 +20,7 @@ from everloop.errors import ContractError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from reward.encoder import precisions
 from reward.model import RewardModel, Vectors
 
 KEPT = 64  # newest snapshots of a policy; older ones can be rebuilt from the log
@@ -111,17 +112,20 @@ def _prune(root: Path) -> None:
 def load(folder: Path, encoder: Vectors) -> RewardModel:
     """The model of a snapshot, to score with. It has no memory for replay: go on learning with the live one alone.
 
+    It reads texts in the arithmetic that it was made with, whichever the given encoder has.
+
     Raises ContractError where the files are missing or damaged, or are of another encoder than the one given.
     """
     try:
         facts = json.loads((folder / "model.json").read_text())
         arrays = load_file(folder / "model.safetensors")
-        if facts["encoder"]["version"] != encoder.version:
+        same = next((one for one in precisions(encoder) if one.version == facts["encoder"]["version"]), None)
+        if same is None:
             raise ContractError(
                 f"reward model {folder.name} was made with encoder {facts['encoder']}; the one at hand is "
                 f"{encoder.name} {encoder.version}: give the same one, or score with a newer reward version"
             )
-        model = RewardModel(RewardConfig.model_validate(facts["config"]), encoder)
+        model = RewardModel(RewardConfig.model_validate(facts["config"]), same)
         _take(model, facts, arrays)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ContractError(f"{folder} is not a whole snapshot of a reward model: {error!r}") from None

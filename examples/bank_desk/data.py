@@ -171,6 +171,8 @@ def split(rows: Rows, seed: int, name: str, source: str, note: str = "") -> Desk
     train = _unseen(train, seen)
     dice.shuffle(train)
     prior, stream = _first_of_each(train, LABELS_A_TOPIC)
+    for held_out in (gate, report):  # they come topic by topic: any part of them must be of all topics
+        dice.shuffle(held_out)
     topics = tuple(sorted({message.topic for message in train}))
     desk = Desk(name, source, note, topics, tuple(prior), tuple(stream), tuple(gate), tuple(report))
     _check_size(desk)

@@ -23,7 +23,7 @@ from typing import Any
 import everloop
 from everloop.errors import ConfigError
 from everloop.home import Home
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 from examples.bank_desk import data, report
 from examples.bank_desk.agent import DeskAgent, ask
@@ -243,10 +243,16 @@ def run(options: argparse.Namespace) -> int:
         with _alone(home):
             return _run(options, home, Path(".everloop/cache"))
     except (ConfigError, DataError, PlatformFailed) as error:
-        print(f"everloop demo: {error}", file=sys.stderr)
-        if options.json:
-            _say(json.dumps(report.verdict(str(error))))
-        return 1
+        return _failed(str(error), options.json)
+    except OpenAIError as error:  # while measuring: what customers ask is caught where they ask it
+        return _failed(f"the gateway does not answer: {error}; see {home}/logs", options.json)
+
+
+def _failed(trouble: str, as_json: bool) -> int:
+    print(f"everloop demo: {trouble}", file=sys.stderr)
+    if as_json:
+        _say(json.dumps(report.failure(trouble)))
+    return 1
 
 
 def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:

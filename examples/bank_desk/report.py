@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 PROMOTED, REFUSED = "#2da44e", "#8c959f"  # colours of the plot's marks
 
+KEYS = (
+    *("data", "messages", "accuracy_before", "accuracy_after", "gain_low", "gain_high", "held_out"),
+    *("corrected", "corrected_then_right", "releases_promoted", "releases_rejected", "thumbs_up", "thumbs_down"),
+    *("seconds", "seconds_by_phase", "closed", "trouble"),
+)
+"""Of the object that ``--json`` prints, whatever became of the demo."""
+
 
 class Release(NamedTuple):
     """A release that was decided: its adapter, and how many messages had been served by then."""
@@ -51,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """One flat object; see the keys here."""
+    """One flat object with KEYS."""
     first, last = outcome.measured[0], outcome.measured[-1]
     return {
         "data": outcome.data,
@@ -74,8 +81,13 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def verdict(trouble: str | None) -> dict[str, Any]:
-    """The part of it that a demo which ended early says, too: whether the loop closed, and if not, why."""
+    """Whether the loop closed, and if not, why."""
     return {"closed": trouble is None, "trouble": trouble}
+
+
+def failure(trouble: str) -> dict[str, Any]:
+    """The same keys of a demo that ended before it had an outcome: what is not known is null."""
+    return {**dict.fromkeys(KEYS), **verdict(trouble)}
 
 
 def table(outcome: Outcome) -> str:

@@ -80,7 +80,7 @@ ENDED = frozenset(state for state, following in TRANSITIONS.items() if not follo
 class CanaryPlan(Contract):
     """What the canary will be judged by, registered before it starts and never changed after."""
 
-    metric: str = Field(default="success", description="mean of thumbs and outcomes per episode, 0 to 1")
+    metric: str = Field(default="success", description="mean of thumbs, ratings and outcomes per episode, 0 to 1")
     margin: float = Field(default=0.05, description="largest loss of the metric that is not inferior")
     alpha: float = Field(default=0.05, description="probability of a wrong verdict, at any time of looking")
     share: float = Field(default=0.25, description="of traffic to the canary; the control gets as much")

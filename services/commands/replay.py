@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import closing
 from datetime import datetime
 
 from everloop.errors import ConfigError
@@ -66,12 +67,19 @@ def moment(text: str, now: float) -> float:
 
 
 def _rescore(here: Installation, options: argparse.Namespace) -> int:
+    from pipelines.store import Store
     from reward.encoder import Encoder
     from reward.rescore import newest_version, rescore
 
     for tenant, policy in here.policies(options.policy):
         version = options.reward or newest_version(here.log, tenant, policy)
         encoder = Encoder(here.config.policy(tenant, policy).reward.encoder)
-        made = rescore(here.log, here.home, encoder, tenant, policy, version=version)
+        with closing(Store(here.home.root / "store", tenant=tenant, blobs=here.home.blobs)) as store:
+            made = rescore(
+                *(here.log, here.home, encoder, tenant, policy),
+                version=version,
+                episodes=store.episodes("tenant = ? AND policy = ?", [tenant, policy]),
+                scores=store.scores(tenant, policy),
+            )
         print(f"{tenant}/{policy}: {made} scores by reward model {version}")
     return 0

@@ -42,17 +42,22 @@ class AdapterFiles:
     def bring(self, adapter: str, uri: str, tenant: str, policy: str) -> None:
         """Have ``home/adapters/<adapter>``, downloaded where it is not here yet, and check it; see :meth:`check`.
 
+        What is refused is deleted where it was downloaded for this, or is not what its name says (the registry can
+        give it again). Else it stays: other policies may serve it, and this one did with the base that it had.
+
         Raises:
             AdapterRefused: the files are not those that the hash names, or do not fit the policy's base.
             RegistryError: the registry does not answer; try again later.
         """
         from trainer.policy.lora import content_hash
 
+        fresh = not (self._folder / adapter).exists()
         folder = self._registry.fetch(uri, adapter, self._folder, content_hash)
         try:
             self.check(folder, adapter, tenant, policy)
         except AdapterRefused:
-            shutil.rmtree(folder, ignore_errors=True)
+            if fresh or not _is_whole(folder, adapter):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def check(self, folder: Path, adapter: str, tenant: str, policy: str) -> None:
@@ -134,6 +139,17 @@ class AdapterFiles:
             self._registry.drop_alias(tenant, policy, "live")
         else:
             self._registry.set_alias(uri, "live")
+
+
+def _is_whole(folder: Path, adapter: str) -> bool:
+    """Whether an adapter's folder holds what its name says, and nothing else."""
+    from trainer.policy.lora import content_hash
+
+    try:
+        allowed_files(folder)
+        return content_hash(folder) == adapter
+    except (AdapterRefused, OSError, ValueError):
+        return False
 
 
 def _known(distance: float, answered: bool) -> float | None:

@@ -63,8 +63,8 @@ class Questions:
     ) -> list[Given]:
         """What ``model`` answers at temperature 0, in the order of the items.
 
-        ``measure`` gives the first answers their distance to the base. None: this *is* the base, and its answers
-        are kept only until this process ends, since its weights may change under its name.
+        ``measure`` gives some of the answers, evenly over all, their distance to the base. None: this *is* the base,
+        and its answers are kept only until this process ends, since its weights may change under its name.
 
         Raises ServingError where the engine does not answer, after patience with a full queue.
         """
@@ -97,9 +97,9 @@ class Questions:
         answers = [task.result() for task in asked]
         if measure is None:
             return [given for given, _ in answers]
-        rows = [tokens for _, tokens in answers[:MEASURED]]
-        distances = [*await measure(rows), *[None] * (len(answers) - len(rows))]
-        return [given._replace(kl=kl) for (given, _), kl in zip(answers, distances, strict=True)]
+        at = spread(len(answers))
+        distances = dict(zip(at, await measure([answers[i][1] for i in at]), strict=True))
+        return [given._replace(kl=distances.get(i)) for i, (given, _) in enumerate(answers)]
 
     async def _answer(
         self, gate: asyncio.Semaphore, model: str, item: GoldItem, max_tokens: int
@@ -118,6 +118,14 @@ class Questions:
         length = len(tokens.answer) or answer.get("usage", {}).get("completion_tokens", 0)
         text = choice["message"].get("content") or ""
         return Given(text, length, choice.get("finish_reason") != "length"), tokens
+
+
+def spread(many: int, most: int = MEASURED) -> list[int]:
+    """Which of so many answers are measured: evenly over all, for gold items often lie topic by topic.
+
+    Example: ``spread(6, most=3) == [0, 2, 4]``
+    """
+    return [i * many // most for i in range(most)] if many > most else list(range(many))
 
 
 class Scored:

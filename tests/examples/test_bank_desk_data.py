@@ -9,6 +9,7 @@ import pytest
 
 from examples.bank_desk import builtin_desk
 from examples.bank_desk.data import BANKING77, DataError, Desk, load, read_csv
+from examples.bank_desk.demo import MOST_MEASURED
 
 NOWHERE: dict[str, str] = {}
 
@@ -74,6 +75,13 @@ def test_a_teams_own_file_is_split_by_topic(tmp_path: Path) -> None:
     assert (len(desk.topics), len(desk.prior), len(desk.stream)) == (4, 20, 280)
     assert {sum(m.topic == topic for m in (*desk.gate, *desk.report)) for topic in desk.topics} == {25}
     assert_apart(desk)
+
+
+def test_every_part_of_what_is_held_out_is_of_all_topics(tmp_path: Path) -> None:
+    desk = load(many(tmp_path / "own.csv", 60, 120), tmp_path, 0, NOWHERE)
+    assert len(desk.report) > MOST_MEASURED
+    for measured in (desk.report[:MOST_MEASURED], desk.report[-MOST_MEASURED:], desk.gate[:MOST_MEASURED]):
+        assert {message.topic for message in measured} == set(desk.topics)
 
 
 def test_a_split_column_is_kept(tmp_path: Path) -> None:

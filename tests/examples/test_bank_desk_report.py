@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from everloop.cli.main import main
+from openai import APIConnectionError
 
 from examples.bank_desk import demo
 from examples.bank_desk.data import Message
 from examples.bank_desk.loop import Decision, Stage, Standing
 from examples.bank_desk.measure import Gain, Measured, measure, paired_bootstrap
 from examples.bank_desk.platform import PlatformFailed
-from examples.bank_desk.report import PROMOTED, REFUSED, Outcome, Release, as_json, draw, plot, table
+from examples.bank_desk.report import KEYS, PROMOTED, REFUSED, Outcome, Release, as_json, draw, plot, table
 
 
 def outcome(right_after: int = 60, promoted: int = 1) -> Outcome:
@@ -89,6 +91,7 @@ def test_json_has_what_scripts_read() -> None:
         "trouble": None,
     }
     assert {name: found[name] for name in expected} == expected
+    assert tuple(found) == KEYS
 
 
 def test_the_table_has_both_measurements() -> None:
@@ -170,6 +173,7 @@ def test_the_command_ends_well_where_the_loop_closed(command: Command) -> None:
         (outcome(right_after=40), "nothing improved for certain"),
         (outcome(promoted=0), "no release was promoted"),
         (PlatformFailed("the learner is gone"), "the learner is gone"),
+        (APIConnectionError(request=httpx.Request("POST", "http://127.0.0.1/v1")), "the gateway does not answer"),
     ],
 )
 def test_the_command_fails_where_the_loop_did_not_close(
@@ -178,12 +182,15 @@ def test_the_command_fails_where_the_loop_did_not_close(
     status, said = command(became)
     assert (status, said["closed"]) == (1, False)
     assert why in said["trouble"]
+    assert tuple(said) == KEYS
+    assert isinstance(became, Outcome) or {said[name] for name in KEYS[:-2]} == {None}
 
 
 def test_the_command_fails_on_data_that_cannot_be_used(command: Command) -> None:
     status, said = command(outcome(), "--data", "none.csv")
     assert (status, said["closed"]) == (1, False)
     assert "none.csv cannot be read" in said["trouble"]
+    assert tuple(said) == KEYS
 
 
 def test_what_cannot_be_used_wipes_nothing(command: Command) -> None:

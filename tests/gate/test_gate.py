@@ -137,6 +137,21 @@ def test_pools_hold_400_items_where_there_are_as_many() -> None:
     assert len(np.unique(np.concatenate(made))) == sum(members.size for members in made)
 
 
+def test_a_small_pool_says_that_a_larger_loss_could_go_unseen() -> None:
+    before = np.ones(120)
+    after = before.copy()
+    after[[10, 30, 50, 70]] = 0.0
+    skills = tuple(f"topic {i % 20}" for i in range(120))
+    check = {check.name: check for check in verdict(before, after, skills).checks}["skills"]
+    assert check.passed
+    assert check.numbers["worst"] == pytest.approx(-4 / 120)
+    assert check.numbers["worst"] < check.numbers["limit"] <= check.numbers["bound"]
+    assert "only 120 items, so by their upper bound" in check.says
+    skills, before = desk(share=0.6)
+    large = {check.name: check for check in verdict(before, before, skills).checks}["skills"]
+    assert "upper bound" not in large.says
+
+
 def test_a_topic_that_breaks_is_named() -> None:
     skills, before = desk()
     topic = int(before.reshape(TOPICS, EACH).mean(axis=1).argmax())

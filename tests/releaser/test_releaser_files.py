@@ -69,6 +69,24 @@ def test_a_damaged_adapter_is_refused_and_not_left_lying_about(
     assert not (folder / name).exists()
 
 
+def test_an_adapter_that_another_base_serves_is_refused_and_stays(
+    world: Callable[..., Any], home: Home, adapters: Adapters, tmp_path: Path
+) -> None:
+    from services.releaser.files import AdapterFiles
+    from trainer.policy import tiny_k2
+
+    small = tiny_k2.Settings(
+        steps=(1, 1), hidden=32, vocabulary=380, dense_width=32, expert_width=16, batch=4, context=64
+    )
+    tiny_k2.build(tmp_path / "other", [("hello there", "greet"), ("bye now", "leave")] * 4, settings=small)
+    folder = home.folder("adapters")
+    (name,) = adapters(folder, 1)
+    held = sorted((path.name, path.read_bytes()) for path in (folder / name).iterdir())
+    with pytest.raises(AdapterRefused, match="belongs to base"):
+        AdapterFiles(world(base=str(tmp_path / "other")).config).bring(name, "models:/x/1", "default", "assistant")
+    assert sorted((path.name, path.read_bytes()) for path in (folder / name).iterdir()) == held
+
+
 def test_files_under_another_hash_are_refused(files: Any, home: Home, adapters: Adapters) -> None:
     folder = home.folder("adapters")
     (name,) = adapters(folder, 1)

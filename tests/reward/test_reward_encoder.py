@@ -46,19 +46,28 @@ def fresh(like):
 
 
 @pytest.mark.models
-def test_its_own_forward_is_that_of_sentence_transformers(monkeypatch):
+def test_its_own_forward_is_that_of_sentence_transformers():
     import torch
 
-    monkeypatch.setattr(encoder, "precision", lambda: "float32")
     folder = folder_of("minilm")
     assert bert.fits(folder)
-    ours, theirs = bert.Bert(folder, torch.float32, 128), SentenceTransformers(folder)
+    ours, theirs = bert.Bert(folder, torch.float32, 128), SentenceTransformers(folder, "float32")
     for text in TEXTS[:6]:
         ids = ours.token_ids([text])
         assert ids == theirs.token_ids([text])
         mine = torch.nn.functional.normalize(ours.vectors(torch.tensor(ids)), dim=1)
         with torch.inference_mode():
             torch.testing.assert_close(mine, theirs.vectors(torch.tensor(ids)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.models
+def test_each_arithmetic_is_at_hand_and_tells_itself_apart(minilm):
+    (other,) = minilm.others
+    assert {minilm.arithmetic, other.arithmetic} == set(encoder.PRECISIONS)
+    assert other.version != minilm.version
+    assert other.others == [minilm]
+    assert minilm.others[0] is other
+    assert (minilm.encode(["where is my card"]) @ other.encode(["where is my card"]).T).item() > 0.99
 
 
 @pytest.mark.models

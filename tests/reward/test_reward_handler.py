@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.assemble import Assembler
+from reward import encoder
+from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import RewardModel
 
@@ -30,6 +32,17 @@ def config(home):
 @pytest.fixture
 def new_handler(config, home, words):
     return lambda: RewardHandler(config, home, lambda name: words)
+
+
+@pytest.fixture
+def minilm_like(tmp_path, words, monkeypatch):
+    """An encoder over a folder, its network in place of weights: what it is of arithmetic is the real one."""
+    folder = tmp_path / "folder"
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / "modules.json").write_text("[]")
+    (folder / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 48}')
+    monkeypatch.setattr(encoder.Encoder, "_through_network", lambda self, texts: words.encode(texts))
+    return lambda: encoder.Encoder(str(folder))
 
 
 def run(handler, state, records, batch=500):
@@ -208,6 +221,40 @@ def test_revised_feedback_is_learned_and_the_first_expectation_stays(new_handler
     assert handler.status()["default/assistant"]["updates"] == 2
 
 
+@pytest.mark.parametrize("about", ["call", "whole"])
+@pytest.mark.parametrize(
+    ("changes", "last"), [((1, -1, 1), 1), ((-1, 1, -1), -1), ((1, -1, 1, -1), -1), ((1, None), None)]
+)
+def test_a_word_that_is_changed_to_and_fro_leaves_what_the_last_one_leaves(new_handler, kit, about, changes, last):
+    """None: withdrawn. What is summed is the same; the heads' steps cannot be undone, and point the right way."""
+    turns = (("card please", "card desk"), ("loan now", "loan desk"))
+
+    def taught(*values):
+        handler, state = new_handler(), kit.MemoryState()
+        run(handler, state, kit.records(*kit.desk_traffic(40)))
+        for number, value in enumerate(values):
+            words = () if value is None else (kit.thumb(value, f"w{number}", float(number)),)
+            said = {"feedback": words} if about == "call" else {}
+            one = kit.episode("e", *turns, version=number + 1, **said)
+            if about == "whole":
+                one = one.model_copy(update={"feedback": words})
+            run(handler, state, kit.records(one, start=40 + number))
+        return handler._desks["default", "assistant"].live
+
+    there, straight, against = taught(*changes), taught(*() if last is None else (last,)), taught(-(last or 1))
+    assert there.seen == straight.seen
+    assert there.prototypes.rows == straight.prototypes.rows or last is None
+    for name in ("good", "bad", "counts", "totals"):
+        ours, theirs = getattr(there.prototypes, name), getattr(straight.prototypes, name)
+        np.testing.assert_allclose(ours, theirs, atol=0.06)
+    assert sum(lesson.weight for lesson in there.reservoir.lessons) == pytest.approx(
+        sum(lesson.weight for lesson in straight.reservoir.lessons)
+    )
+    if last is not None:
+        value, expected, other = (m.estimate([Example(*turns[1])])[0].value for m in (there, straight, against))
+        assert abs(value - expected) < abs(value - other)
+
+
 def test_what_is_no_episode_is_refused_at_once(new_handler, kit):
     (record,) = kit.records(kit.episode("e", ("a", "b")))
     for broken in (record._replace(value=b"nonsense"), record._replace(value=None), record._replace(key="default/x")):
@@ -215,7 +262,7 @@ def test_what_is_no_episode_is_refused_at_once(new_handler, kit):
             new_handler().handle(kit.MemoryState(), broken, 0.0)
 
 
-def test_a_changed_ensemble_starts_anew_and_says_so(home, words, kit, caplog):
+def test_a_changed_ensemble_is_refused_and_deletes_nothing(home, words, kit):
     def handler(heads):
         policies = {"assistant": {"reward": {"heads": heads}}}
         config = Config.model_validate({"home": home.root, "tenants": {"default": {"policies": policies}}})
@@ -223,9 +270,31 @@ def test_a_changed_ensemble_starts_anew_and_says_so(home, words, kit, caplog):
 
     state, records = kit.MemoryState(), kit.records(*kit.desk_traffic(70))
     run(handler(5), state, records[:60])
-    run(later := handler(3), state, records[60:])
-    assert "starts anew" in caplog.text
-    assert later.status()["default/assistant"]["updates"] == 10
+    before = dict(state.entries)
+    with pytest.raises(ContractError, match=r"default/assistant: .*nothing was deleted.*Set .*back"):
+        run(handler(3), state, records[60:])
+    assert state.entries == before
+    run(back := handler(5), state, records[60:])
+    assert back.status()["default/assistant"]["updates"] == 70
+
+
+def test_what_was_learned_goes_on_where_the_processor_reckons_otherwise(home, kit, minilm_like, monkeypatch):
+    """bfloat16 is for processors that have it: a state that comes from one goes on in bfloat16 on any other."""
+
+    def handler(arithmetic):
+        monkeypatch.setattr(encoder, "precision", lambda: arithmetic)
+        ours = minilm_like()
+        return RewardHandler(Config(home=home.root), home, lambda name: ours)
+
+    state, records = kit.MemoryState(), kit.records(*kit.desk_traffic(70))
+    outputs = run(handler("bfloat16"), state, records[:60])
+    run(later := handler("float32"), state, records[60:])
+    status = later.status()["default/assistant"]
+    assert status["updates"] == 70
+    newest = kit.decoded(RewardVersion, outputs, "reward-versions")[-1]
+    monkeypatch.setattr(encoder, "precision", lambda: "float32")
+    loaded = RewardModel.load(home.root / newest.path, minilm_like())
+    assert loaded.encoder.arithmetic == "bfloat16"
 
 
 def test_a_vanished_snapshot_is_made_anew(new_handler, home, kit):

@@ -9,6 +9,8 @@ from typing import Any
 import everloop
 import openai
 import pytest
+from everloop.capture import open_episode
+from everloop.capture.open_episode import OpenEpisode
 
 ASK = {"model": "desk", "messages": [{"role": "user", "content": "Where is my card?"}]}
 
@@ -245,3 +247,26 @@ def test_a_feedback_token_is_had_or_is_none(gateway: Any) -> None:
         gateway.close()
         assert episode.feedback_token(60) is None
     assert everloop.stats().dropped == {"no feedback token": 1}
+
+
+def test_threads_that_take_numbers_at_once_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first thread is held in the middle of its step until the second one is through, or cannot get in."""
+    held, through = threading.Event(), threading.Event()
+
+    def slow(*values: int) -> int:
+        result = max(*values)
+        if not held.is_set():
+            held.set()
+            through.wait(1)
+        return result
+
+    monkeypatch.setattr(open_episode, "max", slow, raising=False)
+    episode = OpenEpisode(None, "run-1", None, None, True, True)  # nothing is sent
+    first = threading.Thread(target=episode.headers)
+    first.start()
+    held.wait(0.2)
+    episode.headers()
+    through.set()
+    first.join()
+    assert episode._given == 2
+    assert episode.headers()["X-Everloop-Seq"] == "2"

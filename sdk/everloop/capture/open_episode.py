@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -30,8 +30,8 @@ class OpenEpisode:
         self.capture = capture
         self.whole = whole
         self._sender = sender
-        self._numbers = itertools.count()
-        self._given = 0
+        self._lock = threading.Lock()
+        self._given = 0  # numbers: how many, so the next one
         self._unanswered: set[int] = set()
         self._newest_call: str | None = None
         self._ended = False
@@ -51,8 +51,9 @@ class OpenEpisode:
         return headers
 
     def _next(self) -> int:
-        number = next(self._numbers)
-        self._given = max(self._given, number + 1)
+        with self._lock:
+            number = self._given
+            self._given += 1
         return number
 
     def asked(self, number: int) -> None:
