@@ -24,12 +24,13 @@ from everloop.errors import ServingError
 from numpy.typing import NDArray
 
 from pipelines.batch import Batch, BatchItem
-from reward.features import ANSWER_CHARS, Example, prompt_text
+from reward.features import ANSWER_CHARS, Example, answer_text, prompt_text
 from reward.model import Estimate, Vectors
 from trainer.engine import Engine
 from trainer.material import Answer
 from trainer.packing import Sample
 from trainer.policy.base import Policy
+from trainer.policy.tools import parse, written
 from trainer.recipe import Recipe
 from trainer.sampling import Sampling
 
@@ -85,7 +86,7 @@ def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
             "logged",
             item.episode,
             turn=item.turn,
-            text=item.answer,
+            text=item.said,
             reward=2 * item.label - 1 if recipe.reward.source == "feedback" and item.label is not None else item.reward,
             weight=1 / turns[item.episode],
             behaviour=np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]],  # type: ignore[index]
@@ -107,8 +108,8 @@ def says(item: BatchItem, policy: Policy) -> bool:
     Looser than equality on purpose: a stop string cuts the text and not the ids, and a tool call is sent in another
     form than it was sampled in. Ids of another answer, or of another tokenizer, do not say its words.
     """
-    words = WORD.findall(item.answer)
-    if len(item.answer) >= ANSWER_CHARS:
+    words = WORD.findall(item.said)
+    if len(item.said) >= ANSWER_CHARS:
         del words[-1:]  # it may have been cut
     decoded = WORD.findall(policy.decode(_split(item)[1]))
     return not Counter(words) - Counter(decoded) if words else not decoded
@@ -141,18 +142,46 @@ def remembered(sources: Sources, recipe: Recipe) -> list[Answer]:
         return []
     corrected = [item for item in sources.batch.items if item.correction and recipe.replay.corrected > 0]
     rated = [i for i in sources.batch.items if i.label is not None and i.label >= GOOD and recipe.replay.rated > 0]
-    beliefs = _beliefs(sources.judge, [Example(prompt_text(i.prompt_messages), i.answer) for i in rated])
-    made = [_told(item, str(item.correction), "corrected", recipe.replay.corrected, 1.0, sources) for item in corrected]
+    beliefs = _beliefs(sources.judge, [Example(prompt_text(i.prompt_messages), i.said) for i in rated])
+    made = [_corrected(item, recipe.replay.corrected, sources) for item in corrected]
     made += [
-        _told(item, item.answer, "rated", recipe.replay.rated * belief, belief, sources)
+        _told(
+            item, _completion(item, sources.policy), item.said, "rated", recipe.replay.rated * belief, belief, sources
+        )
         for item, belief in zip(rated, beliefs, strict=True)
     ]
     return [answer for answer in made if answer is not None]
 
 
-def _told(item: BatchItem, text: str, source: str, weight: float, belief: float, sources: Sources) -> Answer | None:
-    prompt = prompt_of(item, sources.policy)
+def _corrected(item: BatchItem, weight: float, sources: Sources) -> Answer | None:
+    text = str(item.correction)
     completion = tuple(sources.policy.encode_answer(text)) if text else ()
+    return _told(item, completion, text, "corrected", weight, 1.0, sources)
+
+
+def _completion(item: BatchItem, policy: Policy) -> tuple[int, ...]:
+    """What the policy should sample to give the item's answer again, the end token included; empty: there is none.
+
+    A tool call as it was sampled where the engine recorded it, for each model has a form of its own.
+    """
+    if not item.said:
+        return ()
+    if item.tool_calls and item.span is not None and says(item, policy):
+        sampled = _split(item)[1]
+        return sampled if sampled[-1:] and sampled[-1] in policy.stop_ids else (*sampled, policy.end_id)
+    return tuple(policy.encode_answer(written(item.answer, item.tool_calls)))
+
+
+def _told(
+    item: BatchItem,
+    completion: tuple[int, ...],
+    text: str,
+    source: str,
+    weight: float,
+    belief: float,
+    sources: Sources,
+) -> Answer | None:
+    prompt = prompt_of(item, sources.policy)
     if prompt is None or not completion or len(prompt) + len(completion) > sources.policy.context:
         return None
     return Answer(
@@ -187,7 +216,7 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
             "fresh",
             item.episode,
             turn=item.turn,
-            text=sources.policy.decode(rollout.completion),
+            text=heard(rollout.completion, item, sources.policy),
             weight=rollout.count / recipe.rollouts.samples,
             count=rollout.count,
             synthetic=True,
@@ -201,6 +230,13 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
     if sources.keep is not None and judged:
         sources.keep([(answer, answered[answer.episode]) for answer in judged])
     return judged
+
+
+def heard(completion: Sequence[int], item: BatchItem, policy: Policy) -> str:
+    """What the judge reads of sampled ids: the words and tool calls that serving would have sent for them."""
+    offered = [str(tool.get("function", {}).get("name", "")) for tool in item.tools]
+    words, calls = parse(policy.decode(completion), offered)
+    return answer_text({"content": words, "tool_calls": calls})
 
 
 def _recent_prompts(sources: Sources, most: int) -> dict[tuple[int, ...], BatchItem]:
@@ -245,6 +281,7 @@ def informative(rollouts: Sequence[Answer], recipe: Recipe, told: Sequence[Answe
 def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
     """For each recent prompt, answers that others were given, as something to judge.
 
+    Words alone, for the arguments of a tool call belong to their own prompt.
     A policy explores what it already half believes; what it never tries may be what was right for a similar prompt,
     or a known answer whose words are near to the prompt's. Nobody sampled these, so they have no say in PPO.
     """
@@ -292,7 +329,7 @@ def _good_answers(batch: Batch) -> list[tuple[str, str]]:
     """(prompt text, answer) of everything in the batch that is held to be right."""
     found = []
     for item in batch.items:
-        good = item.correction or (item.answer if item.mask and item.reward > 0 else None)
+        good = item.correction or (item.answer if item.mask and item.reward > 0 and not item.tool_calls else None)
         if good:
             found.append((prompt_text(item.prompt_messages), good))
     return found
@@ -300,7 +337,7 @@ def _good_answers(batch: Batch) -> list[tuple[str, str]]:
 
 def _known_answers(batch: Batch) -> list[str]:
     """Answers that came more than once, or from a person, the most frequent first."""
-    counts = Counter(item.answer for item in batch.items if item.answer.strip())
+    counts = Counter(item.answer for item in batch.items if item.answer.strip() and not item.tool_calls)
     told = dict.fromkeys(item.correction for item in batch.items if item.correction)
     often = [answer for answer, count in counts.most_common(KNOWN_ANSWERS) if count > 1]
     return list(dict.fromkeys([*told, *often]))[:KNOWN_ANSWERS]

@@ -16,6 +16,7 @@ from trainer import gather, recipe
 from trainer.gather import Sources
 from trainer.material import Answer
 from trainer.packing import Sample
+from trainer.policy import tools
 from trainer.policy.base import Policy
 from trainer.sampling import Rollout, Sampling
 
@@ -131,6 +132,40 @@ def test_token_ids_that_do_not_say_the_answer_are_kept_from_ppo(policy: Policy, 
     given = sources(policy, [right, called, wrong, silent])
     assert [answer.episode for answer in gather.logged(given, made())] == ["right", "called"]
     assert "2 of 4 answers are left out of PPO" in caplog.text
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "block", "arguments": '{"card": 7}'}}
+MARKUP = '<tool_call>{"name": "block", "arguments": {"card": 7}}</tool_call>'
+OFFERED = [{"type": "function", "function": {"name": "block"}}]
+
+
+def called(policy: Policy, **changes: Any) -> BatchItem:
+    """A pure tool call, as the engine records and sends it."""
+    ids = np.asarray([5, 6, 8, *policy.encode_answer(MARKUP)], np.int32)
+    sent = {"answer": "", "tool_calls": [CALL], "tools": OFFERED}
+    return item("a", tokens=ids, logprobs=np.full(len(ids), -0.5, np.float32), span=(3, len(ids)), **sent, **changes)
+
+
+def test_a_tool_call_enters_ppo_and_replay_as_it_was_sampled(policy: Policy):
+    given = sources(policy, [called(policy, label=1.0)])
+    (entered,) = gather.logged(given, made())
+    (told,) = gather.remembered(given, made())
+    assert entered.text == told.text == 'block({"card": 7})'
+    assert told.sample.completion == tuple(policy.encode_answer(MARKUP))
+    assert told.belief == pytest.approx(0.9)  # the judge reads the call
+
+
+def test_a_tool_call_without_ids_is_replayed_as_serving_reads_it(policy: Policy):
+    bare = called(policy, label=1.0)
+    (told,) = gather.remembered(sources(policy, [replace(bare, tokens=None, span=None, tools=[])]), made())
+    words, calls = tools.parse(policy.decode(told.sample.completion), ["block"])
+    assert (words, [call["function"] for call in calls]) == ("", [CALL["function"]])
+
+
+def test_a_rollout_that_calls_a_tool_is_judged_as_the_call(policy: Policy):
+    ids = policy.encode_answer(MARKUP)
+    assert gather.heard(ids, called(policy), policy) == 'block({"card": 7})'
+    assert gather.heard(ids, item("b"), policy) == MARKUP  # no tool was offered: serving sends it as words
 
 
 def test_on_feedback_alone_only_rated_answers_enter_with_what_people_said(policy: Policy):
