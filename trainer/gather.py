@@ -17,14 +17,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from everloop.errors import ServingError
 from numpy.typing import NDArray
 
 from pipelines.batch import Batch, BatchItem
-from reward.features import ANSWER_CHARS, Example, answer_text, prompt_text
+from reward.features import ANSWER_CHARS, Example, Structure, answer_text, course, prompt_text
 from reward.model import Estimate, Vectors
 from trainer.engine import Engine
 from trainer.material import Answer
@@ -32,7 +32,7 @@ from trainer.packing import Sample
 from trainer.policy.base import Policy
 from trainer.policy.tools import parse, written
 from trainer.recipe import Recipe
-from trainer.sampling import Sampling
+from trainer.sampling import Rollout, Sampling
 
 logger = logging.getLogger(__name__)
 WORD = re.compile(r"\w+")
@@ -59,7 +59,7 @@ class Sources:
     """What a run draws on. ``recent``: policy versions within the lag cap; None: all are.
 
     ``keep`` is given the fresh rollouts of a round, judged, each with the call that it answers anew, before anybody
-    uses them.
+    uses them. ``max_tokens``: of an answer of the policy, where the recipe does not say.
     """
 
     batch: Batch
@@ -67,6 +67,7 @@ class Sources:
     judge: Judge | None
     recent: frozenset[str] | None = None
     keep: Keep | None = None
+    max_tokens: int = 256
 
 
 def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
@@ -182,10 +183,10 @@ def _told(
     sources: Sources,
 ) -> Answer | None:
     prompt = prompt_of(item, sources.policy)
-    if prompt is None or not completion or len(prompt) + len(completion) > sources.policy.context:
+    if prompt is None or not completion or not _fits(sample := Sample(prompt, completion), sources.policy):
         return None
     return Answer(
-        Sample(prompt, completion),
+        sample,
         source,  # type: ignore[arg-type]
         item.episode,
         turn=item.turn,
@@ -193,6 +194,10 @@ def _told(
         replay=weight,
         belief=belief,
     )
+
+
+def _fits(sample: Sample, policy: Policy) -> bool:
+    return len(sample.prompt) + len(sample.completion) <= policy.context
 
 
 def _beliefs(judge: Judge | None, examples: Sequence[Example]) -> list[float]:
@@ -206,22 +211,11 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
     """Rollouts on the newest distinct prompts, last turns only, judged; identical answers once, with their count."""
     if recipe.rollouts.prompts == 0:
         return []
-    asked = _recent_prompts(sources, recipe.rollouts.prompts)
-    room = max((len(prompt) for prompt in asked), default=0)
-    length = min(recipe.rollouts.max_tokens, sources.policy.context - room)
+    length = _longest(sources, recipe)
+    asked = _recent_prompts(sources, recipe.rollouts.prompts, length)
     drawn = engine.rollouts(list(asked), Sampling(recipe.rollouts.samples, length), seed)
     made = [
-        Answer(
-            Sample(prompt, rollout.completion),
-            "fresh",
-            item.episode,
-            turn=item.turn,
-            text=heard(rollout.completion, item, sources.policy),
-            weight=rollout.count / recipe.rollouts.samples,
-            count=rollout.count,
-            synthetic=True,
-            behaviour=rollout.logprobs,
-        )
+        _drawn(prompt, item, rollout, rollout.count / recipe.rollouts.samples, sources.policy)
         for (prompt, item), rollouts in zip(asked.items(), drawn, strict=True)
         for rollout in rollouts
     ]
@@ -232,34 +226,73 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
     return judged
 
 
-def heard(completion: Sequence[int], item: BatchItem, policy: Policy) -> str:
-    """What the judge reads of sampled ids: the words and tool calls that serving would have sent for them."""
+def _longest(sources: Sources, recipe: Recipe) -> int:
+    """Tokens of a rollout, at most. Half of the context is left to the prompt, whatever the policy may say."""
+    return min(recipe.rollouts.max_tokens or sources.max_tokens, sources.policy.context // 2)
+
+
+def _drawn(
+    prompt: tuple[int, ...], item: BatchItem, rollout: Rollout, weight: float, policy: Policy
+) -> tuple[Answer, Structure]:
+    message = heard(rollout.completion, item, policy)
+    answer = Answer(
+        Sample(prompt, rollout.completion),
+        "fresh",
+        item.episode,
+        turn=item.turn,
+        text=answer_text(message),
+        weight=weight,
+        count=rollout.count,
+        synthetic=True,
+        finished=rollout.finished,
+        behaviour=rollout.logprobs,
+    )
+    finish = None if rollout.finished else "length"
+    return answer, replace(_course(item), calls_tool=bool(message["tool_calls"]), finish=finish)
+
+
+def _course(item: BatchItem) -> Structure:
+    return course(item.prompt_messages, item.turn)
+
+
+def heard(completion: Sequence[int], item: BatchItem, policy: Policy) -> dict[str, Any]:
+    """Sampled ids as the message that serving would have sent for them: words, and calls of the tools on offer."""
     offered = [str(tool.get("function", {}).get("name", "")) for tool in item.tools]
     words, calls = parse(policy.decode(completion), offered)
-    return answer_text({"content": words, "tool_calls": calls})
+    return {"content": words, "tool_calls": calls}
 
 
-def _recent_prompts(sources: Sources, most: int) -> dict[tuple[int, ...], BatchItem]:
-    """The newest ``most`` distinct prompts of last turns, by tokens, each with the call that it comes from."""
+def _recent_prompts(sources: Sources, most: int, length: int) -> dict[tuple[int, ...], BatchItem]:
+    """The newest ``most`` distinct prompts of last turns, by tokens, each with the call that it comes from.
+
+    Prompts that leave no room for an answer of ``length`` tokens are passed over: one of them would cut all others.
+    """
     found: dict[tuple[int, ...], BatchItem] = {}
+    passed = 0
     for item in reversed(sources.batch.items):
         if len(found) == most:
             break
         prompt = prompt_of(item, sources.policy) if item.turn == item.turns - 1 else None
-        if prompt is not None and len(prompt) < sources.policy.context:
+        if prompt is not None and len(prompt) + length <= sources.policy.context:
             found.setdefault(prompt, item)
+        elif prompt is not None:
+            passed += 1
+    if passed:
+        logger.warning("%d prompts leave no room for an answer of %d tokens: nothing is drawn for them", passed, length)
     return found
 
 
-def _judged(answers: Sequence[Answer], items: dict[str, BatchItem], judge: Judge | None) -> list[Answer]:
+def _judged(
+    answers: Sequence[tuple[Answer, Structure]], items: dict[str, BatchItem], judge: Judge | None
+) -> list[Answer]:
     """Rollouts with the judge's reward; those that it has no right to judge have no say."""
     if judge is None or not answers:
         return []
     texts = {episode: prompt_text(item.prompt_messages) for episode, item in items.items()}
-    estimates = judge.estimate([Example(texts[answer.episode], answer.text) for answer in answers])
+    estimates = judge.estimate([Example(texts[a.episode], a.text, structure) for a, structure in answers])
     return [
         replace(answer, reward=said.reward, belief=said.value) if said.mask else replace(answer, weight=0.0)
-        for answer, said in zip(answers, estimates, strict=True)
+        for (answer, _), said in zip(answers, estimates, strict=True)
     ]
 
 
@@ -287,20 +320,14 @@ def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
     """
     if recipe.replay.proposals == 0 or recipe.replay.believed == 0 or sources.judge is None:
         return []
-    asked = _recent_prompts(sources, recipe.rollouts.prompts)
+    asked = _recent_prompts(sources, recipe.rollouts.prompts, 1)
     texts = [prompt_text(item.prompt_messages) for item in asked.values()]
     found = _proposals(texts, sources.batch, sources.judge.encoder.encode, recipe.replay.proposals)
     made = [
-        Answer(
-            Sample(prompt, tuple(sources.policy.encode_answer(text))),
-            "believed",
-            item.episode,
-            turn=item.turn,
-            text=text,
-            synthetic=True,
-        )
+        (Answer(sample, "believed", item.episode, turn=item.turn, text=text, synthetic=True), _course(item))
         for (prompt, item), answers in zip(asked.items(), found, strict=True)
         for text in answers
+        if _fits(sample := Sample(prompt, tuple(sources.policy.encode_answer(text))), sources.policy)
     ]
     return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
 
@@ -346,13 +373,16 @@ def _known_answers(batch: Batch) -> list[str]:
 def believed(answers: Sequence[Answer], recipe: Recipe, told: Sequence[Answer] = ()) -> list[Answer]:
     """For the replay term: the answer to each prompt that is believed in most, where the belief is strong enough.
 
-    Prompts that a person corrected (among ``told``) are left out: what people said stands above any belief.
+    An answer that was cut is none to imitate: the policy would learn not to end. Prompts that a person corrected
+    (among ``told``) are left out: what people said stands above any belief.
     """
     if recipe.replay.believed == 0 or recipe.replay.coefficient == 0:
         return []
     settled = {answer.sample.prompt for answer in told if answer.source == "corrected"}
     best: dict[tuple[int, ...], Answer] = {}
     for answer in answers:
+        if not answer.finished:
+            continue
         held = best.get(answer.sample.prompt)
         if answer.sample.prompt not in settled and (held is None or answer.belief > held.belief):
             best[answer.sample.prompt] = answer

@@ -142,7 +142,8 @@ class Learner:
                 "or use a recipe with rollouts.prompts = 0"
             )
         recent = None if request.recent is None else frozenset(request.recent)
-        return Sources(Batch.load(Path(request.batch)), self._policy(request.base, request.cache), judge, recent)
+        policy = self._policy(request.base, request.cache)
+        return Sources(Batch.load(Path(request.batch)), policy, judge, recent, max_tokens=request.max_tokens)
 
     def _judge(self, snapshot: str, encoder: str) -> RewardModel:
         """The reward model of a snapshot's folder; the one asked for last stays loaded."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.batch import Batch, BatchItem
-from reward.features import Example
+from reward.features import Example, answer_text
 from reward.model import Estimate
 from trainer import gather, recipe
 from trainer.gather import Sources
@@ -164,8 +164,8 @@ def test_a_tool_call_without_ids_is_replayed_as_serving_reads_it(policy: Policy)
 
 def test_a_rollout_that_calls_a_tool_is_judged_as_the_call(policy: Policy):
     ids = policy.encode_answer(MARKUP)
-    assert gather.heard(ids, called(policy), policy) == 'block({"card": 7})'
-    assert gather.heard(ids, item("b"), policy) == MARKUP  # no tool was offered: serving sends it as words
+    assert answer_text(gather.heard(ids, called(policy), policy)) == 'block({"card": 7})'
+    assert answer_text(gather.heard(ids, item("b"), policy)) == MARKUP  # no tool was offered: serving sends it as words
 
 
 def test_on_feedback_alone_only_rated_answers_enter_with_what_people_said(policy: Policy):
@@ -234,6 +234,51 @@ def test_the_best_answer_of_each_prompt_is_replayed_if_it_is_believed(policy: Po
     found = gather.believed([one, other, weak], believing)
     assert [(a.sample, a.source, a.weight) for a in found] == [(other.sample, "believed", 0.0)]
     assert found[0].replay == pytest.approx(0.45)
+
+
+class Cut(Sampler):
+    """Gives every prompt one good rollout that was cut."""
+
+    def rollouts(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        self.asked, self.length = list(prompts), sampling.max_tokens
+        cut = tuple(self.policy.encode("lost_card"))
+        return [[Rollout(cut, np.zeros(len(cut), np.float32), 4, False)] for _ in prompts]
+
+
+class Listening(Judge):
+    def estimate(self, examples: Sequence[Example]) -> list[Estimate]:
+        self.heard = [(e.structure.turn, e.structure.finish) for e in examples]
+        return super().estimate(examples)
+
+
+def test_a_cut_rollout_is_judged_as_cut_and_never_imitated(policy: Policy):
+    given = sources(policy, [item("a", 1, 2)], judge=Listening())
+    (answer,) = gather.fresh(given, made(**WITH_ROLLOUTS), Cut(policy), seed=0)
+    assert given.judge.heard == [(1, "length")]
+    assert not answer.finished
+    assert answer.weight == 1.0
+    assert gather.believed([answer], made(**WITH_ROLLOUTS, replay={"believed": 1.0})) == []
+
+
+def test_rollouts_are_as_long_as_the_policys_answers_and_a_long_prompt_shortens_none(policy: Policy):
+    long = np.asarray([5] * 230 + [7, 2], np.int32)
+    given = sources(policy, [item("a"), item("b", tokens=long, span=(230, 232))], max_tokens=48)
+    engine = Cut(policy)
+    gather.fresh(given, made(**WITH_ROLLOUTS), engine, seed=0)
+    assert (engine.asked, engine.length) == ([(5, 6, 10)], 48)
+    gather.fresh(given, made(rollouts={"prompts": 1, "max_tokens": 8}), engine, seed=0)
+    assert (len(engine.asked[0]), engine.length) == (230, 8)
+
+
+def test_proposals_beyond_the_context_are_left_out(policy: Policy):
+    proposing = made(**WITH_ROLLOUTS, replay={"believed": 1.0, "proposals": 1})
+    long = np.asarray([5] * (policy.context - 3) + [7, 2], np.int32)
+    asked = item("zebras", tokens=long, span=(policy.context - 3, policy.context - 1))
+    known = [item(f"q{i}", answer="zebra zebra zebra") for i in range(2)]
+    found = gather.proposed(sources(policy, [*known, asked]), proposing)
+    assert found
+    assert all(len(a.sample.prompt) + len(a.sample.completion) <= policy.context for a in found)
+    assert "zebras" not in [a.episode for a in found]
 
 
 def test_answers_of_near_prompts_are_proposed_and_judged(policy: Policy):
