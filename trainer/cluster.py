@@ -151,7 +151,7 @@ class Cluster:
         Raises:
             Interrupted: ``stop`` was set meanwhile.
             ClusterFailed: the worker died more often than it is started again, or Ray is gone.
-            EverloopError: what the run itself raised, such as TrainingDiverged.
+            Exception: what the run itself raised: TrainingDiverged, or anything of a researcher's own algorithm.
         """
         return self._result(self._actor.train.remote(request), stop, f"run {request.run}")  # type: ignore[no-any-return]
 

@@ -183,8 +183,8 @@ def algorithm(recipe: Recipe) -> Callable[..., Any]:
         else:
             module = importlib.import_module(recipe.algorithm)
         return module.train  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, FileNotFoundError, SyntaxError) as error:
+    except Exception as error:  # an import runs the file, which may raise anything
         raise ConfigError(
             f"recipe {recipe.name}: algorithm {recipe.algorithm!r} is not a module or file with a function "
-            f"train(training): {error}"
-        ) from None
+            f"train(training): {type(error).__name__}: {error}"
+        ) from error
