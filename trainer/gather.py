@@ -71,36 +71,66 @@ class Sources:
 
 
 def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
-    """Calls of the batch that PPO may take. The turns of an episode share a weight of 1."""
-    known = [item for item in sources.batch.items if _in_ppo(item, sources, recipe)]
-    able = [item for item in known if says(item, sources.policy)]
-    if len(able) < len(known):
+    """Calls of the batch that PPO may take, the turns of an episode sharing a weight of 1; and its other turns.
+
+    Those weigh nothing, but what was said at the end of an episode reaches its earlier turns through them (by GAE). An
+    episode is taken up to the last turn that was judged; a turn before it that nobody judged has a reward of 0.
+    """
+    made: list[Answer | None] = []
+    known = able = 0
+    for turns in _episodes(sources.batch, recipe):
+        asked = [item for item in turns if _in_ppo(item, sources)]
+        its = [item.call for item in asked if says(item, sources.policy)]
+        known, able = known + len(asked), able + len(its)
+        if its:
+            made += [_logged(item, 1 / len(its) if item.call in its else 0.0, sources, recipe) for item in turns]
+    if able < known:
         logger.warning(
             "%d of %d answers are left out of PPO: decoding their token ids does not give the text that was sent",
-            len(known) - len(able),
-            len(known),
+            known - able,
+            known,
         )
-    turns = Counter(item.episode for item in able)
-    return [
-        Answer(
-            Sample(*_split(item), temperature=item.temperature),
-            "logged",
-            item.episode,
-            turn=item.turn,
-            text=item.said,
-            reward=2 * item.label - 1 if recipe.reward.source == "feedback" and item.label is not None else item.reward,
-            weight=1 / turns[item.episode],
-            behaviour=np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]],  # type: ignore[index]
-        )
-        for item in able
-    ]
+    return [answer for answer in made if answer is not None]
 
 
-def _in_ppo(item: BatchItem, sources: Sources, recipe: Recipe) -> bool:
+def _episodes(batch: Batch, recipe: Recipe) -> list[list[BatchItem]]:
+    """The turns of each episode up to its last judged one."""
+    grouped: dict[str, list[BatchItem]] = {}
+    for item in batch.items:
+        grouped.setdefault(item.episode, []).append(item)
+    lasts = (max((i.turn for i in turns if _is_judged(i, recipe)), default=-1) for turns in grouped.values())
+    return [[i for i in turns if i.turn <= last] for turns, last in zip(grouped.values(), lasts, strict=True)]
+
+
+def _is_judged(item: BatchItem, recipe: Recipe) -> bool:
+    return item.label is not None if recipe.reward.source == "feedback" else item.mask
+
+
+def _in_ppo(item: BatchItem, sources: Sources) -> bool:
     known = item.tokens is not None and item.span is not None and item.span[1] > item.span[0]
-    judged = item.label is not None if recipe.reward.source == "feedback" else item.mask
     recent = sources.recent is None or item.policy_version in sources.recent
-    return known and judged and recent and item.trainable and item.temperature > 0
+    return known and recent and item.trainable and item.temperature > 0
+
+
+def _logged(item: BatchItem, weight: float, sources: Sources, recipe: Recipe) -> Answer | None:
+    """A turn of a logged episode. Of one without a say its prompt is enough: the value head speaks there."""
+    told = item.label if recipe.reward.source == "feedback" else None
+    reward = item.reward if told is None else 2 * told - 1
+    answer = Answer(
+        Sample((), ()),
+        "logged",
+        item.episode,
+        turn=item.turn,
+        text=item.said,
+        reward=reward if _is_judged(item, recipe) else 0.0,
+        weight=weight,
+    )
+    if weight:
+        behaviour = np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]]  # type: ignore[index]
+        return replace(answer, sample=Sample(*_split(item), temperature=item.temperature), behaviour=behaviour)
+    prompt = prompt_of(item, sources.policy)
+    sample = Sample(prompt or (), (sources.policy.end_id,))
+    return replace(answer, sample=sample) if prompt and _fits(sample, sources.policy) else None
 
 
 def says(item: BatchItem, policy: Policy) -> bool:

@@ -122,6 +122,15 @@ def test_what_ppo_must_not_take(policy: Policy, changes: dict[str, Any]):
     assert [answer.episode for answer in gather.logged(given, made())] == ["b"]
 
 
+def test_the_turns_before_a_word_are_taken_with_it_and_those_after_it_are_not(policy: Policy):
+    plain = made(reward={"source": "feedback"})
+    old = {"policy_version": "old", "tokens": None, "logprobs": None, "span": None}
+    items = spoken(policy, item("a", 0, 4), item("a", 1, 4, **old), item("a", 2, 4, label=1.0), item("a", 3, 4))
+    answers = gather.logged(sources(policy, items, recent=frozenset({"base"})), plain)
+    assert [(a.turn, a.reward, a.weight) for a in answers] == [(0, 0.0, 0.5), (1, 0.0, 0.0), (2, 1.0, 0.5)]
+    assert answers[1].sample.prompt == tuple(policy.encode_chat(items[1].prompt_messages))
+
+
 def test_token_ids_that_do_not_say_the_answer_are_kept_from_ppo(policy: Policy, caplog: pytest.LogCaptureFixture):
     told = np.asarray(policy.encode_answer("lost card 7"), np.int32)
     right = item("right", answer="lost card 7", tokens=np.concatenate([[5, 6, 8], told]), span=(3, 3 + len(told)))
