@@ -47,7 +47,7 @@ ORDER BY time, episode, turn
 PAIRS = f"""
 SELECT t.messages, t.tools_offered, t.answer, t.output, p.chosen, p.rejected, p.source, p.episode, p.call, p.version
 FROM (SELECT * FROM preferences WHERE {MINE}) p
-JOIN (SELECT * FROM turns WHERE {MINE}) t ON t.episode = p.episode AND t.call = p.call
+JOIN (SELECT * FROM turns WHERE {MINE} AND error IS NULL) t ON t.episode = p.episode AND t.call = p.call
 ORDER BY p.time, p.episode, p.call, p.chosen, p.rejected
 """
 
