@@ -171,7 +171,8 @@ def summary(training: Training) -> dict[str, float]:
         if step > steps - tail:
             sums.setdefault(name, []).append(value)
     told = {name: sum(values) / len(values) for name, values in sums.items()}
-    answers = Material.load(max(training.folder.glob("round-*.parquet"))).answers
+    last = max(training.folder.glob("round-*.parquet"), key=lambda path: int(path.stem.removeprefix("round-")))
+    answers = Material.load(last).answers
     fresh = [a for a in answers if a.source == "fresh" and a.weight > 0]
     counts = {f"answers_{source}": float(sum(a.source == source for a in answers)) for source in SOURCES}
     samples = sum(a.count for a in fresh)
