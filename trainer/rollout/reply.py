@@ -129,8 +129,7 @@ class Reply:
         return {"tokens": tokens, "token_logprobs": list(logprobs), "top_logprobs": best, "text_offset": offsets}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        spelled = self._spelled(token)
-        return {"token": spelled, "logprob": logprob, "bytes": list(spelled.encode())}
+        return {"token": self._spelled(token), "logprob": logprob, "bytes": self._policy.bytes_of(token)}
 
     def _spelled(self, token: int) -> str:
         """One token as text, control tokens by their name."""
