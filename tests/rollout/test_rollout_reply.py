@@ -29,3 +29,9 @@ def test_the_bytes_of_tokens_are_those_of_the_text_also_within_a_character(polic
     content = whole(policy, "a 🐌 ü", logprobs=True)["logprobs"]["content"]
     assert any("\ufffd" in token["token"] for token in content)
     assert bytes(byte for token in content for byte in token["bytes"]).decode() == "a 🐌 ü"
+
+
+@pytest.mark.parametrize(("asked", "calls"), [({}, 2), ({"parallel_tool_calls": False}, 1)])
+def test_who_asks_for_no_parallel_tool_calls_gets_the_first(policy: Policy, asked: dict, calls: int) -> None:
+    text = '<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2
+    assert len(whole(policy, text, **asked)["message"]["tool_calls"]) == calls
