@@ -35,6 +35,7 @@ from trainer.request import VALUE_HEAD, Request, Trained
 from trainer.sampling import Rollout, Sampling, rollouts
 
 ANSWER_TOKENS = 24
+ROLLOUT_TOKENS = 32  # as the figures that are kept were measured with
 
 
 @dataclass
@@ -155,6 +156,7 @@ class DeskLoop:
             value_head=None if self._parent_run is None else str(self._parent_run / VALUE_HEAD),
             reward=str(self.folder / "rewards" / version),
             threads=self.threads,
+            max_tokens=ROLLOUT_TOKENS,
         )
         run.mkdir(parents=True, exist_ok=True)
         request.save()

@@ -29,6 +29,7 @@ from pipelines.archive import write
 from pipelines.holdout import touches
 from pipelines.rows import json_text
 from pipelines.store import Store
+from reward.features import answer_text
 
 SUBJECT_SHARE = 0.01
 FEW_PEOPLE = 3  # equal shares that one of few people may hold
@@ -38,6 +39,7 @@ FEW_PEOPLE = 3  # equal shares that one of few people may hold
 class BatchItem:
     """One model call with its reward.
 
+    ``answer`` is its words, ``tool_calls`` what it asked for in OpenAI's form, ``said`` both as one text.
     ``tokens`` and ``logprobs`` (int32 and float32, shape (length,)) hold the call's prompt and completion;
     ``span`` is where the completion lies, ``[start, end)`` with end == length. All three are None where the
     engine gave no tokens. ``mask`` False: nobody has a right to an opinion about the reward. ``trainable`` False:
@@ -66,6 +68,12 @@ class BatchItem:
     tools: list[dict[str, Any]] = field(default_factory=list)
     raters: tuple[str, ...] = ()
     started: float = 0.0
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def said(self) -> str:
+        """What the reward model reads of the answer: its words, then its tool calls."""
+        return answer_text({"content": self.answer, "tool_calls": self.tool_calls})
 
 
 NOBODY = ""
@@ -95,7 +103,10 @@ class Batch:
         """Hash of the content; the same items in the same order give the same id."""
         digest = hashlib.sha256(f"{self.tenant}/{self.policy}/{self.reward_version}".encode())
         for item in self.items:
-            digest.update(json_text(_plain(item)).encode())
+            plain = _plain(item)
+            if not item.tool_calls:
+                del plain["tool_calls"]  # a batch without any has the name that it had before batches held them
+            digest.update(json_text(plain).encode())
             for array in (item.tokens, item.logprobs):
                 digest.update(b"-" if array is None else array.tobytes())
         return "batch_" + digest.hexdigest()[:32]
@@ -153,6 +164,7 @@ SCHEMA = pa.schema(
         ("tools", pa.string()),
         ("raters", pa.list_(pa.string())),
         ("started", pa.float64()),
+        ("tool_calls", pa.string()),
     ]
 )
 
@@ -164,6 +176,7 @@ def _plain(item: BatchItem) -> dict[str, Any]:
         **row,
         "prompt_messages": json_text(item.prompt_messages),
         "tools": json_text(item.tools),
+        "tool_calls": json_text(item.tool_calls),
         "raters": list(item.raters),
         "start": None if item.span is None else item.span[0],
     }
@@ -177,6 +190,7 @@ def _items(table: pa.Table) -> Iterable[BatchItem]:
         start = row.pop("start")
         row["prompt_messages"] = json.loads(row["prompt_messages"])
         row["tools"] = json.loads(row["tools"] or "[]")
+        row["tool_calls"] = json.loads(row.get("tool_calls") or "[]")
         row["raters"] = tuple(row["raters"] or ())
         span = None if start is None or tokens is None else (start, len(tokens))
         yield BatchItem(**row, tokens=tokens, logprobs=logprobs, span=span)
@@ -267,7 +281,8 @@ WITH pinned AS (
 ), able AS (
     SELECT t.episode, t.version, t.call, t.subject, t.messages AS prompt_messages, t.answer, t.correction,
            s.reward, s.mask, s.source, s.label, t.policy_version, t.temperature, t.turn, t.turns,
-           coalesce(t.tools_offered, '[]') AS tools, t.raters, t.time AS started, s.said_by
+           coalesce(t.tools_offered, '[]') AS tools, t.raters, t.time AS started, s.said_by,
+           coalesce(json_extract(t.output, '$.tool_calls')::VARCHAR, '[]') AS tool_calls
     FROM turns t JOIN scored s ON s.episode = t.episode AND s.call = t.call
     WHERE t.tenant = $tenant AND t.policy = $policy
       AND t.split = 'train' AND NOT t.synthetic AND t.quarantine IS NULL AND t.error IS NULL

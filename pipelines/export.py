@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from everloop.contract import Contract
 from everloop.errors import EverloopError
+from everloop.feedback import FeedbackKind
 from everloop.topics import TOPICS
 
 from pipelines.archive import publish, write
@@ -38,15 +39,15 @@ QUERIES = {
     "preferences": f"SELECT * FROM preferences WHERE {MINE} ORDER BY time, episode, call, chosen, rejected",
 }
 SFT = f"""
-SELECT messages, tools_offered, coalesce(correction, answer) AS answer, episode, call, version
+SELECT messages, tools_offered, correction, answer, output, episode, call, version
 FROM turns WHERE {MINE} AND error IS NULL
   AND (correction IS NOT NULL OR thumb > 0 OR rating >= 0.75 OR outcome >= 0.75)
 ORDER BY time, episode, turn
 """
 PAIRS = f"""
-SELECT t.messages, t.tools_offered, p.chosen, p.rejected, p.source, p.episode, p.call, p.version
+SELECT t.messages, t.tools_offered, t.answer, t.output, p.chosen, p.rejected, p.source, p.episode, p.call, p.version
 FROM (SELECT * FROM preferences WHERE {MINE}) p
-JOIN (SELECT * FROM turns WHERE {MINE}) t ON t.episode = p.episode AND t.call = p.call
+JOIN (SELECT * FROM turns WHERE {MINE} AND error IS NULL) t ON t.episode = p.episode AND t.call = p.call
 ORDER BY p.time, p.episode, p.call, p.chosen, p.rejected
 """
 
@@ -128,12 +129,25 @@ def _jsonl(folder: Path, name: str, query: str, rows: Iterator[dict[str, Any]]) 
 
 
 def _sft(row: dict[str, Any]) -> dict[str, Any]:
-    return {**_chat(row), "completion": [{"role": "assistant", "content": row["answer"]}], **_lineage(row)}
+    completion = _given(row) if row["correction"] is None else _words(row["correction"])
+    return {**_chat(row), "completion": [completion], **_lineage(row)}
 
 
 def _pair(row: dict[str, Any]) -> dict[str, Any]:
-    said = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    corrected = row["source"] == FeedbackKind.CORRECTION  # of the very answer that the call gave
+    rejected = _given(row) if corrected else _words(row["rejected"])
+    said = {"chosen": [_words(row["chosen"])], "rejected": [rejected]}
     return {**_chat(row), **said, "source": row["source"], **_lineage(row)}
+
+
+def _words(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a call, its tool calls included."""
+    calls = json.loads(row["output"]).get("tool_calls")
+    return {**_words(row["answer"]), **({"tool_calls": calls} if calls else {})}
 
 
 def _chat(row: dict[str, Any]) -> dict[str, Any]:

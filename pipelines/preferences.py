@@ -7,10 +7,11 @@ correction), which is then preferred to what the policy had said.
 from __future__ import annotations
 
 from everloop.episode import Episode, Turn
-from everloop.event import Call
+from everloop.event import Call, Message
 from everloop.feedback import Feedback, FeedbackKind, Preference
 
 from pipelines.holdout import user_texts
+from reward.features import answer_text
 
 
 def asked(call: Call) -> str:
@@ -31,11 +32,16 @@ def preferences(episode: Episode) -> tuple[Preference, ...]:
     return tuple(dict.fromkeys(pairs))
 
 
+def _given(output: Message) -> str:
+    """The answer as one text; whole where it is words alone, in the reward model's form where it calls tools."""
+    return answer_text(output) if output.tool_calls else output.text
+
+
 def _pair(episode: Episode, turn: Turn, word: Feedback) -> Preference | None:
     if word.kind is FeedbackKind.PREFERENCE:
         chosen, rejected = word.chosen or "", word.rejected or ""
     elif word.kind is FeedbackKind.CORRECTION:
-        chosen, rejected = word.text or "", turn.call.output.text
+        chosen, rejected = word.text or "", _given(turn.call.output)
     else:
         return None
     if chosen == rejected or not chosen:

@@ -17,9 +17,10 @@ HIGHEST_LOGPROB = 1e-3  # a logarithm of a probability, with room for the engine
 
 
 def doubt(call: Call) -> str | None:
-    """Why a call must not be trained on, in words; None: nothing speaks against it."""
-    if call.error is not None:
-        return f"call {call.id} failed: {call.error}"
+    """Why what is recorded of a call cannot be trusted, in words; None: nothing speaks against it.
+
+    That a call failed is no doubt about the others of its episode: it alone is left out.
+    """
     if call.tokens is None:
         return None
     why = _mismatch(call.tokens) or _unsound(call.tokens)
@@ -48,7 +49,8 @@ def _unsound(tokens: CallTokens) -> str | None:
 def trainable(call: Call) -> bool:
     """Whether the recorded log-probabilities are those of the distribution that the call was sampled from."""
     tokens = call.tokens
-    return tokens is not None and tokens.mode == "processed" and call.sampling.support_known and doubt(call) is None
+    whole = tokens is not None and tokens.mode == "processed" and call.error is None
+    return whole and call.sampling.support_known and doubt(call) is None
 
 
 def sequences(calls: Ordered[Call]) -> tuple[Sequence, ...]:

@@ -149,6 +149,12 @@ def _says_error(result: str) -> bool:
     return start.startswith(("error", "traceback", "exception"))
 
 
+def course(messages: Sequence[Message | Mapping[str, Any]], turn: int) -> Structure:
+    """The structure of an answer that nobody sent, as far as its prompt tells: a trainer's rollouts have no episode."""
+    results = [_words(message) for message in messages if _field(message, "role") == "tool"]
+    return Structure(turn=turn, tools=len(results), tool_errors=sum(map(_says_error, results)))
+
+
 def examples(episode: Episode) -> list[Example]:
     """What the model sees of each turn of an episode, in order."""
     return [

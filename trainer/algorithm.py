@@ -83,11 +83,17 @@ def gathered(training: Training, number: int) -> Material:
             "there is nothing to learn from yet: no answer was rated or corrected, and the reward model has heard too "
             "little to judge any; feedback brings both"
         )
-    return weighed(estimated(Material.of(answers), engine), recipe)
+    return _with_a_say(weighed(estimated(Material.of(answers), engine), recipe))
+
+
+def _with_a_say(material: Material) -> Material:
+    """Without the turns of logged episodes that only carried what was said later to the turns before them."""
+    groups = [[a for a in group if a.weight > 0 or a.source != "logged"] for group in material.groups]
+    return Material([group for group in groups if group])
 
 
 def estimated(material: Material, engine: Engine) -> Material:
-    """What the policy and its base say at the start of the round of every answer in PPO, and of every correction."""
+    """What policy and base say at the start of the round of answers in PPO, their episodes' turns, and corrections."""
     groups = [[answer for answer in group if _weighed_up(answer)] for group in material.groups]
     said = engine.estimates([[answer.sample for answer in group] for group in groups if group])
     told = iter(zip(said.logprobs, said.base, said.values.tolist(), strict=True))
@@ -99,7 +105,7 @@ def estimated(material: Material, engine: Engine) -> Material:
 
 
 def _weighed_up(answer: Answer) -> bool:
-    return answer.weight > 0 or answer.source == "corrected"
+    return answer.weight > 0 or answer.source in ("corrected", "logged")
 
 
 def shuffled(answers: Sequence[Answer], seed: int) -> list[Answer]:
@@ -132,10 +138,10 @@ def weighed(material: Material, recipe: Recipe) -> Material:
 
 
 def _by(answers: Sequence[Answer], source: str, key: Callable[[Answer], object]) -> list[list[int]]:
-    """Indices of the answers of one source that have a say in PPO, in groups of one key."""
+    """Indices of the answers of one source, in groups of one key; of rollouts, those that have a say in PPO."""
     grouped: dict[object, list[int]] = defaultdict(list)
     for i, answer in enumerate(answers):
-        if answer.source == source and answer.weight > 0:
+        if answer.source == source and (answer.weight > 0 or source == "logged"):
             grouped[key(answer)].append(i)
     return list(grouped.values())
 

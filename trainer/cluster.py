@@ -118,9 +118,7 @@ class Cluster:
             raise ClusterFailed(f"Ray at {self._config.address!r} did not start: {error}") from error
         niceness = 5 if self._config.address == "local" else 0
         self._actor = (
-            ray.remote(LearnerActor)
-            .options(num_cpus=1, num_gpus=self._config.gpus_per_learner, max_restarts=-1, max_task_retries=RETRIES)
-            .remote(niceness)
+            ray.remote(LearnerActor).options(num_cpus=1, max_restarts=-1, max_task_retries=RETRIES).remote(niceness)
         )
 
     def warm(self, base: str, cache: str, encoder: str) -> int:
@@ -151,7 +149,7 @@ class Cluster:
         Raises:
             Interrupted: ``stop`` was set meanwhile.
             ClusterFailed: the worker died more often than it is started again, or Ray is gone.
-            EverloopError: what the run itself raised, such as TrainingDiverged.
+            Exception: what the run itself raised: TrainingDiverged, or anything of a researcher's own algorithm.
         """
         return self._result(self._actor.train.remote(request), stop, f"run {request.run}")  # type: ignore[no-any-return]
 

@@ -71,6 +71,9 @@ class TorchEngine:
         seed: int = 0,
     ) -> None:
         _check_output_layer(policy)
+        if parent is not None:
+            lora.check(parent, policy)
+            lora.check_continues(parent, policy, settings.rank, settings.alpha, settings.targets)
         self._policy = policy
         self._settings = settings
         self._model = lora.attach(policy, settings.rank, settings.alpha, list(settings.targets), parent, seed=seed)

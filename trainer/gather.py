@@ -17,21 +17,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from everloop.errors import ServingError
 from numpy.typing import NDArray
 
 from pipelines.batch import Batch, BatchItem
-from reward.features import ANSWER_CHARS, Example, prompt_text
+from reward.features import ANSWER_CHARS, Example, Structure, answer_text, course, prompt_text
 from reward.model import Estimate, Vectors
 from trainer.engine import Engine
 from trainer.material import Answer
 from trainer.packing import Sample
 from trainer.policy.base import Policy
+from trainer.policy.tools import parse, written
 from trainer.recipe import Recipe
-from trainer.sampling import Sampling
+from trainer.sampling import Rollout, Sampling
 
 logger = logging.getLogger(__name__)
 WORD = re.compile(r"\w+")
@@ -58,7 +59,7 @@ class Sources:
     """What a run draws on. ``recent``: policy versions within the lag cap; None: all are.
 
     ``keep`` is given the fresh rollouts of a round, judged, each with the call that it answers anew, before anybody
-    uses them.
+    uses them. ``max_tokens``: of an answer of the policy, where the recipe does not say.
     """
 
     batch: Batch
@@ -66,39 +67,70 @@ class Sources:
     judge: Judge | None
     recent: frozenset[str] | None = None
     keep: Keep | None = None
+    max_tokens: int = 256
 
 
 def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
-    """Calls of the batch that PPO may take. The turns of an episode share a weight of 1."""
-    known = [item for item in sources.batch.items if _in_ppo(item, sources, recipe)]
-    able = [item for item in known if says(item, sources.policy)]
-    if len(able) < len(known):
+    """Calls of the batch that PPO may take, the turns of an episode sharing a weight of 1; and its other turns.
+
+    Those weigh nothing, but what was said at the end of an episode reaches its earlier turns through them (by GAE). An
+    episode is taken up to the last turn that was judged; a turn before it that nobody judged has a reward of 0.
+    """
+    made: list[Answer | None] = []
+    known = able = 0
+    for turns in _episodes(sources.batch, recipe):
+        asked = [item for item in turns if _in_ppo(item, sources)]
+        its = [item.call for item in asked if says(item, sources.policy)]
+        known, able = known + len(asked), able + len(its)
+        if its:
+            made += [_logged(item, 1 / len(its) if item.call in its else 0.0, sources, recipe) for item in turns]
+    if able < known:
         logger.warning(
             "%d of %d answers are left out of PPO: decoding their token ids does not give the text that was sent",
-            len(known) - len(able),
-            len(known),
+            known - able,
+            known,
         )
-    turns = Counter(item.episode for item in able)
-    return [
-        Answer(
-            Sample(*_split(item), temperature=item.temperature),
-            "logged",
-            item.episode,
-            turn=item.turn,
-            text=item.answer,
-            reward=2 * item.label - 1 if recipe.reward.source == "feedback" and item.label is not None else item.reward,
-            weight=1 / turns[item.episode],
-            behaviour=np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]],  # type: ignore[index]
-        )
-        for item in able
-    ]
+    return [answer for answer in made if answer is not None]
 
 
-def _in_ppo(item: BatchItem, sources: Sources, recipe: Recipe) -> bool:
+def _episodes(batch: Batch, recipe: Recipe) -> list[list[BatchItem]]:
+    """The turns of each episode up to its last judged one."""
+    grouped: dict[str, list[BatchItem]] = {}
+    for item in batch.items:
+        grouped.setdefault(item.episode, []).append(item)
+    lasts = (max((i.turn for i in turns if _is_judged(i, recipe)), default=-1) for turns in grouped.values())
+    return [[i for i in turns if i.turn <= last] for turns, last in zip(grouped.values(), lasts, strict=True)]
+
+
+def _is_judged(item: BatchItem, recipe: Recipe) -> bool:
+    return item.label is not None if recipe.reward.source == "feedback" else item.mask
+
+
+def _in_ppo(item: BatchItem, sources: Sources) -> bool:
     known = item.tokens is not None and item.span is not None and item.span[1] > item.span[0]
-    judged = item.label is not None if recipe.reward.source == "feedback" else item.mask
     recent = sources.recent is None or item.policy_version in sources.recent
-    return known and judged and recent and item.trainable and item.temperature > 0
+    return known and recent and item.trainable and item.temperature > 0
+
+
+def _logged(item: BatchItem, weight: float, sources: Sources, recipe: Recipe) -> Answer | None:
+    """A turn of a logged episode. Of one without a say its prompt is enough: the value head speaks there."""
+    told = item.label if recipe.reward.source == "feedback" else None
+    reward = item.reward if told is None else 2 * told - 1
+    answer = Answer(
+        Sample((), ()),
+        "logged",
+        item.episode,
+        turn=item.turn,
+        text=item.said,
+        reward=reward if _is_judged(item, recipe) else 0.0,
+        weight=weight,
+    )
+    if weight:
+        behaviour = np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]]  # type: ignore[index]
+        return replace(answer, sample=Sample(*_split(item), temperature=item.temperature), behaviour=behaviour)
+    prompt = prompt_of(item, sources.policy)
+    sample = Sample(prompt or (), (sources.policy.end_id,))
+    return replace(answer, sample=sample) if prompt and _fits(sample, sources.policy) else None
 
 
 def says(item: BatchItem, policy: Policy) -> bool:
@@ -107,8 +139,8 @@ def says(item: BatchItem, policy: Policy) -> bool:
     Looser than equality on purpose: a stop string cuts the text and not the ids, and a tool call is sent in another
     form than it was sampled in. Ids of another answer, or of another tokenizer, do not say its words.
     """
-    words = WORD.findall(item.answer)
-    if len(item.answer) >= ANSWER_CHARS:
+    words = WORD.findall(item.said)
+    if len(item.said) >= ANSWER_CHARS:
         del words[-1:]  # it may have been cut
     decoded = WORD.findall(policy.decode(_split(item)[1]))
     return not Counter(words) - Counter(decoded) if words else not decoded
@@ -141,22 +173,50 @@ def remembered(sources: Sources, recipe: Recipe) -> list[Answer]:
         return []
     corrected = [item for item in sources.batch.items if item.correction and recipe.replay.corrected > 0]
     rated = [i for i in sources.batch.items if i.label is not None and i.label >= GOOD and recipe.replay.rated > 0]
-    beliefs = _beliefs(sources.judge, [Example(prompt_text(i.prompt_messages), i.answer) for i in rated])
-    made = [_told(item, str(item.correction), "corrected", recipe.replay.corrected, 1.0, sources) for item in corrected]
+    beliefs = _beliefs(sources.judge, [Example(prompt_text(i.prompt_messages), i.said) for i in rated])
+    made = [_corrected(item, recipe.replay.corrected, sources) for item in corrected]
     made += [
-        _told(item, item.answer, "rated", recipe.replay.rated * belief, belief, sources)
+        _told(
+            item, _completion(item, sources.policy), item.said, "rated", recipe.replay.rated * belief, belief, sources
+        )
         for item, belief in zip(rated, beliefs, strict=True)
     ]
     return [answer for answer in made if answer is not None]
 
 
-def _told(item: BatchItem, text: str, source: str, weight: float, belief: float, sources: Sources) -> Answer | None:
-    prompt = prompt_of(item, sources.policy)
+def _corrected(item: BatchItem, weight: float, sources: Sources) -> Answer | None:
+    text = str(item.correction)
     completion = tuple(sources.policy.encode_answer(text)) if text else ()
-    if prompt is None or not completion or len(prompt) + len(completion) > sources.policy.context:
+    return _told(item, completion, text, "corrected", weight, 1.0, sources)
+
+
+def _completion(item: BatchItem, policy: Policy) -> tuple[int, ...]:
+    """What the policy should sample to give the item's answer again, the end token included; empty: there is none.
+
+    A tool call as it was sampled where the engine recorded it, for each model has a form of its own.
+    """
+    if not item.said:
+        return ()
+    if item.tool_calls and item.span is not None and says(item, policy):
+        sampled = _split(item)[1]
+        return sampled if sampled[-1:] and sampled[-1] in policy.stop_ids else (*sampled, policy.end_id)
+    return tuple(policy.encode_answer(written(item.answer, item.tool_calls)))
+
+
+def _told(
+    item: BatchItem,
+    completion: tuple[int, ...],
+    text: str,
+    source: str,
+    weight: float,
+    belief: float,
+    sources: Sources,
+) -> Answer | None:
+    prompt = prompt_of(item, sources.policy)
+    if prompt is None or not completion or not _fits(sample := Sample(prompt, completion), sources.policy):
         return None
     return Answer(
-        Sample(prompt, completion),
+        sample,
         source,  # type: ignore[arg-type]
         item.episode,
         turn=item.turn,
@@ -164,6 +224,10 @@ def _told(item: BatchItem, text: str, source: str, weight: float, belief: float,
         replay=weight,
         belief=belief,
     )
+
+
+def _fits(sample: Sample, policy: Policy) -> bool:
+    return len(sample.prompt) + len(sample.completion) <= policy.context
 
 
 def _beliefs(judge: Judge | None, examples: Sequence[Example]) -> list[float]:
@@ -177,22 +241,11 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
     """Rollouts on the newest distinct prompts, last turns only, judged; identical answers once, with their count."""
     if recipe.rollouts.prompts == 0:
         return []
-    asked = _recent_prompts(sources, recipe.rollouts.prompts)
-    room = max((len(prompt) for prompt in asked), default=0)
-    length = min(recipe.rollouts.max_tokens, sources.policy.context - room)
+    length = _longest(sources, recipe)
+    asked = _recent_prompts(sources, recipe.rollouts.prompts, length)
     drawn = engine.rollouts(list(asked), Sampling(recipe.rollouts.samples, length), seed)
     made = [
-        Answer(
-            Sample(prompt, rollout.completion),
-            "fresh",
-            item.episode,
-            turn=item.turn,
-            text=sources.policy.decode(rollout.completion),
-            weight=rollout.count / recipe.rollouts.samples,
-            count=rollout.count,
-            synthetic=True,
-            behaviour=rollout.logprobs,
-        )
+        _drawn(prompt, item, rollout, rollout.count / recipe.rollouts.samples, sources.policy)
         for (prompt, item), rollouts in zip(asked.items(), drawn, strict=True)
         for rollout in rollouts
     ]
@@ -203,27 +256,73 @@ def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[A
     return judged
 
 
-def _recent_prompts(sources: Sources, most: int) -> dict[tuple[int, ...], BatchItem]:
-    """The newest ``most`` distinct prompts of last turns, by tokens, each with the call that it comes from."""
+def _longest(sources: Sources, recipe: Recipe) -> int:
+    """Tokens of a rollout, at most. Half of the context is left to the prompt, whatever the policy may say."""
+    return min(recipe.rollouts.max_tokens or sources.max_tokens, sources.policy.context // 2)
+
+
+def _drawn(
+    prompt: tuple[int, ...], item: BatchItem, rollout: Rollout, weight: float, policy: Policy
+) -> tuple[Answer, Structure]:
+    message = heard(rollout.completion, item, policy)
+    answer = Answer(
+        Sample(prompt, rollout.completion),
+        "fresh",
+        item.episode,
+        turn=item.turn,
+        text=answer_text(message),
+        weight=weight,
+        count=rollout.count,
+        synthetic=True,
+        finished=rollout.finished,
+        behaviour=rollout.logprobs,
+    )
+    finish = None if rollout.finished else "length"
+    return answer, replace(_course(item), calls_tool=bool(message["tool_calls"]), finish=finish)
+
+
+def _course(item: BatchItem) -> Structure:
+    return course(item.prompt_messages, item.turn)
+
+
+def heard(completion: Sequence[int], item: BatchItem, policy: Policy) -> dict[str, Any]:
+    """Sampled ids as the message that serving would have sent for them: words, and calls of the tools on offer."""
+    offered = [str(tool.get("function", {}).get("name", "")) for tool in item.tools]
+    words, calls = parse(policy.decode(completion), offered)
+    return {"content": words, "tool_calls": calls}
+
+
+def _recent_prompts(sources: Sources, most: int, length: int) -> dict[tuple[int, ...], BatchItem]:
+    """The newest ``most`` distinct prompts of last turns, by tokens, each with the call that it comes from.
+
+    Prompts that leave no room for an answer of ``length`` tokens are passed over: one of them would cut all others.
+    """
     found: dict[tuple[int, ...], BatchItem] = {}
+    passed = 0
     for item in reversed(sources.batch.items):
         if len(found) == most:
             break
         prompt = prompt_of(item, sources.policy) if item.turn == item.turns - 1 else None
-        if prompt is not None and len(prompt) < sources.policy.context:
+        if prompt is not None and len(prompt) + length <= sources.policy.context:
             found.setdefault(prompt, item)
+        elif prompt is not None:
+            passed += 1
+    if passed:
+        logger.warning("%d prompts leave no room for an answer of %d tokens: nothing is drawn for them", passed, length)
     return found
 
 
-def _judged(answers: Sequence[Answer], items: dict[str, BatchItem], judge: Judge | None) -> list[Answer]:
+def _judged(
+    answers: Sequence[tuple[Answer, Structure]], items: dict[str, BatchItem], judge: Judge | None
+) -> list[Answer]:
     """Rollouts with the judge's reward; those that it has no right to judge have no say."""
     if judge is None or not answers:
         return []
     texts = {episode: prompt_text(item.prompt_messages) for episode, item in items.items()}
-    estimates = judge.estimate([Example(texts[answer.episode], answer.text) for answer in answers])
+    estimates = judge.estimate([Example(texts[a.episode], a.text, structure) for a, structure in answers])
     return [
         replace(answer, reward=said.reward, belief=said.value) if said.mask else replace(answer, weight=0.0)
-        for answer, said in zip(answers, estimates, strict=True)
+        for (answer, _), said in zip(answers, estimates, strict=True)
     ]
 
 
@@ -245,25 +344,20 @@ def informative(rollouts: Sequence[Answer], recipe: Recipe, told: Sequence[Answe
 def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
     """For each recent prompt, answers that others were given, as something to judge.
 
+    Words alone, for the arguments of a tool call belong to their own prompt.
     A policy explores what it already half believes; what it never tries may be what was right for a similar prompt,
     or a known answer whose words are near to the prompt's. Nobody sampled these, so they have no say in PPO.
     """
     if recipe.replay.proposals == 0 or recipe.replay.believed == 0 or sources.judge is None:
         return []
-    asked = _recent_prompts(sources, recipe.rollouts.prompts)
+    asked = _recent_prompts(sources, recipe.rollouts.prompts, 1)
     texts = [prompt_text(item.prompt_messages) for item in asked.values()]
     found = _proposals(texts, sources.batch, sources.judge.encoder.encode, recipe.replay.proposals)
     made = [
-        Answer(
-            Sample(prompt, tuple(sources.policy.encode_answer(text))),
-            "believed",
-            item.episode,
-            turn=item.turn,
-            text=text,
-            synthetic=True,
-        )
+        (Answer(sample, "believed", item.episode, turn=item.turn, text=text, synthetic=True), _course(item))
         for (prompt, item), answers in zip(asked.items(), found, strict=True)
         for text in answers
+        if _fits(sample := Sample(prompt, tuple(sources.policy.encode_answer(text))), sources.policy)
     ]
     return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
 
@@ -292,7 +386,7 @@ def _good_answers(batch: Batch) -> list[tuple[str, str]]:
     """(prompt text, answer) of everything in the batch that is held to be right."""
     found = []
     for item in batch.items:
-        good = item.correction or (item.answer if item.mask and item.reward > 0 else None)
+        good = item.correction or (item.answer if item.mask and item.reward > 0 and not item.tool_calls else None)
         if good:
             found.append((prompt_text(item.prompt_messages), good))
     return found
@@ -300,7 +394,7 @@ def _good_answers(batch: Batch) -> list[tuple[str, str]]:
 
 def _known_answers(batch: Batch) -> list[str]:
     """Answers that came more than once, or from a person, the most frequent first."""
-    counts = Counter(item.answer for item in batch.items if item.answer.strip())
+    counts = Counter(item.answer for item in batch.items if item.answer.strip() and not item.tool_calls)
     told = dict.fromkeys(item.correction for item in batch.items if item.correction)
     often = [answer for answer, count in counts.most_common(KNOWN_ANSWERS) if count > 1]
     return list(dict.fromkeys([*told, *often]))[:KNOWN_ANSWERS]
@@ -309,13 +403,16 @@ def _known_answers(batch: Batch) -> list[str]:
 def believed(answers: Sequence[Answer], recipe: Recipe, told: Sequence[Answer] = ()) -> list[Answer]:
     """For the replay term: the answer to each prompt that is believed in most, where the belief is strong enough.
 
-    Prompts that a person corrected (among ``told``) are left out: what people said stands above any belief.
+    An answer that was cut is none to imitate: the policy would learn not to end. Prompts that a person corrected
+    (among ``told``) are left out: what people said stands above any belief.
     """
     if recipe.replay.believed == 0 or recipe.replay.coefficient == 0:
         return []
     settled = {answer.sample.prompt for answer in told if answer.source == "corrected"}
     best: dict[tuple[int, ...], Answer] = {}
     for answer in answers:
+        if not answer.finished:
+            continue
         held = best.get(answer.sample.prompt)
         if answer.sample.prompt not in settled and (held is None or answer.belief > held.belief):
             best[answer.sample.prompt] = answer

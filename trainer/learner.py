@@ -142,7 +142,8 @@ class Learner:
                 "or use a recipe with rollouts.prompts = 0"
             )
         recent = None if request.recent is None else frozenset(request.recent)
-        return Sources(Batch.load(Path(request.batch)), self._policy(request.base, request.cache), judge, recent)
+        policy = self._policy(request.base, request.cache)
+        return Sources(Batch.load(Path(request.batch)), policy, judge, recent, max_tokens=request.max_tokens)
 
     def _judge(self, snapshot: str, encoder: str) -> RewardModel:
         """The reward model of a snapshot's folder; the one asked for last stays loaded."""
@@ -170,7 +171,8 @@ def summary(training: Training) -> dict[str, float]:
         if step > steps - tail:
             sums.setdefault(name, []).append(value)
     told = {name: sum(values) / len(values) for name, values in sums.items()}
-    answers = Material.load(max(training.folder.glob("round-*.parquet"))).answers
+    last = max(training.folder.glob("round-*.parquet"), key=lambda path: int(path.stem.removeprefix("round-")))
+    answers = Material.load(last).answers
     fresh = [a for a in answers if a.source == "fresh" and a.weight > 0]
     counts = {f"answers_{source}": float(sum(a.source == source for a in answers)) for source in SOURCES}
     samples = sum(a.count for a in fresh)

@@ -32,7 +32,8 @@ class Answer:
     PPO. ``replay`` is its weight in the replay term. ``count`` is how many identical samples it stands for.
     ``behaviour``, ``proximal`` and ``base`` (tokens,) are log-probabilities of the completion: as it was sampled, at
     the start of the round, and under the base model. ``value`` is the value head's word at the start of the round;
-    ``target`` is what it should have said. ``synthetic``: no person saw it.
+    ``target`` is what it should have said. ``synthetic``: no person saw it. ``finished`` False: it was cut at the
+    longest length.
 
     Example: a rollout sampled three times out of four and judged good::
 
@@ -53,6 +54,7 @@ class Answer:
     value: float = 0.0
     target: float = 0.0
     synthetic: bool = False
+    finished: bool = True
     behaviour: Floats = field(default_factory=lambda: NOTHING)
     proximal: Floats = field(default_factory=lambda: NOTHING)
     base: Floats = field(default_factory=lambda: NOTHING)
@@ -113,6 +115,7 @@ SCHEMA = pa.schema(
         *((name, pa.float64()) for name in ("reward", "belief", "weight", "replay", "advantage", "value", "target")),
         ("count", pa.int32()),
         ("synthetic", pa.bool_()),
+        ("finished", pa.bool_()),
         *((name, pa.list_(pa.float32())) for name in _ARRAYS),
     ]
 )

@@ -35,7 +35,9 @@ class RolloutRecipe(Section):
 
     prompts: int = Field(default=0, ge=0, description="newest distinct prompts of the batch; 0: no fresh rollouts")
     samples: int = Field(default=8, ge=2, description="answers a prompt, at temperature 1")
-    max_tokens: int = Field(default=32, ge=1)
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="of an answer, at most; not set: as many as the policy's own answers may have"
+    )
     spread: float = Field(
         default=0.2, ge=0, le=2, description="prompts whose answers' rewards differ by less teach PPO nothing: left out"
     )
@@ -181,8 +183,8 @@ def algorithm(recipe: Recipe) -> Callable[..., Any]:
         else:
             module = importlib.import_module(recipe.algorithm)
         return module.train  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, FileNotFoundError, SyntaxError) as error:
+    except Exception as error:  # an import runs the file, which may raise anything
         raise ConfigError(
             f"recipe {recipe.name}: algorithm {recipe.algorithm!r} is not a module or file with a function "
-            f"train(training): {error}"
-        ) from None
+            f"train(training): {type(error).__name__}: {error}"
+        ) from error

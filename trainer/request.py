@@ -32,6 +32,7 @@ class Request:
     lag cap; None: all are. ``threads`` of torch are part of the request, for the order of sums depends on them.
     ``reward``: folder of the snapshot that judges; None: there is none yet. ``store``: the store's folder, where fresh
     rollouts are kept before they are used; None: this run is nobody's (a benchmark's). ``time``: when it was asked for.
+    ``max_tokens``: of an answer of the policy, where nobody says otherwise.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Request:
     threads: int = 1
     store: str | None = None
     time: float = 0.0
+    max_tokens: int = 256
 
     def save(self) -> None:
         path = Path(self.folder) / REQUEST

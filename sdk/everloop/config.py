@@ -117,7 +117,14 @@ class RayConfig(Section):
         description="'local', or a cluster's address; its nodes need the home and the cache at the same paths",
     )
     cpus: int = Field(default=0, ge=0, description="for a local Ray; 0: as many as there are cores")
-    gpus_per_learner: float = Field(default=0, ge=0)
+    gpus_per_learner: float = Field(default=0, ge=0, description="0 alone: the trainer runs on processor cores")
+
+    @field_validator("gpus_per_learner")
+    @classmethod
+    def _no_gpu(cls, gpus: float) -> float:
+        if gpus > 0:
+            raise ValueError("the trainer's engine runs on processor cores and would leave a reserved GPU idle: use 0")
+        return gpus
 
 
 class RewardConfig(Section):

@@ -18,7 +18,7 @@ from everloop.run import Run
 from trainer.request import REQUEST, Request
 
 RUN = "run.json"
-START = ("base", "recipe", "parent", "value_head", "reward", "encoder", "recent", "threads")
+START = ("base", "recipe", "parent", "value_head", "reward", "encoder", "recent", "threads", "max_tokens")
 """What decides, beside batch and seed, which adapter a run ends in: fields of a request."""
 
 

@@ -118,14 +118,18 @@ class Runner:
         except Interrupted as error:
             logger.info("%s", error)
             return None
-        except EverloopError as error:
+        except Exception as error:  # a bug of one policy's run must not keep the others from theirs
             logger.log(
-                logging.INFO if isinstance(error, NotEnoughData) else logging.ERROR, "%s: no run: %s", key, error
+                logging.INFO if isinstance(error, NotEnoughData) else logging.ERROR,
+                "%s: no run: %s",
+                key,
+                error,
+                exc_info=not isinstance(error, EverloopError),
             )
             self._not_before[key] = self._clock() + SHORT_OF_DATA
-            self._board.waiting(key, Waiting(str(error), {}))
+            self._board.waiting(key, Waiting(_why(error), {}))
             if due.order is not None and not isinstance(error, RegistryError):
-                self._settled(self._runs.refuse(tenant, policy, due, facts, str(error), self._clock()))
+                self._settled(self._runs.refuse(tenant, policy, due, facts, _why(error), self._clock()))
             return None
         logger.info("%s: run %s starts: %s", key, run.id, run.trigger)
         self._board.running(run)
@@ -146,7 +150,7 @@ class Runner:
             return
         except LogError:
             raise
-        except (EverloopError, OSError, ValueError) as error:
+        except Exception as error:  # a researcher's own algorithm raises anything; taken up again, it would again
             logger.exception("run %s failed", run.id)
             ended = self._runs.fail(run, f"{type(error).__name__}: {error}", self._clock())
         if ended is not None:
@@ -177,3 +181,8 @@ class Runner:
             if noted is not None and noted["id"] == run.id and noted["step"] >= run.step:
                 return
             self._stop.wait(0.05)
+
+
+def _why(error: Exception) -> str:
+    """An error in words: ours say it themselves, of any other the kind is needed too."""
+    return str(error) if isinstance(error, EverloopError) else f"{type(error).__name__}: {error}"

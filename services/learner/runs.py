@@ -146,6 +146,7 @@ class Runs:
             "encoder": its.reward.encoder,
             "recent": tuple(facts.lives[: its.train.max_lag + 1]),
             "threads": self._threads,
+            "max_tokens": its.max_tokens,
         }
 
     def under_way(self) -> list[Run]:

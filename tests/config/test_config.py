@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from everloop.cli.init import commented
-from everloop.config import Config, load
+from everloop.config import Config, RayConfig, load
 from everloop.errors import ConfigError
 from everloop.section import seconds
 
@@ -198,3 +198,8 @@ def test_durations(text: str, value: float) -> None:
 def test_an_unknown_policy_is_named_with_those_that_are_there() -> None:
     with pytest.raises(ConfigError, match="no policy default/x; this installation has: default/assistant"):
         Config().policy("default", "x")
+
+
+def test_a_gpu_that_nothing_would_use_is_refused():
+    with pytest.raises(ValueError, match="runs on processor cores"):
+        RayConfig(gpus_per_learner=1)

@@ -157,7 +157,6 @@ def test_tools_go_to_their_call_else_to_the_call_before(make, emitted):
         ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[-math.inf])}, "not finite"),
         ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[0.5])}, "above 0"),
         ({"tokens": CallTokens(prompt=[1], completion=[2], logprobs=[-1.0], checked=False)}, "counts do not agree"),
-        ({"error": "upstream_error"}, "failed: upstream_error"),
     ],
 )
 def test_what_cannot_be_trusted_is_quarantined_with_its_reason(make, emitted, fields, why):
@@ -165,6 +164,14 @@ def test_what_cannot_be_trusted_is_quarantined_with_its_reason(make, emitted, fi
     assert "call bad" in episode.quarantine
     assert why in episode.quarantine
     assert not [s for one in trajectory.sequences for s in one.spans if s.call == "bad" and s.trainable]
+
+
+def test_a_failed_call_is_left_out_alone(make, emitted):
+    episode, trajectory, _ = run(
+        make, emitted, [[make.event(make.call("a")), make.event(make.call("b", error="gone"))]]
+    )
+    assert episode.quarantine is None
+    assert {s.call: s.trainable for one in trajectory.sequences for s in one.spans} == {"a": True, "b": False}
 
 
 @pytest.mark.parametrize("moment", [math.nan, math.inf, -1.0])

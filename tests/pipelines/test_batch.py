@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from everloop.config import TrainConfig
 from everloop.errors import ContractError, NotEnoughData
-from everloop.event import CallTokens, Ended, Sampling
+from everloop.event import CallTokens, Ended, Message, Sampling
 from everloop.run import RewardVersion
 from everloop.topics import REWARDS
 
@@ -51,6 +52,23 @@ def test_items_carry_what_training_needs(loop, make):
     assert item.logprobs.tolist() == [0, 0, -0.5, -0.25]
     assert item.logprobs.dtype == np.float32
     assert (batch.tenant, batch.policy, batch.reward_version) == ("acme", "desk", "rv1")
+
+
+def test_an_item_carries_its_tool_calls(loop, make, home):
+    asked = {"id": "t", "type": "function", "function": {"name": "block", "arguments": "{}"}}
+    call = make.call().model_copy(update={"output": Message(role="assistant", tool_calls=[asked])})
+    score_all(loop, make, loop.take(make.event(call)))
+    batch = select(loop.store, "acme", "desk", TRAIN)
+    (item,) = Batch.load(batch.save(home.folder("batches"))).items
+    assert (item.answer, item.tool_calls, item.said) == ("", [asked], "block({})")
+
+
+def test_a_batch_of_words_keeps_the_name_that_it_had_before_there_were_tool_calls(loop, make, home):
+    score_all(loop, make, captured(loop, make, 1))
+    path = select(loop.store, "acme", "desk", TRAIN).save(home.folder("batches"))
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["tool_calls"]), path)
+    assert Batch.load(path).items[0].tool_calls == []
 
 
 def test_a_later_turn_has_the_tokens_up_to_its_own_end(loop, make):

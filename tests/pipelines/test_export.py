@@ -7,6 +7,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+from everloop.event import Message
 
 from pipelines.export import ExportRefused, export
 from pipelines.store import QueryRefused
@@ -52,6 +53,24 @@ def test_a_data_set_is_parquet_chats_pairs_and_a_manifest(filled, tmp_path):
     assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("right", "wrong")
     assert pq.read_table(folder / "turns.parquet").num_rows == 3
     assert manifest["versions"]["Episode"] == 1
+
+
+def test_a_tool_call_is_exported_as_one(loop, make, tmp_path):
+    asked = {"id": "t", "type": "function", "function": {"name": "block", "arguments": "{}"}}
+    output = Message(role="assistant", tool_calls=[asked])
+    loop.take(
+        make.event(make.call("good").model_copy(update={"output": output}), episode="ep_1"),
+        make.event(make.thumb(1, "good"), episode="ep_1"),
+        make.event(make.call("fixed").model_copy(update={"output": output}), episode="ep_2"),
+        make.event(make.correction("right", "fixed"), episode="ep_2"),
+    )
+    export(loop.store, tmp_path / "set", tenant="acme", policy="desk", formats=("sft", "preferences"))
+    good, fixed = [json.loads(line) for line in (tmp_path / "set" / "sft.jsonl").read_text().splitlines()]
+    assert good["completion"] == [{"role": "assistant", "content": "", "tool_calls": [asked]}]
+    assert fixed["completion"] == [{"role": "assistant", "content": "right"}]
+    pair = json.loads((tmp_path / "set" / "preferences.jsonl").read_text())
+    assert pair["rejected"] == [{"role": "assistant", "content": "", "tool_calls": [asked]}]
+    assert loop.store.rows("SELECT rejected FROM preferences") == [{"rejected": "block({})"}]
 
 
 def test_the_same_content_gives_the_same_hash_and_a_new_word_another(filled, loop, make, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from everloop.errors import NotEnoughData
 
-from pipelines.batch import Batch
+from pipelines.batch import Batch, BatchItem
 from trainer import algorithm, recipe
 from trainer.engine import Estimates, Objective, Outputs
 from trainer.gather import Sources
@@ -184,6 +184,32 @@ def test_a_run_takes_every_step_and_a_resumed_one_the_rest_of_them():
     assert whole.took_steps == [(0, 0, False), (0, 1, False), (0, 2, False), (0, 3, True)]
     assert rest.took_steps == whole.took_steps[3:]
     assert rest.engine.rates == whole.engine.rates[3:]
+
+
+class Speller:
+    """A policy that writes whatever it is asked for."""
+
+    stop_ids, end_id, context = frozenset({2}), 2, 99
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "lost_card"
+
+
+def test_what_was_said_of_the_last_turn_reaches_the_turns_before_it():
+    """Of three turns the last one alone has a thumb, and the one in the middle may not be trained on."""
+    ids, logprobs = np.asarray([5, 6, 7, 2], np.int32), np.zeros(4, np.float32)
+    about = {"version": 1, "subject": None, "prompt_messages": [], "answer": "lost_card", "correction": None}
+    sampled = {"logprobs": logprobs, "span": (2, 4), "policy_version": "base", "temperature": 1.0, "turns": 3}
+    items = [
+        BatchItem(**about, **sampled, episode="a", call=f"c{turn}", turn=turn, tokens=ids + 10 * turn,
+                  reward=-0.5, mask=False, source="model", label=1.0 if turn == 2 else None, trainable=turn != 1)
+        for turn in range(3)
+    ]  # fmt: skip
+    run = Run(Material([]))
+    run.recipe = made(reward={"source": "feedback"}, value={"discount": 1.0, "trace": 0.5}, replay={"coefficient": 0.0})
+    run.sources = Sources(Batch("t", "p", "v", items), Speller(), None)  # type: ignore[arg-type]
+    found = algorithm.gathered(run, 0).answers
+    assert [(a.turn, a.target) for a in found] == [(0, 0.25), (2, 1.0)]  # lambda to the number of turns between
 
 
 def test_nothing_to_learn_from_is_said():

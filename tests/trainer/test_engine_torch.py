@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +107,18 @@ def test_training_goes_on_from_the_parent_and_its_value_head(policy: Policy, tmp
         TorchEngine(policy, SMALL, parent=tmp_path / "gone")
 
 
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"rank": 3}, "r is 4"), ({"alpha": 9}, "lora_alpha"), ({"targets": ("dense",)}, "target")]
+)
+def test_a_recipe_that_differs_from_its_parents_adapter_is_refused(
+    policy: Policy, adapter: Path, changes: dict[str, Any], word: str
+):
+    like = replace(SMALL, rank=4, alpha=8)
+    TorchEngine(policy, like, parent=adapter)
+    with pytest.raises(AdapterRefused, match=word):
+        TorchEngine(policy, replace(like, **changes), parent=adapter)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights(policy: Policy):
     engine = TorchEngine(policy, SMALL)
     before = weights(engine)
@@ -120,7 +134,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_weights(policy: P
 def test_rollouts_come_from_the_adapter_as_serving_would_merge_it(policy: Policy, adapter: Path):
     from trainer.sampling import Sampling, rollouts
 
-    engine = TorchEngine(policy, SMALL, parent=adapter)
+    engine = TorchEngine(policy, replace(SMALL, rank=4, alpha=8), parent=adapter)
     sampling = Sampling(samples=4, max_tokens=3)
     found = engine.rollouts([(5, 6, 9)], sampling, seed=3)
     merged = lora.merged(policy, adapter)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from pipelines.batch import Batch, BatchItem
-from reward.features import Example
+from reward.features import Example, answer_text
 from reward.model import Estimate
 from trainer import gather, recipe
 from trainer.gather import Sources
 from trainer.material import Answer
 from trainer.packing import Sample
+from trainer.policy import tools
 from trainer.policy.base import Policy
 from trainer.sampling import Rollout, Sampling
 
@@ -121,6 +122,15 @@ def test_what_ppo_must_not_take(policy: Policy, changes: dict[str, Any]):
     assert [answer.episode for answer in gather.logged(given, made())] == ["b"]
 
 
+def test_the_turns_before_a_word_are_taken_with_it_and_those_after_it_are_not(policy: Policy):
+    plain = made(reward={"source": "feedback"})
+    old = {"policy_version": "old", "tokens": None, "logprobs": None, "span": None}
+    items = spoken(policy, item("a", 0, 4), item("a", 1, 4, **old), item("a", 2, 4, label=1.0), item("a", 3, 4))
+    answers = gather.logged(sources(policy, items, recent=frozenset({"base"})), plain)
+    assert [(a.turn, a.reward, a.weight) for a in answers] == [(0, 0.0, 0.5), (1, 0.0, 0.0), (2, 1.0, 0.5)]
+    assert answers[1].sample.prompt == tuple(policy.encode_chat(items[1].prompt_messages))
+
+
 def test_token_ids_that_do_not_say_the_answer_are_kept_from_ppo(policy: Policy, caplog: pytest.LogCaptureFixture):
     told = np.asarray(policy.encode_answer("lost card 7"), np.int32)
     right = item("right", answer="lost card 7", tokens=np.concatenate([[5, 6, 8], told]), span=(3, 3 + len(told)))
@@ -131,6 +141,40 @@ def test_token_ids_that_do_not_say_the_answer_are_kept_from_ppo(policy: Policy, 
     given = sources(policy, [right, called, wrong, silent])
     assert [answer.episode for answer in gather.logged(given, made())] == ["right", "called"]
     assert "2 of 4 answers are left out of PPO" in caplog.text
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "block", "arguments": '{"card": 7}'}}
+MARKUP = '<tool_call>{"name": "block", "arguments": {"card": 7}}</tool_call>'
+OFFERED = [{"type": "function", "function": {"name": "block"}}]
+
+
+def called(policy: Policy, **changes: Any) -> BatchItem:
+    """A pure tool call, as the engine records and sends it."""
+    ids = np.asarray([5, 6, 8, *policy.encode_answer(MARKUP)], np.int32)
+    sent = {"answer": "", "tool_calls": [CALL], "tools": OFFERED}
+    return item("a", tokens=ids, logprobs=np.full(len(ids), -0.5, np.float32), span=(3, len(ids)), **sent, **changes)
+
+
+def test_a_tool_call_enters_ppo_and_replay_as_it_was_sampled(policy: Policy):
+    given = sources(policy, [called(policy, label=1.0)])
+    (entered,) = gather.logged(given, made())
+    (told,) = gather.remembered(given, made())
+    assert entered.text == told.text == 'block({"card": 7})'
+    assert told.sample.completion == tuple(policy.encode_answer(MARKUP))
+    assert told.belief == pytest.approx(0.9)  # the judge reads the call
+
+
+def test_a_tool_call_without_ids_is_replayed_as_serving_reads_it(policy: Policy):
+    bare = called(policy, label=1.0)
+    (told,) = gather.remembered(sources(policy, [replace(bare, tokens=None, span=None, tools=[])]), made())
+    words, calls = tools.parse(policy.decode(told.sample.completion), ["block"])
+    assert (words, [call["function"] for call in calls]) == ("", [CALL["function"]])
+
+
+def test_a_rollout_that_calls_a_tool_is_judged_as_the_call(policy: Policy):
+    ids = policy.encode_answer(MARKUP)
+    assert answer_text(gather.heard(ids, called(policy), policy)) == 'block({"card": 7})'
+    assert answer_text(gather.heard(ids, item("b"), policy)) == MARKUP  # no tool was offered: serving sends it as words
 
 
 def test_on_feedback_alone_only_rated_answers_enter_with_what_people_said(policy: Policy):
@@ -199,6 +243,51 @@ def test_the_best_answer_of_each_prompt_is_replayed_if_it_is_believed(policy: Po
     found = gather.believed([one, other, weak], believing)
     assert [(a.sample, a.source, a.weight) for a in found] == [(other.sample, "believed", 0.0)]
     assert found[0].replay == pytest.approx(0.45)
+
+
+class Cut(Sampler):
+    """Gives every prompt one good rollout that was cut."""
+
+    def rollouts(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        self.asked, self.length = list(prompts), sampling.max_tokens
+        cut = tuple(self.policy.encode("lost_card"))
+        return [[Rollout(cut, np.zeros(len(cut), np.float32), 4, False)] for _ in prompts]
+
+
+class Listening(Judge):
+    def estimate(self, examples: Sequence[Example]) -> list[Estimate]:
+        self.heard = [(e.structure.turn, e.structure.finish) for e in examples]
+        return super().estimate(examples)
+
+
+def test_a_cut_rollout_is_judged_as_cut_and_never_imitated(policy: Policy):
+    given = sources(policy, [item("a", 1, 2)], judge=Listening())
+    (answer,) = gather.fresh(given, made(**WITH_ROLLOUTS), Cut(policy), seed=0)
+    assert given.judge.heard == [(1, "length")]
+    assert not answer.finished
+    assert answer.weight == 1.0
+    assert gather.believed([answer], made(**WITH_ROLLOUTS, replay={"believed": 1.0})) == []
+
+
+def test_rollouts_are_as_long_as_the_policys_answers_and_a_long_prompt_shortens_none(policy: Policy):
+    long = np.asarray([5] * 230 + [7, 2], np.int32)
+    given = sources(policy, [item("a"), item("b", tokens=long, span=(230, 232))], max_tokens=48)
+    engine = Cut(policy)
+    gather.fresh(given, made(**WITH_ROLLOUTS), engine, seed=0)
+    assert (engine.asked, engine.length) == ([(5, 6, 10)], 48)
+    gather.fresh(given, made(rollouts={"prompts": 1, "max_tokens": 8}), engine, seed=0)
+    assert (len(engine.asked[0]), engine.length) == (230, 8)
+
+
+def test_proposals_beyond_the_context_are_left_out(policy: Policy):
+    proposing = made(**WITH_ROLLOUTS, replay={"believed": 1.0, "proposals": 1})
+    long = np.asarray([5] * (policy.context - 3) + [7, 2], np.int32)
+    asked = item("zebras", tokens=long, span=(policy.context - 3, policy.context - 1))
+    known = [item(f"q{i}", answer="zebra zebra zebra") for i in range(2)]
+    found = gather.proposed(sources(policy, [*known, asked]), proposing)
+    assert found
+    assert all(len(a.sample.prompt) + len(a.sample.completion) <= policy.context for a in found)
+    assert "zebras" not in [a.episode for a in found]
 
 
 def test_answers_of_near_prompts_are_proposed_and_judged(policy: Policy):

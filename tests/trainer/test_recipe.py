@@ -76,3 +76,11 @@ def test_the_algorithm_may_be_a_file_of_ones_own(tmp_path: Path):
 def test_an_algorithm_that_is_not_there_is_refused(named: str):
     with pytest.raises(ConfigError, match="is not a module or file"):
         recipe.algorithm(recipe.parse({"name": "x", "algorithm": named}, "here"))
+
+
+@pytest.mark.parametrize("written", ["train = advantges", "1 / 0", "def train(:", "raise RuntimeError('no')"])
+def test_an_algorithm_whose_file_raises_anything_is_refused(written: str, tmp_path: Path):
+    path = tmp_path / "own.py"
+    path.write_text(written)
+    with pytest.raises(ConfigError, match="is not a module or file with a function"):
+        recipe.algorithm(recipe.parse({"name": "x", "algorithm": str(path)}, "here"))

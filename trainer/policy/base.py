@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from everloop.errors import ConfigError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
 from trainer.policy import chat, targets
 
+BROKEN = "\ufffd"  # what decoding gives for the bytes of an unfinished character
 NAMED = ("tiny-k2", "smollm2")
 
 
@@ -71,6 +74,17 @@ class Policy:
         """The text of sampled ids; control tokens are left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def bytes_of(self, token: int) -> list[int] | None:
+        """The UTF-8 bytes of one token, also of one that is part of a character; None: its tokenizer does not tell."""
+        spelled = str(self.tokenizer.decode([token]))
+        if BROKEN not in spelled:
+            return list(spelled.encode())
+        written = str(self.tokenizer.convert_ids_to_tokens(token))
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", written):
+            return [int(written[3:5], 16)]
+        byte_of = _bytes_by_letter()
+        return [byte_of[letter] for letter in written] if set(written) <= set(byte_of) else None
+
     def lora_targets(self, groups: Sequence[str] = targets.GROUPS) -> dict[str, Any]:
         """Fields of PEFT's LoraConfig that select these groups of weights in this architecture."""
         return targets.of(self.model, groups)
@@ -93,6 +107,12 @@ def load(name: str, cache: Path, *, dtype: torch.dtype = torch.float32) -> Polic
     stop_ids = _stop_ids(folder, model, tokenizer)
     end_id = chat.end_id(tokenizer, stop_ids)
     return Policy(name, folder, model, tokenizer, _context(model), stop_ids, end_id)
+
+
+@cache
+def _bytes_by_letter() -> dict[str, int]:
+    """How byte-level tokenizers write each byte as a letter, turned round."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def _folder(name: str, cache: Path) -> Path:

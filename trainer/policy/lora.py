@@ -105,6 +105,18 @@ def attach(
     return model
 
 
+def check_continues(parent: Path, policy: Policy, rank: int, alpha: float, groups: Sequence[str]) -> None:
+    """Raise AdapterRefused unless an adapter has this rank, alpha and targets: training goes on in its matrices."""
+    fields = _read_config(parent)
+    asked = {"r": rank, "lora_alpha": alpha, **policy.lora_targets(groups)}
+    for name, wanted in asked.items():
+        if (fields[name] or []) != (wanted or []):
+            raise AdapterRefused(
+                f"the recipe's adapter differs from its parent {parent.name}: {name} is {fields[name]!r} there, and "
+                f"{wanted!r} is asked for. Give the recipe the parent's, or roll back to the base and begin anew"
+            )
+
+
 def save(model: PeftModel, folder: Path) -> str:
     """Write the adapter as ``folder/<its content hash>`` and return the hash; whole or not at all."""
     from peft import get_peft_model_state_dict

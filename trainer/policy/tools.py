@@ -40,8 +40,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content") or ""
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-    calls = "\n".join(_written(call) for call in message.get("tool_calls") or ())
-    return {"role": message["role"], "content": f"{content}\n{calls}".strip() if calls else content}
+    return {"role": message["role"], "content": written(content, message.get("tool_calls") or ())}
+
+
+def written(content: str, calls: Sequence[dict[str, Any]]) -> str:
+    """An answer's words and tool calls as one text, from which :func:`parse` reads them back."""
+    marked = "\n".join(_written(call) for call in calls)
+    return f"{content}\n{marked}".strip() if marked else content
 
 
 def _written(call: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ class Reply:
         words = self._words[index]
         words.take(answer.ids)
         words.end()
-        text, calls = words.finish()
+        text, calls = self._finish(words)
         choice: dict[str, Any] = {"index": index, "finish_reason": "tool_calls" if calls else answer.finish}
         alternatives = answer.alternatives or [[]] * len(answer.ids)
         choice["logprobs"] = self._logprobs(answer.ids, answer.logprobs, alternatives)
@@ -84,6 +84,10 @@ class Reply:
             choice["raw_logprobs"] = list(answer.raw_logprobs)
         return choice
 
+    def _finish(self, words: Words) -> tuple[str, list[dict[str, Any]]]:
+        text, calls = words.finish()
+        return text, calls[: self._request.most_calls]
+
     def _grown(self, index: int, news: list[Sampled]) -> dict[str, Any]:
         words, finish = self._words[index], news[-1].finish
         words.take([one.token for one in news])
@@ -91,7 +95,7 @@ class Reply:
         delta: dict[str, Any] = {}
         if finish is not None:
             words.end()
-            rest, calls = words.finish()
+            rest, calls = self._finish(words)
             text += rest
             if calls:
                 finish = "tool_calls"
@@ -129,8 +133,7 @@ class Reply:
         return {"tokens": tokens, "token_logprobs": list(logprobs), "top_logprobs": best, "text_offset": offsets}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        spelled = self._spelled(token)
-        return {"token": spelled, "logprob": logprob, "bytes": list(spelled.encode())}
+        return {"token": self._spelled(token), "logprob": logprob, "bytes": self._policy.bytes_of(token)}
 
     def _spelled(self, token: int) -> str:
         """One token as text, control tokens by their name."""

@@ -26,9 +26,11 @@ DEFAULT_TOKENS = 256  # of an answer, where the request says none
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "seed", "stop")
 LENGTH = ("n", "max_tokens", "max_completion_tokens")
 SHOWN = ("stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids")
-DONE = frozenset(("model", "messages", "prompt", "tools", "tool_choice", *SAMPLING, *LENGTH, *SHOWN))
+DONE = frozenset(
+    ("model", "messages", "prompt", "tools", "tool_choice", "parallel_tool_calls", *SAMPLING, *LENGTH, *SHOWN)
+)
 ACCOUNTING = ("user", "store", "metadata", "service_tier", "safety_identifier", "request_id")
-WITHOUT_EFFECT = frozenset(("parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", *ACCOUNTING))
+WITHOUT_EFFECT = frozenset(("prompt_cache_key", "prompt_cache_retention", *ACCOUNTING))
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1, 1.0),
     "min_tokens": (0,),
@@ -44,7 +46,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to sample, ``n`` times, and how to answer. ``alternatives`` is how many likeliest tokens to show."""
+    """What to sample, ``n`` times, and how to answer. ``alternatives`` is how many likeliest tokens to show.
+
+    ``most_calls``: tool calls of an answer that are passed on; None: all.
+    """
 
     route: Route
     model: str
@@ -57,6 +62,7 @@ class Request:
     token_ids: bool
     tools: tuple[str, ...]
     usage_chunk: bool
+    most_calls: int | None
 
     def answers(self, policy: Policy) -> list[Answer]:
         """The answers in the making: each with its own chance, the same for the same seed."""
@@ -106,6 +112,7 @@ def read(route: Route, body: dict[str, Any], policy: Policy) -> Request:
         token_ids=bool(body.get("return_token_ids")),
         tools=tuple(tool["function"]["name"] for tool in tools),
         usage_chunk=bool(body.get("stream_options", {}).get("include_usage")),
+        most_calls=1 if body.get("parallel_tool_calls") is False else None,
     )
 
 
@@ -129,6 +136,9 @@ def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     )
     if not whole:
         raise refused("'tools' must be a list of {'type': 'function', 'function': {'name': …}}", "invalid_value")
+    strict = next((tool["function"]["name"] for tool in tools if tool["function"].get("strict")), None)
+    if strict is not None:
+        raise refused(f"tool {strict[:64]!r} is 'strict': answers are not constrained here, leave it out")
     return [] if choice == "none" else tools
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainer.policy.base import BROKEN
 from trainer.policy.tools import BEGIN, parse
-
-BROKEN = "\ufffd"  # what decoding gives for the bytes of an unfinished character
 
 
 class Words:
