@@ -33,7 +33,7 @@ from everloop.topics import COMMANDS, EPISODES, EVENTS, PAUSES
 from prometheus_client import Counter, Gauge
 
 from pipelines.gate import Decision
-from pipelines.sequential import Verdict, judge, units_needed
+from pipelines.sequential import Verdict, judge, stage_lacks, units_needed
 from services.releaser.examiner import Examiner
 from services.releaser.journal import Journal, Tail
 from services.releaser.office import Office
@@ -42,6 +42,7 @@ from services.releaser.state import (
     PolicyState,
     candidate,
     gated,
+    next_stage,
     promote,
     rejected,
     release_id,
@@ -251,7 +252,7 @@ class Releaser:
         if work.canary is None or work.canary.traffic.release != release.id:
             begins = release.evidence.get("begins", {})
             tails = (self.journal.tail_from(topic, begins) for topic in (EVENTS, EPISODES))
-            work.canary = Canary(Traffic(release.id), *tails)
+            work.canary = Canary(Traffic(release.id, release.plan.shares), *tails)
         canary = work.canary
         if now < canary.look_at:
             return
@@ -264,9 +265,7 @@ class Releaser:
         if behind:  # what was not read yet may change the verdict: read on before judging
             canary.look_at = now
             return
-        assigned = sum(canary.traffic.assigned().values())
-        verdict = judge(*canary.traffic.arms(), release.plan, seconds=now - release.time, episodes=assigned)
-        canary.verdict = verdict
+        verdict = canary.verdict = self._judged(release, canary, now)
         if verdict.action in ("harm", "inconclusive"):
             self._end(state, release, canary, f"Rolled back: {verdict.reason}.", now)
         elif verdict.action == "promote" and work.config.canary.automatic:
@@ -274,6 +273,31 @@ class Releaser:
             self.write(state, promote(state, release, f"Promoted: {verdict.reason}.", now, evidence))
         elif verdict.action == "promote":
             work.waits[release.id] = f"Waits for a person ('everloop release promote'): {verdict.reason}"
+        elif release.stage + 1 < len(release.plan.shares):
+            self._grow(state, release, work, canary, now)
+
+    @staticmethod
+    def _judged(release: Release, canary: Canary, now: float) -> Verdict:
+        assert release.plan is not None
+        return judge(
+            canary.traffic.stages(),
+            release.plan,
+            seconds=now - release.canary_began,
+            episodes=sum(canary.traffic.assigned().values()),
+            last=release.stage + 1 == len(release.plan.shares),
+        )
+
+    def _grow(self, state: PolicyState, release: Release, work: Work, canary: Canary, now: float) -> None:
+        """To the next stage, once this one has shown enough."""
+        assert release.plan is not None
+        came, began = canary.traffic.came(release.stage), release.time
+        lacks = stage_lacks(release.plan, *came, now - began)
+        if lacks is not None:
+            work.waits[release.id] = f"Stage {release.stage + 1} of {len(release.plan.shares)}: {lacks}."
+            return
+        work.waits.pop(release.id, None)
+        why = f"guards are quiet and no harm is shown after {came[0]} and {came[1]} people or episodes"
+        self.write(state, next_stage(state, release, why, now))
 
     def _read(self, canary: Canary) -> bool:
         """Take what is new, not too much at once; whether there is more."""
@@ -281,7 +305,7 @@ class Releaser:
             fields = self.journal.unsealed(record)
             payload = fields.get("payload") if fields and not fields.get("synthetic") else None
             if isinstance(payload, dict) and payload.get("kind") == EventKind.CALL:
-                canary.traffic.take_call(payload)
+                canary.traffic.take_call(payload, str(fields.get("subject") or fields.get("episode")))
         for record in canary.episodes.new(AT_ONCE):
             episode = self.journal.decode(Episode, record)
             if episode is not None:

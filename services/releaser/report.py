@@ -82,7 +82,8 @@ def _in_progress(state: PolicyState, work: Work, now: float) -> dict[str, Any] |
         return shown
     return shown | {
         "plan": release.plan.model_dump(),
-        "seconds": round(now - release.time, 1),
+        "stage": release.stage,
+        "seconds": round(now - release.canary_began, 1),
         "arms": _finite(canary.traffic.numbers()),
         "interval": _interval(canary, release.plan),
         "decides": _decides(canary, release.plan),
@@ -90,7 +91,7 @@ def _in_progress(state: PolicyState, work: Work, now: float) -> dict[str, Any] |
 
 
 def _interval(canary: Canary, plan: CanaryPlan) -> dict[str, Any]:
-    difference, low, high = bounds(*canary.traffic.arms(), plan)
+    difference, low, high = bounds(canary.traffic.stages(), plan)
     return {"difference": None if math.isnan(difference) else difference, "low": low, "high": high}
 
 
@@ -98,11 +99,7 @@ def _decides(canary: Canary, plan: CanaryPlan) -> str:
     """When a verdict may be expected, in words."""
     treated, control = canary.traffic.arms()
     have = min(treated.units, control.units)
-    rate = control.mean if control.units else 0.65
-    try:
-        needed = units_needed(plan, rate=min(max(rate, 0.05), 0.95))
-    except ValueError:
-        return "undecided until time or episodes run out"
+    needed = units_needed(plan, variance=control.variance)
     return f"{have} rated units in the smaller arm; about {needed} show that nothing is lost, fewer where it is better"
 
 

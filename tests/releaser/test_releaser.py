@@ -144,6 +144,32 @@ def test_failures_end_a_canary_at_once(world: MakeWorld, start: Start, until: Un
     assert w.route().canary is None
 
 
+def test_the_share_grows_stage_by_stage_and_a_restart_goes_on_in_its_stage(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    stages = {"stages": [0.1, 0.5], "stage_units": 10, "stage_duration": "1s"}
+    w = world(canary={**{key: value for key, value in CANARY.items() if key != "share"}, **stages})
+    w.gold()
+    running = start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "canary")
+    assert w.route().share == 0.1
+    w.traffic(60, {"canary": 0.6, "control": 0.6})
+    until(lambda: "of 10 people" in str((running.policy().get("in_progress") or {}).get("waits")))
+    w.traffic(200, {"canary": 0.6, "control": 0.6}, first=100)
+    until(lambda: w.route().share == 0.5)
+    assert "Stage 2 of 2, 50% of traffic: guards are quiet and no harm is shown" in w.newest("a").reason
+    running.end()
+    running = start(w)
+    until(lambda: (running.policy().get("in_progress") or {}).get("stage") == 1)
+    w.traffic(600, {"canary": 0.7, "control": 0.6}, first=300)
+    until(lambda: w.state("a") == "live")
+    first, second = w.newest("a").evidence["canary"]["stages"]
+    assert (first["share"], second["share"]) == (0.1, 0.5)
+    assert first["canary"]["came"] >= 10
+    assert second["control"]["units"] > 100
+
+
 def test_an_undecided_canary_leaves_the_incumbent(world: MakeWorld, start: Start, until: Until) -> None:
     w = world(canary={**CANARY, "margin": 0.01, "max_episodes": 100})
     w.gold()
