@@ -111,23 +111,28 @@ def half_width(units: ArrayLike, variance: ArrayLike, alpha: float, r2: float) -
     return width
 
 
-def stratified(canary: Moments, control: Moments, plan: CanaryPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(difference, half the width of its sequence) of canary minus control; stages along the first axis of each array.
+def weighted(canary: Moments, control: Moments) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(difference, its variance, units of both arms) over stages, which lie along the first axis of each array.
 
-    nan and infinity where no stage has units of both arms.
+    Units are 0 where no stage has some of both arms.
     """
     (n1, m1, v1), (n0, m0, v0) = canary, control
-    units = n1 + n0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = np.where((n1 > 0) & (n0 > 0), n1 * n0 / units, 0.0)
-        weights = weights / weights.sum(axis=0)
-        used = weights > 0
-        difference = np.where(used, weights * (m1 - m0), 0.0).sum(axis=0)
-        variance = np.where(used, weights**2 * (v1 / n1 + v0 / n0), 0.0).sum(axis=0)
-    total = np.where(used, units, 0.0).sum(axis=0)
-    r2 = mixture_variance(plan.alpha, tightest_at(plan))
-    width = half_width(np.maximum(total, 1), np.maximum(total, 1) * variance, plan.alpha, r2)
-    return np.where(total > 0, difference, math.nan), np.where(total > 0, width, math.inf)
+    used = (n1 > 0) & (n0 > 0)
+    first, second = np.maximum(n1, 1), np.maximum(n0, 1)
+    units = np.where(used, n1 + n0, 0.0)
+    weights = np.where(used, n1 * n0 / (first + second), 0.0)
+    weights = weights / np.maximum(weights.sum(axis=0), 1e-300)
+    difference = np.where(used, weights * (m1 - m0), 0.0).sum(axis=0)
+    variance = (weights**2 * (v1 / first + v0 / second)).sum(axis=0)
+    return difference, variance, units.sum(axis=0)
+
+
+def stratified(canary: Moments, control: Moments, plan: CanaryPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(difference, half the width of its sequence) of canary minus control; nan and infinity where nothing compares."""
+    difference, variance, units = weighted(canary, control)
+    total = np.maximum(units, 1)
+    width = half_width(total, total * variance, plan.alpha, mixture_variance(plan.alpha, tightest_at(plan)))
+    return np.where(units > 0, difference, math.nan), np.where(units > 0, width, math.inf)
 
 
 def bounds(stages: Stages, plan: CanaryPlan) -> tuple[float, float, float]:

@@ -24,7 +24,7 @@ from everloop.home import Home
 from everloop.ids import unique
 from everloop.log import NewRecord, open_log
 from everloop.log.base import Log
-from everloop.run import Command, CommandKind
+from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import COMMANDS, PAUSES, Topic
 
 SERVICES = ("gateway", "engine", "assembler", "scorer", "learner", "releaser")
@@ -126,7 +126,7 @@ class Installation:
         return found
 
     def order(self, kind: CommandKind, tenant: str, policy: str, **arguments: Any) -> Command:
-        """Append an order; durable on return. A pause and its end go where the newest is kept for ever."""
+        """Append an order; durable on return. A pause, a freeze and their ends go where the newest is kept for ever."""
         command = Command(
             id=unique("cmd_"),
             kind=kind,
@@ -137,8 +137,8 @@ class Installation:
             time=time.time(),
         )
         headers = {"schema": "Command", "id": command.id}
-        topic = PAUSES if kind in (CommandKind.PAUSE, CommandKind.RESUME) else COMMANDS
-        self.log.append([NewRecord(topic.name, command.key, wire.encode(command), headers, command.time)])
+        topic = PAUSES if kind in STANDING else COMMANDS
+        self.log.append([NewRecord(topic.name, command.log_key, wire.encode(command), headers, command.time)])
         return command
 
     def answer(self, service: str, command: Command, timeout: float) -> dict[str, Any] | None:

@@ -198,6 +198,7 @@ class CanaryConfig(Section):
     )
     stage_units: int = Field(default=20, ge=1, description="people (or episodes) in each arm before the share grows")
     stage_duration: str = Field(default="10m", description="least time before the share grows")
+    shadow: int = Field(default=40, ge=0, description="recent prompts answered before any user sees it; 0: none")
     margin: float = Field(default=0.05, gt=0, lt=1, description="largest loss of success that is not inferior")
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="probability of a wrong verdict at any time")
     min_units: int = Field(default=50, ge=2, description="rated people (or episodes) in each arm to promote")

@@ -169,6 +169,10 @@ def rejected(release: Release, reason: str, now: float, evidence: dict[str, Any]
     return Change((_examined(release, S.REJECTED, reason, now, evidence),))
 
 
+def rejected_in_shadow(release: Release, reason: str, now: float, evidence: dict[str, Any]) -> Change:
+    return Change((release.to(S.REJECTED, reason, now, evidence={**release.evidence, **evidence}),))
+
+
 def _examined(release: Release, state: ReleaseState, reason: str, now: float, evidence: dict[str, Any]) -> Release:
     gate = {**evidence, "against": release.incumbent}
     return release.to(state, reason, now, evidence={**release.evidence, "gate": gate})

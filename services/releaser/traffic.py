@@ -154,6 +154,8 @@ class Traffic:
     release: str
     shares: Sequence[float] = (1.0,)
     episodes: dict[str, Seen] = field(default_factory=dict)
+    newest: float = 0.0
+    """Time of the newest episode's newest event, seconds since 1970."""
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
     _counted: set[str] = field(default_factory=set)
     _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
@@ -173,6 +175,7 @@ class Traffic:
             self._count(held, -1)
         self._count(seen, 1)
         self.episodes[episode.id] = seen
+        self.newest = max(self.newest, episode.updated)
         return True
 
     def _stage(self, probability: float) -> int:
