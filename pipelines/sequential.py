@@ -7,27 +7,39 @@ side, where
 
     h(t) = sqrt( s2 * 2 (t r2 + 1) / (t^2 r2) * log(1 + sqrt(t r2 + 1) / (2 alpha)) )
 
-and ``r2`` only says at which t the bound is tightest. The difference of two arms' means is such a mean over the
-t = n1 + n0 units of both arms, with s2 = t (v1 / n1 + v0 / n0). An observation is a *unit of assignment* (a person,
-else an episode): one mean each, whoever talks most counts once, and intention to treat.
+and ``r2`` only says at which t the bound is tightest. An observation is a *unit of assignment* (a person, else an
+episode): one mean each, whoever talks most counts once, and intention to treat.
+
+**Stages.** A unit belongs to the stage in which it came first. Canary and control are compared within a stage, and the
+differences d_k are weighted by Mantel and Haenszel's w_k ~ n1 n0 / (n1 + n0) (Journal of the National Cancer Institute
+22(4), 1959), so a stage in which only one arm was seen weighs nothing, and a base rate that moves from stage to stage
+moves neither side. The weighted difference is a mean over the t units of both arms in all stages, with s2 = t times
+its variance, sum of w_k^2 (v1 / n1 + v0 / n0). One sequence runs over all stages: both arms are drawn at the same
+time with equal probability in each, nobody changes arms, and the bound holds at any t, so also at those at which a
+share was made to grow because of what was seen; alpha is not divided. (Where arms' shares of the traffic did differ
+from stage to stage, a plain mean over stages could even change its sign: Crook, Frasca, Kohavi and Longbotham, "Seven
+pitfalls to avoid when running controlled experiments on the web", KDD 2009.)
 
 Verdicts: **harm** when the upper bound is below 0 (it is worse, however little: then there is no reason to take
-it); **promote** when the lower bound is above -margin and both arms have ``min_units``; else **continue**, until
-time or episodes run out, then **inconclusive**: the incumbent stays. Harm comes first.
+it); **promote**, in the last stage, when the lower bound is above -margin and both arms have ``min_units``; else
+**continue**, until time or episodes run out, then **inconclusive**: the incumbent stays. Harm comes first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from everloop.release import CanaryPlan
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
 
 FEWEST = 20  # units in each arm before any verdict: the bound holds in the limit, not for a handful
 WORST_VARIANCE = 0.25  # of a value between 0 and 1
+POWER = 0.8  # with which the units that are said to be needed decide
 
 Action = Literal["promote", "harm", "inconclusive", "continue"]
 
@@ -39,6 +51,12 @@ class Arm:
     units: int
     mean: float
     variance: float
+
+
+Stages: TypeAlias = Sequence[tuple[Arm, Arm]]
+"""(canary, control) of every stage: the units that came in it first."""
+Moments: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+"""Units, means and variances of one arm, stages along the first axis."""
 
 
 @dataclass(frozen=True)
@@ -93,37 +111,91 @@ def half_width(units: ArrayLike, variance: ArrayLike, alpha: float, r2: float) -
     return width
 
 
-def width_between(n1: ArrayLike, v1: ArrayLike, n0: ArrayLike, v0: ArrayLike, plan: CanaryPlan) -> NDArray[np.float64]:
-    """Half the width of the sequence for the difference of two arms' means; for arrays of units and variances."""
-    first, second = np.asarray(n1, dtype=np.float64), np.asarray(n0, dtype=np.float64)
-    units = first + second
-    variance = units * (np.asarray(v1) / first + np.asarray(v0) / second)
-    return half_width(units, variance, plan.alpha, mixture_variance(plan.alpha, tightest_at(plan)))
+def weighted(canary: Moments, control: Moments) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """(difference, its variance, units of both arms) over stages, which lie along the first axis of each array.
+
+    Units are 0 where no stage has some of both arms.
+    """
+    (n1, m1, v1), (n0, m0, v0) = canary, control
+    used = (n1 > 0) & (n0 > 0)
+    first, second = np.maximum(n1, 1), np.maximum(n0, 1)
+    units = np.where(used, n1 + n0, 0.0)
+    weights = np.where(used, n1 * n0 / (first + second), 0.0)
+    weights = weights / np.maximum(weights.sum(axis=0), 1e-300)
+    difference = np.where(used, weights * (m1 - m0), 0.0).sum(axis=0)
+    variance = (weights**2 * (v1 / first + v0 / second)).sum(axis=0)
+    return difference, variance, units.sum(axis=0)
 
 
-def bounds(canary: Arm, control: Arm, plan: CanaryPlan) -> tuple[float, float, float]:
-    """(difference, lower bound, upper bound) of canary minus control; (nan, -1, 1) while an arm is empty."""
-    if not canary.units or not control.units:
+def stratified(canary: Moments, control: Moments, plan: CanaryPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(difference, half the width of its sequence) of canary minus control; nan and infinity where nothing compares."""
+    difference, variance, units = weighted(canary, control)
+    total = np.maximum(units, 1)
+    width = half_width(total, total * variance, plan.alpha, mixture_variance(plan.alpha, tightest_at(plan)))
+    return np.where(units > 0, difference, math.nan), np.where(units > 0, width, math.inf)
+
+
+def bounds(stages: Stages, plan: CanaryPlan) -> tuple[float, float, float]:
+    """(difference, lower bound, upper bound) of canary minus control; (nan, -1, 1) while nothing can be compared."""
+    canary, control = (_moments([pair[side] for pair in stages]) for side in (0, 1))
+    difference, width = (float(value) for value in stratified(canary, control, plan))
+    if math.isnan(difference):
         return math.nan, -1.0, 1.0
-    width = float(width_between(canary.units, canary.variance, control.units, control.variance, plan))
-    difference = canary.mean - control.mean
     return difference, max(difference - width, -1.0), min(difference + width, 1.0)
 
 
-def judge(canary: Arm, control: Arm, plan: CanaryPlan, *, seconds: float, episodes: int) -> Verdict:
-    """The verdict now. ``seconds`` since the canary began, ``episodes`` assigned to both arms so far."""
-    difference, low, high = bounds(canary, control, plan)
+def _moments(arms: Sequence[Arm]) -> Moments:
+    fields = ([one.units for one in arms], [one.mean for one in arms], [one.variance for one in arms])
+    units, mean, variance = (np.asarray(values, dtype=np.float64) for values in fields)
+    return units, mean, variance
+
+
+def over_all(stages: Stages) -> tuple[Arm, Arm]:
+    """(canary, control) with the units of all stages together, for people: verdicts compare within stages."""
+    return _together([canary for canary, _ in stages]), _together([control for _, control in stages])
+
+
+def _together(arms: Sequence[Arm]) -> Arm:
+    units = sum(one.units for one in arms)
+    if not units:
+        return Arm(0, math.nan, WORST_VARIANCE)
+    mean = sum(one.units * one.mean for one in arms if one.units) / units
+    around = sum(one.units * (one.variance + (one.mean - mean) ** 2) for one in arms if one.units)
+    return Arm(units, mean, around / units)
+
+
+def judge(stages: Stages, plan: CanaryPlan, *, seconds: float, episodes: int, last: bool = True) -> Verdict:
+    """The verdict now. ``seconds`` since the canary began, ``episodes`` assigned to both arms so far.
+
+    ``last``: the canary is in its last stage, the only one that leads to a promotion.
+    """
+    difference, low, high = bounds(stages, plan)
+    canary, control = over_all(stages)
     fewest = min(canary.units, control.units)
     seen = f"{plan.metric} {canary.mean:.3f} against {control.mean:.3f} ({canary.units} and {control.units} units)"
     if fewest >= FEWEST and high < 0:
         return Verdict("harm", f"{seen}: worse, the upper bound is {high:+.3f}", difference, low, high)
-    if not_inferior(fewest, low, plan):
+    if last and not_inferior(fewest, low, plan):
         text = f"{seen}: not inferior, the lower bound {low:+.3f} is above -{plan.margin:g}"
         return Verdict("promote", text, difference, low, high)
     over = _over(plan, seconds, episodes)
     if over:
         return Verdict("inconclusive", f"{seen}: undecided {over}, so the incumbent stays", difference, low, high)
     return Verdict("continue", f"{seen}: undecided, between {low:+.3f} and {high:+.3f}", difference, low, high)
+
+
+def stage_lacks(plan: CanaryPlan, canary: int, control: int, seconds: float) -> str | None:
+    """What a stage still needs before the share grows, in words; None: nothing.
+
+    ``canary`` and ``control`` are the units of each arm that came in this stage, rated or not, ``seconds`` its age.
+    That guards are quiet and no harm is shown goes without saying: either ends the canary.
+    """
+    fewest = min(canary, control)
+    if fewest < plan.stage_units:
+        return f"{fewest} of {plan.stage_units} people (or episodes) that each arm needs before the share grows"
+    if seconds < plan.stage_seconds:
+        return f"the share grows in {plan.stage_seconds - seconds:.0f} s at the earliest"
+    return None
 
 
 def not_inferior(units: int, low: float, plan: CanaryPlan) -> bool:
@@ -137,18 +209,33 @@ def _over(plan: CanaryPlan, seconds: float, episodes: int) -> str:
     return f"after its {plan.max_episodes} episodes" if episodes >= plan.max_episodes else ""
 
 
-def units_needed(plan: CanaryPlan, *, rate: float = 0.65, difference: float = 0.0) -> int:
-    """Rated units in each arm after which a canary of this true ``difference`` is promoted, typically.
+def units_needed(
+    plan: CanaryPlan, *, difference: float = 0.0, variance: float = 0.65 * 0.35, power: float = POWER
+) -> int:
+    """Rated units in each arm with which a canary of this true ``difference`` is promoted with this ``power``.
 
-    ``rate`` is the share of good answers. Raises ValueError where the difference is at or below -margin: never.
+    ``variance`` is that of unit means. The same number shows a true drop of ``difference + margin`` to be harm: the
+    room between truth and bound is the same. The sequence's width and the normal spread of the difference at n units
+    an arm must both fit into that room, so the power is that of one look at n; earlier looks only add to it.
+
+    Raises ValueError where the difference is at or below -margin: never.
     """
     room = difference + plan.margin
     if room <= 0:
         raise ValueError(f"a difference of {difference:g} is never shown to be within a margin of {plan.margin:g}")
     r2 = mixture_variance(plan.alpha, tightest_at(plan))
-    high = 1
-    while half_width(high, 4 * rate * (1 - rate), plan.alpha, r2) > room:
+    spread = float(ndtri(power))
+
+    def short(n: int) -> bool:
+        return float(half_width(2 * n, 4 * variance, plan.alpha, r2)) + spread * math.sqrt(2 * variance / n) > room
+
+    high = max(plan.min_units, FEWEST)
+    if not short(high):
+        return high
+    while short(high):
         high *= 2
-    totals = np.arange(max(high // 2, 1), high + 1)
-    enough = totals[half_width(totals, 4 * rate * (1 - rate), plan.alpha, r2) <= room]
-    return max(math.ceil(int(enough[0]) / 2), plan.min_units, FEWEST)
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if short(middle) else (low, middle)
+    return high

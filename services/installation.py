@@ -25,7 +25,7 @@ from everloop.ids import unique
 from everloop.log import NewRecord, open_log
 from everloop.log.base import Log
 from everloop.log.kafka.settings import Address
-from everloop.run import Command, CommandKind
+from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import COMMANDS, PAUSES, Topic
 
 from services.reach import BrokerAway, check
@@ -138,7 +138,7 @@ class Installation:
         return found
 
     def order(self, kind: CommandKind, tenant: str, policy: str, **arguments: Any) -> Command:
-        """Append an order; durable on return. A pause and its end go where the newest is kept for ever.
+        """Append an order; durable on return. A pause, a freeze and their ends go where the newest is kept for ever.
 
         Raises BrokerAway, in bounded time, where the log's cluster does not answer: nothing is ordered then.
         """
@@ -153,8 +153,8 @@ class Installation:
         )
         headers = {"schema": "Command", "id": command.id}
         self._need_the_log()
-        topic = PAUSES if kind in (CommandKind.PAUSE, CommandKind.RESUME) else COMMANDS
-        self.log.append([NewRecord(topic.name, command.key, wire.encode(command), headers, command.time)])
+        topic = PAUSES if kind in STANDING else COMMANDS
+        self.log.append([NewRecord(topic.name, command.log_key, wire.encode(command), headers, command.time)])
         return command
 
     def _need_the_log(self) -> None:

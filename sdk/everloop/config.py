@@ -200,6 +200,12 @@ class CanaryConfig(Section):
     """How a candidate is tried on traffic, and by what it is judged."""
 
     share: float = Field(default=0.25, gt=0, description="of traffic to the canary; the control gets as much")
+    stages: tuple[float, ...] = Field(
+        default=(), description="instead of one share, growing ones for much traffic: [0.01, 0.05, 0.25]"
+    )
+    stage_units: int = Field(default=20, ge=1, description="people (or episodes) in each arm before the share grows")
+    stage_duration: str = Field(default="10m", description="least time before the share grows")
+    shadow: int = Field(default=40, ge=0, description="recent prompts answered before any user sees it; 0: none")
     margin: float = Field(default=0.05, gt=0, lt=1, description="largest loss of success that is not inferior")
     alpha: float = Field(default=0.05, gt=0, lt=0.5, description="probability of a wrong verdict at any time")
     min_units: int = Field(default=50, ge=2, description="rated people (or episodes) in each arm to promote")
@@ -207,6 +213,8 @@ class CanaryConfig(Section):
     max_episodes: int = Field(default=100_000, ge=10, description="of both arms; past it, undecided")
     max_error_share: float = Field(default=0.02, gt=0, le=1, description="hard guard: failed calls of the canary")
     max_empty_share: float = Field(default=0.05, gt=0, le=1, description="hard guard: empty answers of the canary")
+    max_broken_share: float = Field(default=0.05, gt=0, le=1, description="guard: answers with broken tool calls")
+    max_length_ratio: float = Field(default=1.5, gt=1, description="guard: length of answers over the control's")
     automatic: bool = Field(default=True, description="False: a person promotes")
 
     @model_validator(mode="after")
@@ -220,14 +228,33 @@ class CanaryConfig(Section):
                 f"max_episodes ({self.max_episodes}) is below twice min_units ({self.min_units}): every canary would "
                 "end undecided; raise max_episodes"
             )
-        seconds(self.max_duration)
+        if seconds(self.stage_duration) * len(self.stages) >= seconds(self.max_duration):
+            raise ValueError(
+                f"{len(self.stages)} stages of {self.stage_duration} fill max_duration ({self.max_duration}): every "
+                "canary would end undecided; raise max_duration"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_grow(self) -> CanaryConfig:
+        if self.stages and "share" in self.model_fields_set:
+            raise ValueError("share and stages both say how much traffic the canary gets: leave share out")
+        if any(not 0 < stage <= 0.5 for stage in self.stages):
+            raise ValueError(
+                f"stages {list(self.stages)} must lie above 0 and at most at 0.5: the control gets as much"
+            )
+        if sorted(set(self.stages)) != list(self.stages):
+            raise ValueError(f"stages {list(self.stages)} must grow from one to the next")
         return self
 
     def plan(self) -> CanaryPlan:
         return CanaryPlan(
             margin=self.margin,
             alpha=self.alpha,
-            share=self.share,
+            share=self.stages[-1] if self.stages else self.share,
+            stages=self.stages,
+            stage_units=self.stage_units,
+            stage_seconds=seconds(self.stage_duration),
             min_units=self.min_units,
             max_seconds=seconds(self.max_duration),
             max_episodes=self.max_episodes,

@@ -113,6 +113,7 @@ class Call(Contract):
     probability: float = Field(default=1.0, description="with which this unit was assigned to this arm")
     latency: float = Field(default=0.0, description="seconds, request to last token")
     error: str | None = Field(default=None, description="why the call failed; None: it did not")
+    error_code: str | None = Field(default=None, description="the kind of failure, as the client was told it")
 
 
 class ToolResult(Contract):

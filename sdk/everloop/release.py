@@ -8,6 +8,7 @@
         └──────── a person ──────┴──────────┴───▶ VETOED         └──▶ ROLLED_BACK                │
                                                                 LIVE ◀──the one after it failed──┘
 
+A canary goes to larger shares of the traffic stage by stage: each step leads from CANARY to CANARY.
 A gated release is examined again, and gated anew or rejected, where something else went live before its canary.
 The releaser's log (topic ``releases``) is the authority on what is live; MLflow aliases mirror it.
 """
@@ -67,7 +68,7 @@ _S = ReleaseState
 TRANSITIONS: dict[ReleaseState, frozenset[ReleaseState]] = {
     _S.CANDIDATE: frozenset({_S.GATED, _S.REJECTED, _S.VETOED}),
     _S.GATED: frozenset({_S.GATED, _S.CANARY, _S.REJECTED, _S.VETOED}),
-    _S.CANARY: frozenset({_S.LIVE, _S.ROLLED_BACK, _S.VETOED}),
+    _S.CANARY: frozenset({_S.CANARY, _S.LIVE, _S.ROLLED_BACK, _S.VETOED}),
     _S.LIVE: frozenset({_S.RETIRED, _S.ROLLED_BACK}),
     _S.RETIRED: frozenset({_S.LIVE}),
     _S.REJECTED: frozenset(),
@@ -83,10 +84,18 @@ class CanaryPlan(Contract):
     metric: str = Field(default="success", description="mean of thumbs, ratings and outcomes per episode, 0 to 1")
     margin: float = Field(default=0.05, description="largest loss of the metric that is not inferior")
     alpha: float = Field(default=0.05, description="probability of a wrong verdict, at any time of looking")
-    share: float = Field(default=0.25, description="of traffic to the canary; the control gets as much")
+    share: float = Field(default=0.25, description="of traffic to the canary in its last stage; the control's too")
+    stages: tuple[float, ...] = Field(default=(), description="the share of every stage, growing; (): one, of 'share'")
+    stage_units: int = Field(default=20, description="units in each arm of a stage before the share grows")
+    stage_seconds: float = Field(default=600, description="least time of a stage before the share grows")
     min_units: int = Field(default=50, description="rated units in each arm before a promotion")
     max_seconds: float = Field(default=604_800, description="past it, inconclusive: the incumbent stays")
     max_episodes: int = Field(default=100_000, description="assigned to both arms; past it, inconclusive")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of every stage, the last one last."""
+        return self.stages or (self.share,)
 
 
 class Release(Contract):
@@ -104,11 +113,21 @@ class Release(Contract):
     reason: str = Field(default="", description="one sentence: why it is in this state")
     evidence: dict[str, Any] = Field(default={}, description="numbers behind the reason, by gate or arm")
     plan: CanaryPlan | None = None
+    stages: tuple[float, ...] = Field(default=(), description="when each stage of its canary began, seconds since 1970")
     time: float = Field(description="of the transition, seconds since 1970")
 
     @property
     def key(self) -> str:
         return f"{self.tenant}/{self.policy}"
+
+    @property
+    def stage(self) -> int:
+        """Which of the plan's shares its canary has now, from 0."""
+        return max(len(self.stages) - 1, 0)
+
+    @property
+    def canary_began(self) -> float:
+        return self.stages[0] if self.stages else self.time
 
     def to(self, state: ReleaseState, reason: str, now: float, **changes: Any) -> Release:
         """The next version of this release, in ``state``.
@@ -129,8 +148,9 @@ class Route(Contract):
     """Who answers a policy's requests now. Written by the releaser, followed by every gateway.
 
     A newer ``epoch`` replaces an older one. A unit (the subject, else the episode) falls on a point in [0, 1)
-    by :func:`point`; below ``share`` it is canary, below twice ``share`` control, else live. Control and live
-    are both answered by ``live``; only control is compared, so that both arms are drawn at the same time.
+    by :func:`point`; the first ``share`` of it is canary, the last ``share`` control, what is between them live. So a
+    share that grows takes from live alone, and nobody changes arms. Control and live are both answered by ``live``;
+    only control is compared, so that both arms are drawn at the same time.
     """
 
     schema_version: int = 1
@@ -155,7 +175,7 @@ class Route(Contract):
         at = point(self.release, unit)
         if at < self.share:
             return self.canary, "canary", self.share
-        if at < 2 * self.share:
+        if at >= 1 - self.share:
             return self.live, "control", self.share
         return self.live, "live", 1 - 2 * self.share
 

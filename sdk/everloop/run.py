@@ -63,12 +63,23 @@ class RewardVersion(Contract):
 class CommandKind(StrEnum):
     PAUSE = "pause"  # no new runs, no new canaries; serving goes on. In the topic ``pauses``: the newest holds
     RESUME = "resume"  # as above
+    FREEZE = "freeze"  # no promotions, no new canaries, no larger shares; rollbacks go on. Kept as a pause is; reason
+    UNFREEZE = "unfreeze"  # as above
     RETRAIN = "retrain"  # arguments: batch, seed, publish
     PROMOTE = "promote"  # arguments: release, reason, without_evidence
-    ROLLBACK = "rollback"
+    ROLLBACK = "rollback"  # arguments: release, reason, live
     VETO = "veto"  # arguments: release, reason
     REGISTER = "register"  # arguments: path of an adapter made elsewhere, reason
     RESCORE = "rescore"  # arguments: version
+
+
+STANDING = {
+    CommandKind.PAUSE: "pause",
+    CommandKind.RESUME: "pause",
+    CommandKind.FREEZE: "freeze",
+    CommandKind.UNFREEZE: "freeze",
+}
+"""Orders that hold until another one of the same name: the newest of each policy and name is kept for ever."""
 
 
 class Command(Contract):
@@ -86,6 +97,11 @@ class Command(Contract):
     @property
     def key(self) -> str:
         return f"{self.tenant}/{self.policy}"
+
+    @property
+    def log_key(self) -> str:
+        """The key of its record: in a compacted topic, what the next one of its kind takes the place of."""
+        return f"{self.key}/freeze" if STANDING.get(self.kind) == "freeze" else self.key
 
 
 class DeadLetter(Contract):

@@ -10,7 +10,7 @@ COMMANDS = {
     "demo": ("close the loop on real messages and show the improvement", "services.commands.demo"),
     "pause": ("start no new runs and no new canaries; serving goes on", "services.commands.pause"),
     "resume": ("undo a pause", "services.commands.resume"),
-    "release": ("list releases; promote, roll back, veto or register one", "services.commands.release"),
+    "release": ("list and watch releases; promote, roll back, veto, freeze or register", "services.commands.release"),
     "dead-letters": ("list what handlers could not take; replay it once mended", "services.commands.dead_letters"),
     "retrain": ("start a training run now, or repeat an earlier one", "services.commands.retrain"),
     "replay": ("handle the log again from a time on, or score history again", "services.commands.replay"),

@@ -1,10 +1,13 @@
-"""List releases; promote, roll back, veto or register one.
+"""List releases; watch, promote, roll back, veto or register one; freeze a policy.
 
 list       every release: its state, why, what is live, and what evidence stands behind it
+watch      a release's evidence, refreshed until its verdict: what is compared, how many, the interval, when it
+           decides, what would stop it
 promote    make a release live now (the canary, or a candidate that waits; or the one named); one that did not pass
            gate and canary only --without-evidence, on your own word
 rollback   end the canary that runs, else take the live release back to the one before it
 veto       end a release for good: it never goes live
+freeze     no promotions, no new canaries and no larger shares of a policy until 'unfreeze'; rollbacks go on
 register   take in an adapter that was made elsewhere: it becomes a candidate like any other
 """
 
@@ -21,16 +24,24 @@ from everloop.run import CommandKind
 from everloop.topics import RELEASES
 
 from services.commands.orders import add_policy, add_wait, give
+from services.commands.watch import watch
 from services.installation import Installation
 from services.releaser.evidence import told
 from services.tables import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|promote|rollback|veto|register")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="list|watch|promote|rollback|veto|freeze|unfreeze|register"
+    )
     listing = verbs.add_parser("list", help="every release, newest last")
     listing.add_argument("--json", action="store_true", help="one JSON object a line, with all evidence")
     add_policy(listing, all_of_them=True)
+    watching = verbs.add_parser("watch", help="a release's evidence until its verdict")
+    watching.add_argument("release", nargs="?", help="id or adapter, or a beginning of either (default: the canary)")
+    watching.add_argument("--once", action="store_true", help="as it is now, and no more")
+    watching.add_argument("--json", action="store_true", help="one JSON object for each look")
+    add_policy(watching)
     promote = verbs.add_parser("promote", help="make a release live now")
     promote.add_argument("release", nargs="?", help="id or adapter, or a beginning of either")
     promote.add_argument(
@@ -41,10 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rollback.add_argument("--live", action="store_true", help="what is live, even while a canary runs")
     veto = verbs.add_parser("veto", help="end a release for good")
     veto.add_argument("release", help="id or adapter, or a beginning of either")
+    freeze = verbs.add_parser("freeze", help="no promotions and no new canaries until unfreeze")
+    unfreeze = verbs.add_parser("unfreeze", help="end a freeze")
     register = verbs.add_parser("register", help="take in an adapter made elsewhere")
     register.add_argument("folder", type=Path, help="adapter_config.json and adapter_model.safetensors")
-    for verb in (promote, rollback, veto, register):
-        verb.add_argument("--reason", help="kept with the release")
+    for verb in (promote, rollback, veto, register, freeze, unfreeze):
+        verb.add_argument("--reason", required=verb is freeze, help="kept with it")
         add_policy(verb)
         add_wait(verb)
 
@@ -54,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
         if options.verb == "list":
             return _list(options, here)
         pair = here.policy(options.policy)
+        if options.verb == "watch":
+            return watch(here, pair, options.release, once=options.once, as_json=options.json)
         if options.verb == "register":
             options.timeout = max(options.timeout, 120.0)  # it is checked and written to MLflow
             path = str(options.folder.absolute())
@@ -61,9 +76,8 @@ def run(options: argparse.Namespace) -> int:
         kind = CommandKind(options.verb)
         live = True if getattr(options, "live", False) else None
         alone = _on_their_word(options)
-        return give(
-            options, here, kind, pair, release=options.release, reason=options.reason, live=live, without_evidence=alone
-        )
+        name = getattr(options, "release", None)
+        return give(options, here, kind, pair, release=name, reason=options.reason, live=live, without_evidence=alone)
 
 
 def _on_their_word(options: argparse.Namespace) -> bool | None:

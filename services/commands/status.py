@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     for key in keys:
         print("\n".join([key, *_policy(key, said)]), end="\n\n")
     print(_services(expected, whole, {one.name: one for one in unready}))
+    if "releaser" in running:
+        print(f"\nEvidence of every release: {running['releaser'].url}/releases")
     spool = _spool((said.get("gateway") or {}).get("spool") or {})
     if spool and away is None:
         print(spool)
@@ -115,6 +117,8 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
         "" if gold["enough"] else f": {gold['needed']} are needed to promote without a person (everloop gold import)"
     )
     yield f"  gold          {gold['items']} items{needed}"
+    if its.get("frozen"):
+        yield f"  frozen        {its['frozen']}"
     if its["paused"]:
         yield "  paused        no new runs and canaries: everloop resume"
 
@@ -128,6 +132,9 @@ def _canary(progress: dict[str, Any]) -> Iterator[str]:
     )
     units = [arms[name]["units"] for name in ("canary", "control")]
     yield f"                success {means[0]} against {means[1]} ({units[0]} and {units[1]} units){between}"
+    shares = progress["plan"]["stages"]
+    if shares:
+        yield f"                stage {progress['stage'] + 1} of {len(shares)}: {progress['share']:.0%} of traffic"
     yield f"                {progress['decides']}"
 
 

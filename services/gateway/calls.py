@@ -120,7 +120,7 @@ class Calls:
                     return await self._stream(stream, promise)
         except (ServingError, LogError) as error:
             if isinstance(error, ServingError) and error.status >= 500:
-                await self._unanswered(ask, turn, stream, str(error), "error")
+                await self._unanswered(ask, turn, stream, str(error), "error", error.code)
             refused = from_engine(error) if isinstance(error, ServingError) else from_log(error)
             return await _break_off(stream, refused)
         except Refused as refused:
@@ -175,7 +175,9 @@ class Calls:
         self._metrics.counted(*answer.counted)
         return self._capture.store(events)
 
-    async def _unanswered(self, ask: Ask, turn: Turn, stream: _Stream | None, why: str, finish: str) -> None:
+    async def _unanswered(
+        self, ask: Ask, turn: Turn, stream: _Stream | None, why: str, finish: str, code: str | None = None
+    ) -> None:
         """A call that failed or was left is an event too, with what had come by then; nobody waits for it."""
         if not turn.recorded or turn.stored:
             return
@@ -185,7 +187,7 @@ class Calls:
             choice.finish_reason = choice.finish_reason or finish
         turn.stored = True
         try:
-            self._capture.store_later(await self._capture.calls(turn, ask, answer, why))
+            self._capture.store_later(await self._capture.calls(turn, ask, answer, why, code))
         except Refused:
             self._metrics.dropped.inc(len(answer.choices))
 

@@ -77,13 +77,15 @@ class Capture:
         self._under_way: deque[float] = deque()  # when each was handed over, the oldest first
         self._due = False
 
-    async def calls(self, turn: Turn, ask: Ask, answer: Answer, error: str | None = None) -> list[Unsealed]:
+    async def calls(
+        self, turn: Turn, ask: Ask, answer: Answer, error: str | None = None, code: str | None = None
+    ) -> list[Unsealed]:
         """The events of one request: one call each choice. Raises Refused (500) where redaction fails."""
         latency = time.monotonic() - turn.began
         headers = {"request": turn.request}
         events = [
             Unsealed(
-                call_event(turn, ask, answer, choice, latency, error),
+                call_event(turn, ask, answer, choice, latency, error, code),
                 headers,
                 None if error else answer.sampled(choice),
             )
@@ -167,7 +169,15 @@ class Capture:
             logger.error("%d events of unanswered calls could not be recorded: %s", records, error)
 
 
-def call_event(turn: Turn, ask: Ask, answer: Answer, choice: Choice, latency: float, error: str | None) -> Fields:
+def call_event(
+    turn: Turn,
+    ask: Ask,
+    answer: Answer,
+    choice: Choice,
+    latency: float,
+    error: str | None,
+    code: str | None = None,
+) -> Fields:
     """The fields of the event of one choice: an ``Event`` with a ``Call``, its tokens still to come."""
     call = choice_call(turn.call, choice.index)
     assignment = turn.assignment
@@ -194,6 +204,7 @@ def call_event(turn: Turn, ask: Ask, answer: Answer, choice: Choice, latency: fl
             "probability": assignment.probability,
             "latency": latency,
             "error": error,
+            "error_code": code,
         },
         subject=turn.subject,
         seq=turn.seq,

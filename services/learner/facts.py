@@ -149,7 +149,8 @@ def _command(facts: Facts, command: Command) -> None:
 
 
 def _pause(facts: Facts, command: Command) -> None:
-    facts.paused = command.kind is CommandKind.PAUSE
+    if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):
+        facts.paused = command.kind is CommandKind.PAUSE
 
 
 def _run(facts: Facts, run: Run) -> None:

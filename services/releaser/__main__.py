@@ -13,10 +13,12 @@ from __future__ import annotations
 import sys
 import time
 
+from aiohttp import web
 from everloop.config import Config
 from everloop.log import open_log
 
 from services.gateway.upstream import HttpServing
+from services.releaser import page
 from services.releaser.examiner import Examiner
 from services.releaser.releaser import Releaser
 from services.releaser.report import Board
@@ -41,6 +43,23 @@ class Pulse:
         return f"no round for {silent:.0f} s" if silent > STUCK else None
 
 
+def add_pages(app: web.Application, board: Board) -> None:
+    """``/releases`` and ``/releases/<id>``: evidence for people."""
+
+    async def every(request: web.Request) -> web.Response:
+        return web.Response(text=page.index(board.releases.values()), content_type="text/html", headers=page.HEADERS)
+
+    async def one(request: web.Request) -> web.Response:
+        release = board.releases.get(request.match_info["id"])
+        if release is None:
+            raise web.HTTPNotFound(text="there is no such release; see /releases")
+        shown = page.one(release, board.progress(release.id))
+        return web.Response(text=shown, content_type="text/html", headers=page.HEADERS)
+
+    app.router.add_get("/releases", every)
+    app.router.add_get("/releases/{id}", one)
+
+
 def serve(config: Config) -> int:
     """Run until stopped; returns the exit status."""
     log = open_log(config)
@@ -56,6 +75,7 @@ def serve(config: Config) -> int:
         finally:
             examiner.close()
 
+    add_pages(service.app, board)
     service.alone("releaser", run)
     service.check("rounds", Pulse(releaser).trouble)
     service.ready("recovered", lambda: None if releaser.rounds else "the log is being read")

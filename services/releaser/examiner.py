@@ -16,10 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from everloop.config import Config
 from everloop.errors import AdapterRefused, ContractError, RegistryError, ServingError
@@ -32,10 +32,19 @@ from pipelines.gate import Answers, Decision, Evidence, decide, judge_answers, r
 from pipelines.gold import GoldItem, GoldSet
 from services.releaser.porter import Porter
 from services.releaser.questions import Measure, Questions, Scored, Tokens, Told, ignored
+from services.releaser.recent import Recent
+from services.releaser.shadow import Shadow, shadow
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 EVERY = 1.0  # seconds between looks at what the engine holds
+
+
+class Ready(NamedTuple):
+    """What is known before a canary's first user: the traffic it will get, and what it answers to prompts of late."""
+
+    recent: Recent
+    shadow: Shadow
 
 
 class Examiner:
@@ -92,6 +101,16 @@ class Examiner:
     def hold(self, release: Release) -> Future[None]:
         """Make a release's adapter resident now. Fails with AdapterRefused, RegistryError or ServingError."""
         return self._submit(self._hold(release))
+
+    def ready(self, release: Release, look_back: Callable[[], Recent]) -> Future[Ready]:
+        """Make a release's adapter resident, and have it answer recent prompts unseen. Fails as :meth:`hold` does."""
+        return self._submit(self._ready(release, look_back))
+
+    async def _ready(self, release: Release, look_back: Callable[[], Recent]) -> Ready:
+        await self._hold(release)
+        lately = await asyncio.to_thread(look_back)
+        config = self._config.policy(release.tenant, release.policy).canary
+        return Ready(lately, await shadow(self._serving, release.adapter, lately.calls, config))
 
     def examine(self, release: Release) -> Future[Decision]:
         """Fetch, check, load, ask the gold questions, decide. Fails with RegistryError or ServingError: ask later."""

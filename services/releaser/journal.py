@@ -86,7 +86,7 @@ class Journal:
         return self._decoded(Adapter, self._adapters.all())
 
     def pauses(self) -> Iterator[Command]:
-        """The newest pause or resume of each policy, and perhaps some before it, oldest first."""
+        """The newest pause or resume, freeze or unfreeze of each policy, and perhaps some before it, oldest first."""
         return self._decoded(Command, Tail(self.log, PAUSES).all())
 
     def write(self, change: Change) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from everloop.errors import EverloopError, LogError
+from everloop.errors import EverloopError, LogError, TransitionRefused
 from everloop.log.base import Consumer, Record
 from everloop.run import Command, CommandKind
 
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PATIENCE = 0.5  # seconds that a rollback waits for the engine to hold what it leads to; then it goes on without
 REMEMBERED = 200
+HOLDS = {
+    CommandKind.PAUSE: "paused: no new runs and no new canaries",
+    CommandKind.RESUME: "new runs and canaries may start",
+    CommandKind.FREEZE: "frozen: no promotions and no new canaries; rollbacks go on",
+    CommandKind.UNFREEZE: "no longer frozen: promotions and canaries go on",
+}
+"""Orders that hold from now on, and what they are answered."""
 
 
 @dataclass
@@ -48,21 +55,36 @@ class Office:
         self.answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._releaser = releaser
         self._paused: set[str] = set()
+        self._frozen: dict[str, Command] = {}
         self._orders: list[Order] = []
 
     def paused(self, key: str) -> bool:
         return key in self._paused
 
-    def recover(self, journal: Journal) -> None:
-        """What is paused now: the newest pause or resume of each policy, which the log keeps for ever."""
-        for command in journal.pauses():
-            self._note_pause(command)
+    def frozen(self, key: str) -> str | None:
+        """Why nothing of this policy may be promoted now, in one sentence; None: it may."""
+        order = self._frozen.get(key)
+        if order is None:
+            return None
+        reason = str(order.arguments.get("reason") or "").strip().rstrip(".")
+        return (
+            f"Frozen by {order.by or 'a person'}{f': {reason}' if reason else ''} ('everloop release unfreeze' ends it)"
+        )
 
-    def _note_pause(self, command: Command) -> None:
+    def recover(self, journal: Journal) -> None:
+        """What is paused and frozen now: the newest such order of each policy, which the log keeps for ever."""
+        for command in journal.pauses():
+            self._note(command)
+
+    def _note(self, command: Command) -> None:
         if command.kind is CommandKind.PAUSE:
             self._paused.add(command.key)
         elif command.kind is CommandKind.RESUME:
             self._paused.discard(command.key)
+        elif command.kind is CommandKind.FREEZE:
+            self._frozen[command.key] = command
+        elif command.kind is CommandKind.UNFREEZE:
+            self._frozen.pop(command.key, None)
 
     def receive(self, consumer: Consumer, wait: float) -> None:
         """Wait up to ``wait`` s for an order."""
@@ -105,14 +127,9 @@ class Office:
             return self._answer(command, False, f"it failed: {error!r}")
 
     def _carry_out(self, order: Order, command: Command, state: PolicyState) -> bool:
-        if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):
-            self._note_pause(command)
-            paused = command.key in self._paused
-            return self._answer(
-                command,
-                True,
-                "paused: no new runs and no new canaries" if paused else "new runs and canaries may start",
-            )
+        if command.kind in HOLDS:
+            self._note(command)
+            return self._answer(command, True, HOLDS[command.kind])
         if command.kind is CommandKind.REGISTER:
             return self._register(order, command, state)
         if command.kind is CommandKind.VETO:
@@ -140,6 +157,9 @@ class Office:
         return self._change(command, state, orders.rolled_back)
 
     def _promote(self, order: Order, command: Command, state: PolicyState) -> bool:
+        frozen = self.frozen(command.key)
+        if frozen is not None:
+            raise TransitionRefused(f"nothing is promoted: {frozen}")
         seen = self._releaser.seen(command.key)
         release = orders.to_promote(state, command, seen)
         if release.state not in (S.CANARY, S.LIVE):

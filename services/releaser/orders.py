@@ -19,6 +19,8 @@ MINE = frozenset(
     {
         CommandKind.PAUSE,
         CommandKind.RESUME,
+        CommandKind.FREEZE,
+        CommandKind.UNFREEZE,
         CommandKind.PROMOTE,
         CommandKind.ROLLBACK,
         CommandKind.VETO,

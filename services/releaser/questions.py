@@ -106,13 +106,13 @@ class Questions:
     ) -> tuple[Given, Tokens]:
         body = {
             "model": model,
-            "messages": [_plain(message) for message in item.prompt],
+            "messages": [plain(message) for message in item.prompt],
             "temperature": 0.0,
             "max_tokens": max_tokens,
             "return_token_ids": True,
         }
         async with gate:
-            answer = await _patiently(self._serving, "chat/completions", body)
+            answer = await patiently(self._serving, "chat/completions", body)
         choice = answer["choices"][0]
         tokens = Tokens(answer.get("prompt_token_ids") or [], choice.get("token_ids") or [])
         length = len(tokens.answer) or answer.get("usage", {}).get("completion_tokens", 0)
@@ -153,7 +153,7 @@ class Scored:
         tokens = row.prompt + row.answer
         body = {"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
         try:
-            answer = await _patiently(self._serving, "completions", body)
+            answer = await patiently(self._serving, "completions", body)
         except ServingError as error:
             if error.status == 400:
                 return None
@@ -165,7 +165,8 @@ class Scored:
         return [float(entry[str(token)]["logprob"]) for entry, token in pairs]
 
 
-async def _patiently(serving: Serving, route: Route, body: dict[str, Any]) -> dict[str, Any]:
+async def patiently(serving: Serving, route: Route, body: dict[str, Any]) -> dict[str, Any]:
+    """An answer, after patience with a full queue. Raises ServingError."""
     for attempt in range(TRIES):
         try:
             return await serving.complete(route, body)
@@ -176,7 +177,7 @@ async def _patiently(serving: Serving, route: Route, body: dict[str, Any]) -> di
     raise AssertionError("the loop returns or raises")
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def plain(message: Message) -> dict[str, Any]:
     return message.model_dump(exclude_none=True)
 
 

@@ -3,8 +3,9 @@
 ::
 
     adapters ─▶ candidate ─▶ Examiner (own thread): files, engine, gold ─▶ gated ─▶ canary ◀─ episodes, calls
-    commands ─▶ orders, before anything else                                          │ verdict or guard
-                                                                                      ▼
+                             Examiner: recent prompts, in the shadow ─────────┘     │ └─▶ its next, larger share
+    commands ─▶ orders, before anything else                                        │ verdict or guard
+                                                                                    ▼
                                               live, retired, rolled back ─▶ route ─▶ gateways
 
 One thread does all of this, and waits for nothing but the log: what takes seconds is a future of the Examiner's,
@@ -14,6 +15,7 @@ process reads it and goes on where this one was killed.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -28,22 +30,27 @@ from everloop.errors import EverloopError
 from everloop.event import EventKind
 from everloop.home import Home
 from everloop.log.base import Log
-from everloop.release import Release
+from everloop.release import CanaryPlan, Release
 from everloop.topics import COMMANDS, EPISODES, EVENTS, PAUSES
 from prometheus_client import Counter, Gauge
 
 from pipelines.gate import Decision
-from pipelines.sequential import Verdict, judge, units_needed
-from services.releaser.examiner import Examiner
+from pipelines.sequential import Verdict, bounds, judge, stage_lacks
+from services.releaser.examiner import Examiner, Ready
+from services.releaser.history import History
 from services.releaser.journal import Journal, Tail
 from services.releaser.office import Office
+from services.releaser.power import forecast, told
+from services.releaser.recent import recent
 from services.releaser.state import (
     Change,
     PolicyState,
     candidate,
     gated,
+    next_stage,
     promote,
     rejected,
+    rejected_in_shadow,
     release_id,
     roll_back,
     start_canary,
@@ -69,6 +76,7 @@ class Canary:
     events: Tail
     episodes: Tail
     verdict: Verdict | None = None
+    history: History = field(default_factory=History)
     look_at: float = 0.0
 
 
@@ -80,7 +88,7 @@ class Work:
     canary: Canary | None = None
     examination: tuple[Release, Future[Decision]] | None = None
     """The release as it is compared: its incumbent is what was live when the examination began."""
-    holding: tuple[str, Future[None]] | None = None
+    readying: tuple[str, Future[Ready]] | None = None
     waits: dict[str, str] = field(default_factory=dict)
     """By release: why it does not go on now, in one sentence."""
     undecided: tuple[str, int, str] | None = None
@@ -217,21 +225,32 @@ class Releaser:
             logger.info("%s: release %s: %s", state_key(state), release.id, work.waits[release.id])
 
     def _try_canary(self, state: PolicyState, release: Release, work: Work, now: float) -> None:
-        """A route names an adapter only once the engine holds it."""
-        if release.adapter not in self.examiner.held:
-            if work.holding is None or work.holding[0] != release.id:
-                work.holding = release.id, self.examiner.hold(release)
-                work.waits[release.id] = "Its adapter is being loaded."
-            future = work.holding[1]
-            if not future.done():
-                return
-            work.holding = None
-            self._result(future, release, work, now)
+        """A route names an adapter only once the engine holds it, and recent prompts were answered in the shadow."""
+        frozen = self.office.frozen(state_key(state))
+        if frozen is not None:
+            work.waits[release.id] = frozen
             return
-        marked = release.model_copy(update={"evidence": {**release.evidence, "begins": self.journal.traffic_begins()}})
+        if work.readying is None or work.readying[0] != release.id:
+            look_back = functools.partial(recent, self.journal, state.tenant, state.policy, now)
+            work.readying = release.id, self.examiner.ready(release, look_back)
+            work.waits[release.id] = "Its adapter is loaded, and answers recent prompts that no user sees."
+        future = work.readying[1]
+        if not future.done():
+            return
+        work.readying = None
+        ready = self._result(future, release, work, now)
+        if ready is not None and ready.shadow.breach:
+            reason = f"Rejected before any user saw it: {ready.shadow.breach}."
+            self.write(state, rejected_in_shadow(release, reason, now, {"shadow": ready.shadow.numbers()}))
+        elif ready is not None and release.adapter in self.examiner.held:
+            self._start_canary(state, release, work, ready, now)
+
+    def _start_canary(self, state: PolicyState, release: Release, work: Work, ready: Ready, now: float) -> None:
         plan = work.config.canary.plan()
-        note = f"; about {units_needed(plan)} rated units in each arm show that nothing is lost"
-        self.write(state, start_canary(state, marked, plan, now, note))
+        expected = forecast(plan, ready.recent)
+        known = {"begins": self.journal.traffic_begins(), "shadow": ready.shadow.numbers(), "power": expected}
+        marked = release.model_copy(update={"evidence": {**release.evidence, **known}})
+        self.write(state, start_canary(state, marked, plan, now, f"; {told(plan, expected)}"))
 
     def _result(self, future: Future[Any], release: Release, work: Work, now: float) -> Any:
         """What a future gave; None where it failed and will be tried again."""
@@ -251,12 +270,13 @@ class Releaser:
         if work.canary is None or work.canary.traffic.release != release.id:
             begins = release.evidence.get("begins", {})
             tails = (self.journal.tail_from(topic, begins) for topic in (EVENTS, EPISODES))
-            work.canary = Canary(Traffic(release.id), *tails)
+            work.canary = Canary(Traffic(release.id, release.plan.shares), *tails)
         canary = work.canary
         if now < canary.look_at:
             return
         canary.look_at = now + LOOK
         behind = self._read(canary)
+        self._remember(canary, release.plan)
         breach = canary.traffic.breach(work.config.canary)
         if breach:
             self._end(state, release, canary, f"Rolled back by a guard: {breach}.", now)
@@ -264,16 +284,50 @@ class Releaser:
         if behind:  # what was not read yet may change the verdict: read on before judging
             canary.look_at = now
             return
-        assigned = sum(canary.traffic.assigned().values())
-        verdict = judge(*canary.traffic.arms(), release.plan, seconds=now - release.time, episodes=assigned)
-        canary.verdict = verdict
+        verdict = canary.verdict = self._judged(release, canary, now)
+        frozen = self.office.frozen(state_key(state))
         if verdict.action in ("harm", "inconclusive"):
             self._end(state, release, canary, f"Rolled back: {verdict.reason}.", now)
+        elif frozen is not None:
+            work.waits[release.id] = frozen
         elif verdict.action == "promote" and work.config.canary.automatic:
             evidence = self._evidence(canary)
             self.write(state, promote(state, release, f"Promoted: {verdict.reason}.", now, evidence))
         elif verdict.action == "promote":
             work.waits[release.id] = f"Waits for a person ('everloop release promote'): {verdict.reason}"
+        elif release.stage + 1 < len(release.plan.shares):
+            self._grow(state, release, work, canary, now)
+        else:
+            work.waits.pop(release.id, None)
+
+    @staticmethod
+    def _remember(canary: Canary, plan: CanaryPlan) -> None:
+        stages = canary.traffic.stages()
+        units = sum(its.units for pair in stages for its in pair)
+        canary.history.add(canary.traffic.newest, bounds(stages, plan), units)
+
+    @staticmethod
+    def _judged(release: Release, canary: Canary, now: float) -> Verdict:
+        assert release.plan is not None
+        return judge(
+            canary.traffic.stages(),
+            release.plan,
+            seconds=now - release.canary_began,
+            episodes=sum(canary.traffic.assigned().values()),
+            last=release.stage + 1 == len(release.plan.shares),
+        )
+
+    def _grow(self, state: PolicyState, release: Release, work: Work, canary: Canary, now: float) -> None:
+        """To the next stage, once this one has shown enough."""
+        assert release.plan is not None
+        came, began = canary.traffic.came(release.stage), release.time
+        lacks = stage_lacks(release.plan, *came, now - began)
+        if lacks is not None:
+            work.waits[release.id] = f"Stage {release.stage + 1} of {len(release.plan.shares)}: {lacks}."
+            return
+        work.waits.pop(release.id, None)
+        why = f"guards are quiet and no harm is shown after {came[0]} and {came[1]} people or episodes"
+        self.write(state, next_stage(state, release, why, now))
 
     def _read(self, canary: Canary) -> bool:
         """Take what is new, not too much at once; whether there is more."""
@@ -281,7 +335,7 @@ class Releaser:
             fields = self.journal.unsealed(record)
             payload = fields.get("payload") if fields and not fields.get("synthetic") else None
             if isinstance(payload, dict) and payload.get("kind") == EventKind.CALL:
-                canary.traffic.take_call(payload)
+                canary.traffic.take_call(payload, str(fields.get("subject") or fields.get("episode")))
         for record in canary.episodes.new(AT_ONCE):
             episode = self.journal.decode(Episode, record)
             if episode is not None:
@@ -293,7 +347,7 @@ class Releaser:
 
     @staticmethod
     def _evidence(canary: Canary) -> dict[str, Any]:
-        numbers = canary.traffic.numbers()
+        numbers = canary.traffic.numbers() | {"history": canary.history.points}
         if canary.verdict is not None:
             numbers |= canary.verdict.numbers()
         return {"canary": numbers}

@@ -11,6 +11,7 @@ from everloop.release import CanaryPlan, Release
 
 from pipelines.sequential import bounds, units_needed
 from services.releaser.evidence import lacking
+from services.releaser.power import Rates, duration, seconds_until
 from services.releaser.releaser import Canary, Releaser, Work, state_key
 from services.releaser.state import PolicyState, S, last_decision
 
@@ -23,7 +24,13 @@ class Board:
     def __init__(self) -> None:
         self.policies: dict[str, Any] = {}
         self.commands: dict[str, Any] = {}
+        self.releases: dict[str, Release] = {}
         self._again_at = 0.0
+
+    def progress(self, id: str) -> dict[str, Any] | None:
+        """Of the release that is on its way now; None: it is not this one."""
+        found = ((policy.get("in_progress") or {}) for policy in self.policies.values())
+        return next((its for its in found if its.get("release") == id), None)
 
     def update(self, releaser: Releaser) -> None:
         """Make a new report where the last one is ``EVERY`` s old, or an order was answered since."""
@@ -32,6 +39,7 @@ class Board:
             return
         self._again_at = time.monotonic() + EVERY
         self.policies = report(releaser)
+        self.releases = {id: release for state in releaser.states.values() for id, release in state.releases.items()}
         self.commands = dict(releaser.office.answers)
 
 
@@ -56,6 +64,7 @@ def _policy(releaser: Releaser, state: PolicyState, work: Work) -> dict[str, Any
         "last_decision": None if decided is None else _brief(decided, work),
         "gold": {"items": gold, "needed": work.config.gate.min_gold, "enough": gold >= work.config.gate.min_gold},
         "paused": releaser.office.paused(state_key(state)),
+        "frozen": releaser.office.frozen(state_key(state)),
         "epoch": state.route.epoch if state.route else 0,
     }
 
@@ -67,9 +76,16 @@ def _brief(release: Release, work: Work) -> dict[str, Any]:
         "state": release.state.value,
         "reason": release.reason,
         "waits": work.waits.get(release.id),
-        "evidence": _finite({k: v for k, v in release.evidence.items() if k in ("gate", "canary", "by", "run")}),
+        "evidence": _finite(_short(release.evidence)),
         "time": release.time,
     }
+
+
+def _short(evidence: dict[str, Any]) -> dict[str, Any]:
+    shown = {k: v for k, v in evidence.items() if k in ("gate", "canary", "shadow", "power", "by", "run")}
+    if "canary" in shown:
+        shown["canary"] = {k: v for k, v in shown["canary"].items() if k != "history"}
+    return shown
 
 
 def _in_progress(state: PolicyState, work: Work, now: float) -> dict[str, Any] | None:
@@ -80,30 +96,65 @@ def _in_progress(state: PolicyState, work: Work, now: float) -> dict[str, Any] |
     canary = work.canary
     if release.plan is None or canary is None or canary.traffic.release != release.id:
         return shown
+    limits = work.config.canary
     return shown | {
         "plan": release.plan.model_dump(),
-        "seconds": round(now - release.time, 1),
+        "stage": release.stage,
+        "share": release.plan.shares[release.stage],
+        "seconds": round(now - release.canary_began, 1),
         "arms": _finite(canary.traffic.numbers()),
         "interval": _interval(canary, release.plan),
-        "decides": _decides(canary, release.plan),
+        "history": canary.history.points,
+        "decides": decides(release, release.plan, canary, now),
+        "guards": limits.model_dump(include=set(GUARDS)),
+        "stops": stops(release.plan, limits.model_dump(include=set(GUARDS))),
     }
 
 
 def _interval(canary: Canary, plan: CanaryPlan) -> dict[str, Any]:
-    difference, low, high = bounds(*canary.traffic.arms(), plan)
+    difference, low, high = bounds(canary.traffic.stages(), plan)
     return {"difference": None if math.isnan(difference) else difference, "low": low, "high": high}
 
 
-def _decides(canary: Canary, plan: CanaryPlan) -> str:
-    """When a verdict may be expected, in words."""
+def decides(release: Release, plan: CanaryPlan, canary: Canary, now: float) -> str:
+    """When a verdict may be expected at the traffic that this canary has had, in words."""
     treated, control = canary.traffic.arms()
-    have = min(treated.units, control.units)
-    rate = control.mean if control.units else 0.65
-    try:
-        needed = units_needed(plan, rate=min(max(rate, 0.05), 0.95))
-    except ValueError:
-        return "undecided until time or episodes run out"
-    return f"{have} rated units in the smaller arm; about {needed} show that nothing is lost, fewer where it is better"
+    have, needed = min(treated.units, control.units), units_needed(plan, variance=control.variance)
+    left = seconds_until(plan, rates(release, plan, canary, now), needed, have, release.stage)
+    when = "at this traffic nobody can say when" if left is None else f"at this traffic in about {duration(left)}"
+    latest = duration(max(plan.max_seconds - (now - release.canary_began), 0.0))
+    return (
+        f"{have:,} rated units in the smaller arm of about {needed:,} that show that nothing is lost: {when}, sooner "
+        f"where it is better; in {latest} at the latest, or the incumbent stays"
+    )
+
+
+def rates(release: Release, plan: CanaryPlan, canary: Canary, now: float) -> Rates:
+    """Of the whole traffic, from what the arms got of it in the stages so far."""
+    ends = [*release.stages[1:], now]
+    given = sum(share * (end - begun) for share, begun, end in zip(plan.shares, release.stages, ends, strict=False))
+    came = min(sum(side) for side in zip(*(canary.traffic.came(at) for at in range(len(plan.shares))), strict=True))
+    if given <= 0:
+        return Rates(0.0, 0.0)
+    return Rates(min(arm.units for arm in canary.traffic.arms()) / given, came / given)
+
+
+GUARDS = ("max_error_share", "max_empty_share", "max_broken_share", "max_length_ratio")
+
+
+def stops(plan: CanaryPlan, guards: dict[str, float]) -> list[str]:
+    """What would end this canary without a promotion, in words. ``guards``: the configured limits."""
+    told = [
+        "the interval's upper bound falls below 0: worse, however little",
+        f"{duration(plan.max_seconds)} or {plan.max_episodes:,} episodes pass without a verdict: the incumbent stays",
+    ]
+    if guards:
+        told.append(
+            f"a guard: calls fail for more than {guards['max_error_share']:.0%} of the canary's people, answers are "
+            f"empty for {guards['max_empty_share']:.0%} or tool calls broken for {guards['max_broken_share']:.0%}, and "
+            f"more than the control's; or answers are {guards['max_length_ratio']:g} times as long"
+        )
+    return told
 
 
 def _finite(value: Any) -> Any:

@@ -122,7 +122,7 @@ class PolicyState:
             "uris": {adapter: r.uri for adapter, r in self.resident.items() if not self._is_next(adapter)},
             "release": canary.id if canary else None,
             "canary": canary.adapter if canary else None,
-            "share": canary.plan.share if canary and canary.plan else 0.0,
+            "share": canary.plan.shares[canary.stage] if canary and canary.plan else 0.0,
         }
         held = self.route
         if held is not None and all(getattr(held, name) == value for name, value in wanted.items()):
@@ -169,6 +169,10 @@ def rejected(release: Release, reason: str, now: float, evidence: dict[str, Any]
     return Change((_examined(release, S.REJECTED, reason, now, evidence),))
 
 
+def rejected_in_shadow(release: Release, reason: str, now: float, evidence: dict[str, Any]) -> Change:
+    return Change((release.to(S.REJECTED, reason, now, evidence={**release.evidence, **evidence}),))
+
+
 def _examined(release: Release, state: ReleaseState, reason: str, now: float, evidence: dict[str, Any]) -> Release:
     gate = {**evidence, "against": release.incumbent}
     return release.to(state, reason, now, evidence={**release.evidence, "gate": gate})
@@ -178,9 +182,20 @@ def start_canary(state: PolicyState, release: Release, plan: CanaryPlan, now: fl
     """Raises TransitionRefused where another canary runs: there is never more than one a policy."""
     if state.canary is not None:
         raise TransitionRefused(f"release {state.canary.id} is a canary already; {release.id} waits for its end")
-    reason = f"Canary with {plan.share:.0%} of traffic against a control of equal size{note}."
-    started = release.to(S.CANARY, reason, now, plan=plan, incumbent=state.live_adapter)
+    later = ", then " + ", ".join(f"{share:.0%}" for share in plan.shares[1:]) if plan.stages[1:] else ""
+    reason = f"Canary with {plan.shares[0]:.0%}{later} of traffic against a control of equal size{note}."
+    started = release.to(S.CANARY, reason, now, plan=plan, incumbent=state.live_adapter, stages=(now,))
     return _with_route(state, now, started)
+
+
+def next_stage(state: PolicyState, release: Release, why: str, now: float) -> Change:
+    """The canary goes to its next, larger share. Raises TransitionRefused where it has none."""
+    shares = release.plan.shares if release.plan else ()
+    if release.stage + 1 >= len(shares):
+        raise TransitionRefused(f"the canary of {release.id} is in its last stage")
+    number = release.stage + 2
+    reason = f"Stage {number} of {len(shares)}, {shares[release.stage + 1]:.0%} of traffic: {why}."
+    return _with_route(state, now, release.to(S.CANARY, reason, now, stages=(*release.stages, now)))
 
 
 def promote(state: PolicyState, release: Release, reason: str, now: float, evidence: dict[str, Any]) -> Change:

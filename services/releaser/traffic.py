@@ -1,26 +1,31 @@
-"""What a canary's traffic shows: rated units by arm from episodes, failures by arm from calls. Pure, in memory.
+"""What a canary's traffic shows: rated units by arm and stage from episodes, what went wrong for whom from calls. Pure.
 
 Everything is folded from the log since the canary began, so it is rebuilt by reading again; a record that is read
-twice counts once. Intention to treat: a unit counts for the arm that it was assigned to, whoever answered it.
+twice counts once. Intention to treat: a unit counts for the arm that it was assigned to, whoever answered it. Its
+stage is the first that it was assigned in, by the probability logged with each call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everloop.config import CanaryConfig
 from everloop.episode import Episode
 from everloop.feedback import Feedback, FeedbackKind
-from scipy import stats
 
-from pipelines.sequential import Arm, arm, variance_of
+from pipelines.guards import Lengths, blamed, longer
+from pipelines.sequential import Arm, arm, over_all, variance_of
+from services.releaser.answers import is_broken, is_empty, length
 
 ARMS = ("canary", "control")
 RATINGS = frozenset({FeedbackKind.THUMB, FeedbackKind.RATING, FeedbackKind.OUTCOME})
-CERTAINTY = 0.001  # how unlikely failures must be at the limit before a guard blames the adapter
 CANCELLED = "cancelled"  # the client left: nobody's failure
+AWAY = frozenset({"engine_unavailable"})  # no engine answered: no adapter did this
+AT_ONCE = 4  # calls of each arm after which a canary that answered none of them well is ended
+TOLD = {"failed": "calls failed", "empty": "answers were empty", "broken": "answers had broken tool calls"}
 
 
 class Seen(NamedTuple):
@@ -29,56 +34,132 @@ class Seen(NamedTuple):
     version: int
     unit: str
     arm: str
+    stage: int
     success: float | None
 
 
 @dataclass
+class Unit:
+    """A person (else an episode) in one arm. ``total``: sum of what was measured, ``measured`` how often."""
+
+    stage: int
+    total: float = 0.0
+    measured: int = 0
+    episodes: int = 0
+
+
+@dataclass
+class Cell:
+    """The units of one arm and stage, as sums: a look at them costs the same however many there are."""
+
+    seen: int = 0
+    measured: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def put(self, unit: Unit, sign: int) -> None:
+        self.seen += sign
+        if unit.measured:
+            mean = unit.total / unit.measured
+            self.measured += sign
+            self.total += sign * mean
+            self.squares += sign * mean**2
+
+    def arm(self) -> Arm:
+        """One mean for each rated unit."""
+        if not self.measured:
+            return arm(())
+        variance = float(variance_of(self.measured, self.total, self.squares))
+        return Arm(self.measured, self.total / self.measured, variance)
+
+    def lengths(self) -> Lengths:
+        """As of log lengths. A tenth of a log unit is added to their spread: equal answers are no certainty."""
+        if self.measured < 2:
+            return Lengths(0, 0.0, 0.0)
+        mean = self.total / self.measured
+        around = max(self.squares - self.measured * mean**2, 0.0) / (self.measured - 1)
+        return Lengths(self.measured, mean, around + 0.01)
+
+
+@dataclass
+class Group:
+    """Units of one arm, and their sums by stage."""
+
+    units: dict[str, Unit] = field(default_factory=dict)
+    cells: dict[int, Cell] = field(default_factory=dict)
+
+    def fold(self, name: str, stage: int, value: float | None, sign: int) -> None:
+        """One episode of a unit more (``sign`` 1) or less (-1), with what was measured in it."""
+        unit = self.units.get(name)
+        if unit is None:
+            unit = self.units[name] = Unit(stage)
+        else:
+            self.cells[unit.stage].put(unit, -1)
+        unit.stage = min(unit.stage, stage)
+        unit.episodes += sign
+        if value is not None:
+            unit.measured += sign
+            unit.total = unit.total + sign * value if unit.measured else 0.0
+        if unit.episodes:
+            self.cells.setdefault(unit.stage, Cell()).put(unit, 1)
+        else:
+            del self.units[name]
+
+    def cell(self, stage: int) -> Cell:
+        return self.cells.get(stage, Cell())
+
+
+@dataclass
 class Calls:
-    """Counts of one arm's calls."""
+    """Counts of one arm's calls, and the units that something went wrong for."""
 
     made: int = 0
     failed: int = 0
     empty: int = 0
+    broken: int = 0
+    units: set[str] = field(default_factory=set)
+    hit: dict[str, set[str]] = field(default_factory=lambda: {name: set() for name in TOLD})
+    lengths: Group = field(default_factory=Group)
 
+    def take(self, unit: str, call: dict[str, Any]) -> None:
+        self.made += 1
+        self.units.add(unit)
+        output = call.get("output") or {}
+        wrong = {
+            "failed": bool(call.get("error")),
+            "empty": not call.get("error") and is_empty(output),
+            "broken": not call.get("error") and is_broken(output, call.get("tools") or ()),
+        }
+        for name in (name for name, it_is in wrong.items() if it_is):
+            setattr(self, name, getattr(self, name) + 1)
+            self.hit[name].add(unit)
+        if not wrong["failed"] and not wrong["empty"]:
+            self.lengths.fold(unit, 0, math.log1p(length(output)), 1)
 
-@dataclass
-class Units:
-    """The rated units of one arm: sums, so that a look at them costs the same however many there are."""
+    @property
+    def good(self) -> int:
+        """Calls that were answered with something."""
+        return self.made - self.failed - self.empty
 
-    rated: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """By unit: the sum of its rated episodes' success, and how many there are."""
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, unit: str, success: float, weight: int) -> None:
-        """One rated episode of ``unit`` more (``weight`` 1), or one less (-1)."""
-        before = self.rated.pop(unit, (0.0, 0))
-        after = before[0] + weight * success, before[1] + weight
-        for (its, count), sign in ((before, -1), (after, 1)):
-            if count:
-                self.total += sign * its / count
-                self.squares += sign * (its / count) ** 2
-        if after[1]:
-            self.rated[unit] = after
-
-    def summary(self) -> Arm:
-        """One mean for each unit."""
-        count = len(self.rated)
-        if not count:
-            return arm(())
-        return Arm(count, self.total / count, float(variance_of(count, self.total, self.squares)))
+    def numbers(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"calls": self.made, "failed": self.failed, "empty": self.empty, "broken": self.broken}
+        typical = self.lengths.cell(0).lengths()
+        return told | {"length": round(math.expm1(typical.mean), 1) if typical.units else None}
 
 
 @dataclass
 class Traffic:
-    """One canary's traffic so far."""
+    """One canary's traffic so far. ``shares``: of its stages."""
 
     release: str
+    shares: Sequence[float] = (1.0,)
     episodes: dict[str, Seen] = field(default_factory=dict)
+    newest: float = 0.0
+    """Time of the newest episode's newest event, seconds since 1970."""
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
     _counted: set[str] = field(default_factory=set)
     _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
-    _units: dict[str, Units] = field(default_factory=lambda: {name: Units() for name in ARMS})
+    _groups: dict[str, Group] = field(default_factory=lambda: {name: Group() for name in ARMS})
 
     def take_episode(self, episode: Episode) -> bool:
         """Fold in one version of an episode; whether it belongs to this canary and is news."""
@@ -87,79 +168,114 @@ class Traffic:
         if not turns or episode.synthetic or (held is not None and held.version >= episode.version):
             return False
         feedback = [*episode.feedback, *(item for turn in turns for item in turn.feedback)]
-        seen = Seen(episode.version, episode.subject or episode.id, turns[0].call.arm, success(feedback))
+        first = turns[0].call
+        stage = self._stage(first.probability)
+        seen = Seen(episode.version, episode.subject or episode.id, first.arm, stage, success(feedback))
         if held is not None:
             self._count(held, -1)
         self._count(seen, 1)
         self.episodes[episode.id] = seen
+        self.newest = max(self.newest, episode.updated)
         return True
 
-    def _count(self, seen: Seen, weight: int) -> None:
-        self._assigned[seen.arm] += weight
-        if seen.success is not None:
-            self._units[seen.arm].add(seen.unit, seen.success, weight)
+    def _stage(self, probability: float) -> int:
+        """The stage whose share this is; the last one for any other."""
+        within = (at for at, share in enumerate(self.shares) if probability <= share * (1 + 1e-9))
+        return next(within, len(self.shares) - 1)
 
-    def take_call(self, call: dict[str, Any]) -> bool:
-        """Fold in one call (fields of ``everloop.event.Call``); whether it belongs to this canary and is news."""
+    def _count(self, seen: Seen, sign: int) -> None:
+        self._assigned[seen.arm] += sign
+        self._groups[seen.arm].fold(seen.unit, seen.stage, seen.success, sign)
+
+    def take_call(self, call: dict[str, Any], unit: str) -> bool:
+        """Fold in one call (fields of ``everloop.event.Call``) of a unit; whether it is this canary's and news."""
         name = call.get("arm")
         if call.get("release") != self.release or name not in ARMS or call["id"] in self._counted:
             return False
         self._counted.add(call["id"])
-        counts, error = self.calls[name], call.get("error")
-        if call.get("finish_reason") == CANCELLED:
+        if call.get("finish_reason") == CANCELLED or call.get("error_code") in AWAY:
             return False
-        counts.made += 1
-        counts.failed += bool(error)
-        counts.empty += not error and is_empty(call.get("output") or {})
+        self.calls[name].take(unit, call)
         return True
 
+    def stages(self) -> list[tuple[Arm, Arm]]:
+        """(canary, control) of every stage: one mean for each unit that somebody rated."""
+        cells = ([self._groups[name].cell(at) for name in ARMS] for at in range(len(self.shares)))
+        return [(canary.arm(), control.arm()) for canary, control in cells]
+
     def arms(self) -> tuple[Arm, Arm]:
-        """(canary, control): one mean for each unit that somebody rated."""
-        canary, control = (self._units[name].summary() for name in ARMS)
+        """(canary, control) of all stages together."""
+        return over_all(self.stages())
+
+    def came(self, stage: int) -> tuple[int, int]:
+        """Units of canary and control that came in a stage first, rated or not."""
+        canary, control = (self._groups[name].cell(stage).seen for name in ARMS)
         return canary, control
 
     def assigned(self) -> dict[str, int]:
         """Episodes by arm."""
         return dict(self._assigned)
 
+    def affected(self) -> int:
+        """Calls that the canary has answered, or failed to."""
+        return self.calls["canary"].made
+
     def breach(self, config: CanaryConfig) -> str | None:
-        """Why a hard guard ends the canary now; None: it does not."""
+        """Why a guard ends the canary now; None: none does."""
+        limits = {
+            "failed": config.max_error_share,
+            "empty": config.max_empty_share,
+            "broken": config.max_broken_share,
+        }
+        found = (self._more(what, limit) for what, limit in limits.items())
+        return next((why for why in found if why), None) or self._longer(config.max_length_ratio)
+
+    def _more(self, what: str, limit: float) -> str | None:
         canary, control = (self.calls[name] for name in ARMS)
-        for what, limit in (("failed", config.max_error_share), ("empty", config.max_empty_share)):
-            bad, beside = getattr(canary, what), getattr(control, what)
-            usual = max(limit, (beside + 0.5) / (control.made + 1))
-            if bad and bad / canary.made > usual and stats.binom.sf(bad - 1, canary.made, usual) < CERTAINTY:
-                told = "calls failed" if what == "failed" else "answers were empty"
-                return (
-                    f"{bad} of {canary.made} of the canary's {told} (control: {beside} of {control.made}); "
-                    f"more than the {limit:.0%} allowed"
-                )
-        return None
+        hit, beside = (len(one.hit[what]) for one in (canary, control))
+        if not hit or hit / len(canary.units) <= limit or not (blamed(hit, beside) or self._hopeless(what)):
+            return None
+        return (
+            f"{getattr(canary, what)} of {canary.made} of the canary's {TOLD[what]}, for {hit} people or episodes "
+            f"(control: {getattr(control, what)} of {control.made}, for {beside}); more than the {limit:.0%} allowed"
+        )
+
+    def _hopeless(self, what: str) -> bool:
+        """None of the canary's first calls came to anything, and most of the control's did: no need for statistics."""
+        canary, control = (self.calls[name] for name in ARMS)
+        nothing = what != "broken" and canary.made >= AT_ONCE and canary.good == 0
+        return nothing and control.made >= AT_ONCE and 2 * control.good > control.made
+
+    def _longer(self, limit: float) -> str | None:
+        canary, control = (self.calls[name].lengths.cell(0).lengths() for name in ARMS)
+        ratio = longer(canary, control)
+        if ratio is None or ratio <= limit:
+            return None
+        return f"the canary's answers are {ratio:.1f} times as long as the control's; at most {limit:g} is allowed"
 
     def numbers(self) -> dict[str, Any]:
-        """Counts by arm, for evidence and status."""
-        assigned, (canary, control) = self.assigned(), self.arms()
-        return {
-            name: {
-                "episodes": assigned[name],
-                "units": summary.units,
-                "mean": summary.mean if summary.units else None,
-                "calls": self.calls[name].made,
-                "failed": self.calls[name].failed,
-                "empty": self.calls[name].empty,
-            }
-            for name, summary in zip(ARMS, (canary, control), strict=True)
+        """Counts by arm, in all and by stage, for evidence and status."""
+        stages, together = self.stages(), self.arms()
+        found: dict[str, Any] = {
+            name: {"episodes": self._assigned[name], **_summary(together[at]), **self.calls[name].numbers()}
+            for at, name in enumerate(ARMS)
         }
+        rows = (zip(stages[at], self.came(at), strict=True) for at in range(len(stages)))
+        shown = [
+            {
+                "share": share,
+                **{name: {"came": seen, **_summary(its)} for name, (its, seen) in zip(ARMS, row, strict=True)},
+            }
+            for share, row in zip(self.shares, rows, strict=True)
+        ]
+        return found | {"stages": shown}
+
+
+def _summary(its: Arm) -> dict[str, Any]:
+    return {"units": its.units, "mean": its.mean if its.units else None}
 
 
 def success(feedback: Iterable[Feedback]) -> float | None:
     """Mean of thumbs, ratings and outcomes on a scale from 0 to 1; None: there are none."""
     values = [item.success for item in feedback if item.kind in RATINGS and item.success is not None]
     return sum(values) / len(values) if values else None
-
-
-def is_empty(output: dict[str, Any]) -> bool:
-    """Whether an answer (fields of a message) has neither words nor tool calls."""
-    content = output.get("content")
-    text = content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content or ())
-    return not text.strip() and not output.get("tool_calls")

@@ -9,7 +9,17 @@ import pytest
 from everloop.release import CanaryPlan
 from numpy.typing import NDArray
 
-from pipelines.sequential import FEWEST, arm, bounds, half_width, judge, units_needed, variance_of, width_between
+from pipelines.sequential import (
+    FEWEST,
+    arm,
+    bounds,
+    half_width,
+    judge,
+    stage_lacks,
+    stratified,
+    units_needed,
+    variance_of,
+)
 
 PLAN = CanaryPlan(margin=0.05, alpha=0.05, min_units=50)
 RELEASES = 1000
@@ -49,8 +59,8 @@ class Traffic:
         counts = np.maximum(self.sums[:, 0], 1)
         variances = variance_of(self.sums[:, 0], self.sums[:, 1], self.sums[:, 2])
         means = self.sums[:, 1] / counts
-        width = width_between(counts[0], variances[0], counts[1], variances[1], plan)
-        difference = means[0] - means[1]
+        arms = [(self.sums[side, 0][None], means[side][None], variances[side][None]) for side in (0, 1)]
+        difference, width = stratified(arms[0], arms[1], plan)
         return difference - width, difference + width, self.sums[:, 0].min(axis=0)
 
 
@@ -103,7 +113,7 @@ def test_the_bound_is_the_paper_s() -> None:
 def test_a_few_equal_thumbs_are_no_certainty() -> None:
     happy = arm([1.0] * 5)
     assert happy.variance > 0
-    difference, low, high = bounds(happy, arm([1.0] * 5), PLAN)
+    difference, low, high = bounds([(happy, arm([1.0] * 5))], PLAN)
     assert (difference, low, high) == (0.0, -1.0, 1.0)
 
 
@@ -120,16 +130,40 @@ def test_a_few_equal_thumbs_are_no_certainty() -> None:
     ],
 )
 def test_verdicts(canary: list[int], control: list[int], seconds: float, episodes: int, action: str) -> None:
-    verdict = judge(arm(canary), arm(control), PLAN, seconds=seconds, episodes=episodes)
+    verdict = judge([(arm(canary), arm(control))], PLAN, seconds=seconds, episodes=episodes)
     assert verdict.action == action
     assert verdict.reason
 
 
 def test_how_many_are_needed_is_said_before_the_start() -> None:
-    needed = units_needed(PLAN, rate=0.5)
-    below = judge(arm([0, 1] * (needed // 2 - 25)), arm([0, 1] * (needed // 2 - 25)), PLAN, seconds=0, episodes=1)
-    above = judge(arm([0, 1] * (needed // 2 + 25)), arm([0, 1] * (needed // 2 + 25)), PLAN, seconds=0, episodes=1)
-    assert (below.action, above.action) == ("continue", "promote")
-    assert units_needed(PLAN, difference=0.1) < needed
+    typical = units_needed(PLAN, variance=0.25, power=0.5)  # half of them are decided with no luck either way
+    for extra, action in ((-25, "continue"), (25, "promote")):
+        values = [0, 1] * (typical // 2 + extra)
+        assert judge([(arm(values), arm(values))], PLAN, seconds=0, episodes=1).action == action
+    assert units_needed(PLAN, variance=0.25) > typical
+    assert units_needed(PLAN, difference=0.1) < typical
+    assert units_needed(PLAN, variance=1e-6) == PLAN.min_units
     with pytest.raises(ValueError, match="never shown"):
         units_needed(PLAN, difference=-0.05)
+
+
+def test_a_base_rate_that_moves_from_stage_to_stage_moves_no_verdict() -> None:
+    """By chance the control has most of the good first stage: a plain mean would call the canary worse."""
+    stages = [(arm([1] * 90 + [0] * 10), arm([1] * 270 + [0] * 30)), (arm([1, 0, 0, 0] * 75), arm([1, 0, 0, 0] * 25))]
+    difference, low, high = bounds(stages, PLAN)
+    assert difference == pytest.approx(0.0)
+    assert low == pytest.approx(-high)
+    assert bounds([*stages, (arm([1.0] * 9), arm([]))], PLAN) == (difference, low, high)  # nothing to compare with
+
+
+def test_only_the_last_stage_promotes_and_any_ends() -> None:
+    equal, worse = [(arm([1, 0] * 1500), arm([1, 0] * 1500))], [(arm([0, 0, 0, 1] * 500), arm([1, 0] * 1000))]
+    assert judge(equal, PLAN, seconds=0, episodes=1).action == "promote"
+    assert judge(equal, PLAN, seconds=0, episodes=1, last=False).action == "continue"
+    assert judge(worse, PLAN, seconds=0, episodes=1, last=False).action == "harm"
+
+
+def test_what_a_stage_needs_before_the_share_grows() -> None:
+    assert "19 of 20 people" in str(stage_lacks(PLAN, 19, 400, 9e9))
+    assert "in 60 s" in str(stage_lacks(PLAN, 20, 20, PLAN.stage_seconds - 60))
+    assert stage_lacks(PLAN, 20, 20, PLAN.stage_seconds) is None

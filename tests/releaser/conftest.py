@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +26,15 @@ from everloop.feedback import Feedback
 from everloop.home import Home
 from everloop.log import NewRecord, open_log
 from everloop.release import Adapter, Release, Route
-from everloop.run import Command, CommandKind
+from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import ADAPTERS, COMMANDS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES, Topic
 
 from pipelines.gold import GoldItem, GoldSet
+from services.gateway.upstream import HttpServing
+from services.releaser.examiner import Examiner
+from services.releaser.porter import Porter
+from services.releaser.releaser import Releaser
+from services.releaser.report import Board
 
 TENANT, POLICY = "default", "assistant"
 TOPICS = ("card", "loan", "cash", "app", "fee")
@@ -129,7 +138,7 @@ class World:
         self._count = itertools.count()
 
     def append(self, topic: Topic, *contracts: Any) -> None:
-        keys = [f"{one.key}/{one.id}" if topic is RELEASES else one.key for one in contracts]
+        keys = [f"{one.key}/{one.id}" if topic is RELEASES else getattr(one, "log_key", one.key) for one in contracts]
         self.log.append([NewRecord(topic.name, k, wire.encode(o)) for k, o in zip(keys, contracts, strict=True)])
 
     def read(self, topic: Topic, contract: type[Contract]) -> list[Any]:
@@ -189,11 +198,22 @@ class World:
             id=f"cmd-{next(self._count)}", kind=kind, tenant=TENANT, policy=POLICY, arguments=arguments, by="ann",
             time=time.time(),
         )  # fmt: skip
-        self.append(PAUSES if kind in (CommandKind.PAUSE, CommandKind.RESUME) else COMMANDS, command)
+        self.append(PAUSES if kind in STANDING else COMMANDS, command)
         return command
 
-    def traffic(self, units: int, liked: dict[str, float], *, error: str | None = None, first: int = 0) -> None:
-        """Rated episodes of new people, assigned by the route that is in force. ``liked``: success by arm."""
+    def traffic(
+        self,
+        units: int,
+        liked: dict[str, float],
+        *,
+        error: str | None = None,
+        first: int = 0,
+        says: dict[str, Any] | None = None,
+    ) -> int:
+        """Rated episodes of new people, assigned by the route that is in force. ``liked``: success by arm.
+
+        ``says``: fields of the canary's calls. Returns how many of them were the canary's.
+        """
         route = self.route()
         assert route is not None
         events, episodes = [], []
@@ -201,10 +221,14 @@ class World:
             version, arm, probability = route.assign(f"person {i}")
             good = i % 100 < 100 * liked.get(arm, 0.6)
             failed = error if arm == "canary" else None
+            fields: dict[str, Any] = {
+                "output": Message(role="assistant", content=None if failed else "card"),
+                "error": failed,
+            }
+            fields |= (says or {}) if arm == "canary" else {}
             call = Call(
-                id=f"call-{i}", messages=(Message(role="user", content="hi"),),
-                output=Message(role="assistant", content=None if failed else "card"), policy_version=version, arm=arm,
-                release=route.release, probability=probability, error=failed,
+                id=f"call-{i}", messages=(Message(role="user", content="hi"),), policy_version=version, arm=arm,
+                release=route.release, probability=probability, **fields,
             )  # fmt: skip
             thumb = Feedback(id=f"f-{i}", kind="thumb", value=1 if good else -1, call=call.id, time=1.0)
             events.append(Event(id=f"ev-{i}", tenant=TENANT, policy=POLICY, episode=f"ep-{i}", time=1.0, payload=call))
@@ -214,10 +238,114 @@ class World:
             ))  # fmt: skip
         self.append(EVENTS, *events)
         self.append(EPISODES, *episodes)
+        return sum(one.turns[0].call.arm == "canary" for one in episodes)
+
+
+class Running:
+    """A releaser in a thread, as its service runs it."""
+
+    def __init__(self, world: Any) -> None:
+        self.examiner = Examiner(world.config, HttpServing(world.config.serving.base_url))
+        self.releaser = Releaser(world.config, world.log, self.examiner)
+        self.board = Board()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self.releaser.run, args=(self._stop, self.board.update))
+        self.examiner.start()
+        self._thread.start()
+
+    def end(self) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join(10)
+            self.examiner.close()
+
+    def policy(self) -> dict[str, Any]:
+        return self.board.policies.get("default/assistant", {})
+
+    def answer(self, command: Any) -> dict[str, Any]:
+        return self.board.commands.get(command.id, {})
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the files process would have been asked; the files are there already."""
+    asked: list[dict[str, Any]] = []
+
+    async def ask(self: Porter, do: str, **arguments: Any) -> None:
+        asked.append({"do": do, **arguments})
+
+    monkeypatch.setattr(Porter, "ask", ask)
+    return asked
+
+
+@pytest.fixture
+def start(brought: list[dict[str, Any]]) -> Iterator[Callable[[Any], Running]]:
+    made: list[Running] = []
+
+    def starter(world: Any) -> Running:
+        made.append(Running(world))
+        return made[-1]
+
+    yield starter
+    for running in made:
+        running.end()
+
+
+class Process:
+    """``python -m services.releaser`` on a world's home."""
+
+    def __init__(self, world: Any, base: str, canary: dict[str, Any]) -> None:
+        self.world = world
+        self.config = world.home.root / "everloop.toml"
+        world.home.folder()
+        self.config.write_text(
+            f'home = "{world.home.root}"\ncache = "{world.home.root}/cache"\n'
+            f'[serving]\nurl = "http://127.0.0.1:{world.engine.port}"\n[services]\nreleaser_port = 0\n'
+            f'[mlflow]\nuri = "http://127.0.0.1:9"\n'
+            f'[tenants.default.policies.assistant]\nbase = "{base}"\nmax_tokens = 8\n'
+            "[tenants.default.policies.assistant.canary]\n"
+            + "\n".join(f"{name} = {value}" for name, value in canary.items())
+        )
+        self.running: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("EVERLOOP_")}
+        with (self.world.home.root / "releaser.log").open("ab") as log:
+            self.running = subprocess.Popen(
+                [sys.executable, "-m", "services.releaser"],
+                env={**environment, "EVERLOOP_CONFIG": str(self.config), "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self) -> None:
+        assert self.running is not None
+        self.running.send_signal(signal.SIGKILL)
+        self.running.wait()
+
+    def killed_and_started(self) -> None:
+        self.kill()
+        self.start()
+
+
+@pytest.fixture
+def process_of() -> Iterator[Callable[..., Process]]:
+    made: list[Process] = []
+
+    def make(world: World, base: str, canary: dict[str, Any]) -> Process:
+        made.append(Process(world, base, canary))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.running is not None and one.running.poll() is None:
+            one.kill()
 
 
 def answering(skill: float) -> Callable[[str], str]:
     def answer(question: str) -> str:
+        if not question.startswith("question"):
+            return "card"
         number = int(question.split()[1])
         right = question.split()[-1]
         return right if number % 20 < 20 * skill else "fee" if right != "fee" else "card"

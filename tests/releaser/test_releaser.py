@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,67 +14,13 @@ from everloop.release import Release, ReleaseState, Route
 from everloop.run import Command, CommandKind
 from everloop.topics import COMMANDS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES
 
-from services.gateway.upstream import HttpServing
-from services.releaser.examiner import Examiner
 from services.releaser.porter import Porter
-from services.releaser.releaser import Releaser
-from services.releaser.report import Board
 
 CANARY = {"share": 0.5, "margin": 0.15, "alpha": 0.1, "min_units": 20}
 
 
-class Running:
-    """A releaser in a thread, as its service runs it."""
-
-    def __init__(self, world: Any) -> None:
-        self.examiner = Examiner(world.config, HttpServing(world.config.serving.base_url))
-        self.releaser = Releaser(world.config, world.log, self.examiner)
-        self.board = Board()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self.releaser.run, args=(self._stop, self.board.update))
-        self.examiner.start()
-        self._thread.start()
-
-    def end(self) -> None:
-        if not self._stop.is_set():
-            self._stop.set()
-            self._thread.join(10)
-            self.examiner.close()
-
-    def policy(self) -> dict[str, Any]:
-        return self.board.policies.get("default/assistant", {})
-
-    def answer(self, command: Any) -> dict[str, Any]:
-        return self.board.commands.get(command.id, {})
-
-
-@pytest.fixture
-def brought(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the files process would have been asked; the files are there already."""
-    asked: list[dict[str, Any]] = []
-
-    async def ask(self: Porter, do: str, **arguments: Any) -> None:
-        asked.append({"do": do, **arguments})
-
-    monkeypatch.setattr(Porter, "ask", ask)
-    return asked
-
-
-@pytest.fixture
-def start(brought: list[dict[str, Any]]) -> Iterator[Callable[[Any], Running]]:
-    made: list[Running] = []
-
-    def starter(world: Any) -> Running:
-        made.append(Running(world))
-        return made[-1]
-
-    yield starter
-    for running in made:
-        running.end()
-
-
 Until = Callable[..., Any]
-Start = Callable[[Any], Running]
+Start = Callable[[Any], Any]
 MakeWorld = Callable[..., Any]
 
 
@@ -142,6 +87,32 @@ def test_failures_end_a_canary_at_once(world: MakeWorld, start: Start, until: Un
     until(lambda: w.state("a") == "rolled_back")
     assert "guard" in w.newest("a").reason
     assert w.route().canary is None
+
+
+def test_the_share_grows_stage_by_stage_and_a_restart_goes_on_in_its_stage(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    stages = {"stages": [0.1, 0.5], "stage_units": 10, "stage_duration": "1s"}
+    w = world(canary={**{key: value for key, value in CANARY.items() if key != "share"}, **stages})
+    w.gold()
+    running = start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "canary")
+    assert w.route().share == 0.1
+    w.traffic(60, {"canary": 0.6, "control": 0.6})
+    until(lambda: "of 10 people" in str((running.policy().get("in_progress") or {}).get("waits")))
+    w.traffic(200, {"canary": 0.6, "control": 0.6}, first=100)
+    until(lambda: w.route().share == 0.5)
+    assert "Stage 2 of 2, 50% of traffic: guards are quiet and no harm is shown" in w.newest("a").reason
+    running.end()
+    running = start(w)
+    until(lambda: (running.policy().get("in_progress") or {}).get("stage") == 1)
+    w.traffic(600, {"canary": 0.7, "control": 0.6}, first=300)
+    until(lambda: w.state("a") == "live")
+    first, second = w.newest("a").evidence["canary"]["stages"]
+    assert (first["share"], second["share"]) == (0.1, 0.5)
+    assert first["canary"]["came"] >= 10
+    assert second["control"]["units"] > 100
 
 
 def test_an_undecided_canary_leaves_the_incumbent(world: MakeWorld, start: Start, until: Until) -> None:
@@ -317,7 +288,7 @@ def test_a_person_promotes_where_the_canary_may_not(world: MakeWorld, start: Sta
     assert w.state("a") == "canary"
     progress = running.policy()["in_progress"]
     assert progress["interval"]["low"] > -0.15
-    assert "rated units" in progress["decides"]
+    assert "rated units in the smaller arm" in progress["decides"]
     w.order(CommandKind.PROMOTE)
     until(lambda: w.state("a") == "live")
     assert w.newest("a").reason == "Promoted by ann."
@@ -424,3 +395,33 @@ def test_a_candidate_is_compared_with_what_is_live_when_it_is_decided(
     w.order(CommandKind.ROLLBACK)  # while it is compared with what goes now
     until(lambda: w.state("middling") == "canary", 30)
     assert w.newest("middling").evidence["gate"]["against"] == "base"
+
+
+def test_a_freeze_holds_everything_but_rollbacks_and_survives_a_restart(
+    world: MakeWorld, start: Start, until: Until
+) -> None:
+    w = world(canary=CANARY)
+    w.gold()
+    running = start(w)
+    w.announce("a")
+    until(lambda: w.state("a") == "canary")
+    w.order(CommandKind.FREEZE, reason="holidays")
+    until(lambda: "Frozen by ann: holidays" in str((running.policy() or {}).get("frozen")))
+    w.order(CommandKind.PAUSE)
+    w.order(CommandKind.RESUME)  # another order, which ends no freeze
+    w.traffic(400, {"canary": 0.8, "control": 0.6})
+    until(lambda: "Frozen by ann" in str((running.policy().get("in_progress") or {}).get("waits")))
+    refused = w.order(CommandKind.PROMOTE, without_evidence=True, reason="now")
+    until(lambda: running.answer(refused))
+    assert "nothing is promoted: Frozen by ann: holidays" in running.answer(refused)["says"]
+    running.end()
+    running = start(w)
+    until(lambda: "Frozen by ann" in str((running.policy().get("in_progress") or {}).get("waits")))
+    w.order(CommandKind.ROLLBACK)
+    until(lambda: w.state("a") == "rolled_back")
+    w.announce("b")
+    until(lambda: w.state("b") == "gated")
+    until(lambda: "Frozen by ann" in str((running.policy().get("in_progress") or {}).get("waits")))
+    w.order(CommandKind.UNFREEZE, reason="back")
+    until(lambda: w.state("b") == "canary")
+    assert running.policy()["frozen"] is None

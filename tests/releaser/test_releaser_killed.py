@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +18,9 @@ CANARY = {"share": 0.5, "margin": 0.15, "alpha": 0.1, "min_units": 20}
 SLOW = 120.0  # the files process imports torch
 
 
-class Process:
-    """``python -m services.releaser`` on a world's home."""
-
-    def __init__(self, world: Any, base: Path) -> None:
-        self.world = world
-        self.config = world.home.root / "everloop.toml"
-        world.home.folder()
-        self.config.write_text(
-            f'home = "{world.home.root}"\ncache = "{world.home.root}/cache"\n'
-            f'[serving]\nurl = "http://127.0.0.1:{world.engine.port}"\n[services]\nreleaser_port = 0\n'
-            f'[mlflow]\nuri = "http://127.0.0.1:9"\n'
-            f'[tenants.default.policies.assistant]\nbase = "{base}"\nmax_tokens = 8\n'
-            "[tenants.default.policies.assistant.canary]\n"
-            + "\n".join(f"{name} = {value}" for name, value in CANARY.items())
-        )
-        self.running: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("EVERLOOP_")}
-        with (self.world.home.root / "releaser.log").open("ab") as log:
-            self.running = subprocess.Popen(
-                [sys.executable, "-m", "services.releaser"],
-                env={**environment, "EVERLOOP_CONFIG": str(self.config), "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-            )
-
-    def kill(self) -> None:
-        assert self.running is not None
-        self.running.send_signal(signal.SIGKILL)
-        self.running.wait()
-
-    def killed_and_started(self) -> None:
-        self.kill()
-        self.start()
-
-
 @pytest.fixture
-def process(world: Callable[..., Any], tiny_base: Path) -> Iterator[Process]:
-    made = Process(world(base=str(tiny_base), canary=CANARY), tiny_base)
-    yield made
-    if made.running is not None and made.running.poll() is None:
-        made.kill()
+def process(world: Callable[..., Any], process_of: Callable[..., Any], tiny_base: Path) -> Any:
+    return process_of(world(base=str(tiny_base), canary=CANARY), str(tiny_base), CANARY)
 
 
 def hold(world: Any) -> None:
@@ -81,7 +37,7 @@ def hold(world: Any) -> None:
     assert epochs == list(range(1, len(epochs) + 1))
 
 
-def test_killed_in_every_state(process: Process, adapters: Callable[..., list[str]], until: Callable[..., Any]) -> None:
+def test_killed_in_every_state(process: Any, adapters: Callable[..., list[str]], until: Callable[..., Any]) -> None:
     w = process.world
     w.gold()
     w.engine.base = w.config.policy("default", "assistant").base

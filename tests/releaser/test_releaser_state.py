@@ -20,6 +20,7 @@ from services.releaser.state import (
     candidate,
     gated,
     last_decision,
+    next_stage,
     promote,
     rejected,
     roll_back,
@@ -198,7 +199,34 @@ def test_the_last_decision_is_told() -> None:
     assert (decided.adapter, decided.reason) == ("b", "Rejected: gold.")
 
 
-STEPS = ("candidate", "gate", "reject", "canary", "promote", "roll back", "roll back live", "veto")
+def test_a_canary_goes_to_larger_shares_and_nobody_changes_arms() -> None:
+    policy = Policy()
+    release = policy.does(gated(policy.candidate("a"), "Passed.", 2.0, {})).releases[0]
+    plan = CanaryPlan(share=0.25, stages=(0.01, 0.05, 0.25))
+    policy.does(start_canary(policy.state, release, plan, 3.0))
+    arms: dict[str, str] = {}
+    for stage, share in enumerate(plan.shares):
+        held, route = policy.state.canary, policy.state.route
+        assert held is not None
+        assert route is not None
+        assert (held.stage, held.canary_began, route.share, route.epoch) == (stage, 3.0, share, stage + 1)
+        drawn = {f"person {i}": route.assign(f"person {i}") for i in range(20_000)}
+        for arm in ("canary", "control"):
+            assert sum(its[1] == arm for its in drawn.values()) / 20_000 == pytest.approx(share, abs=0.01)
+        assert {(arm, p) for _, arm, p in drawn.values()} == {
+            ("canary", share), ("control", share), ("live", 1 - 2 * share)
+        }  # fmt: skip
+        assert all(drawn[person][1] == arm for person, arm in arms.items())
+        arms = {person: its[1] for person, its in drawn.items() if its[1] != "live"}
+        if stage < 2:
+            policy.does(next_stage(policy.state, held, "quiet", 4.0 + stage))
+    assert policy.state.canary is not None
+    assert policy.state.canary.reason == "Stage 3 of 3, 25% of traffic: quiet."
+    with pytest.raises(TransitionRefused, match="last stage"):
+        next_stage(policy.state, policy.state.canary, "", 9.0)
+
+
+STEPS = ("candidate", "gate", "reject", "canary", "next stage", "promote", "roll back", "roll back live", "veto")
 
 
 @given(st.lists(st.sampled_from(STEPS), max_size=40))
@@ -231,7 +259,9 @@ def _do(policy: Policy, step: str, name: str, now: float) -> None:
     elif step in ("gate", "reject") and state.waiting is not None:
         policy.does((gated if step == "gate" else rejected)(state.waiting, step, now, {}))
     elif step == "canary" and state.gated is not None:
-        policy.does(start_canary(state, state.gated, PLAN, now))
+        policy.does(start_canary(state, state.gated, PLAN.model_copy(update={"stages": (0.05, 0.25)}), now))
+    elif step == "next stage" and state.canary is not None:
+        policy.does(next_stage(state, state.canary, step, now))
     elif step == "promote":
         policy.does(orders.promoted(state, command(CommandKind.PROMOTE, without_evidence=True), now))
     elif step == "roll back" and state.canary is not None:

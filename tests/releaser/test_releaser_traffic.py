@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.sequential import arm
-from services.releaser.traffic import ARMS, Traffic, is_empty, success
+from services.releaser.answers import is_broken, is_empty
+from services.releaser.traffic import ARMS, Traffic, success
 
 CONFIG = CanaryConfig()
 
@@ -128,8 +129,20 @@ def test_what_counts_as_empty(output: dict[str, Any], empty: bool) -> None:
     assert is_empty(output) is empty
 
 
-def calls(traffic: Traffic, arm: str, good: int, failed: int = 0, empty: int = 0, cancelled: int = 0) -> None:
+TOOLS = ({"type": "function", "function": {"name": "route"}},)
+BROKEN = {"id": "1", "type": "function", "function": {"name": "route", "arguments": '{"topic": '}}
+
+
+def calls(traffic: Traffic, arm: str, good: int, **others: int) -> None:
+    failed, empty, cancelled = (others.get(name, 0) for name in ("failed", "empty", "cancelled"))
     made: list[Call] = []
+    for i in range(others.get("broken", 0)):
+        output = Message(role="assistant", tool_calls=[BROKEN])
+        made.append(call(f"{arm}b{i}", arm, tools=TOOLS, output=output, finish_reason="tool_calls"))
+    for i in range(others.get("long", 0)):
+        made.append(call(f"{arm}l{i}", arm, output=Message(role="assistant", content="card_arrival" * 5)))
+    for i in range(others.get("away", 0)):
+        made.append(call(f"{arm}a{i}", arm, error="no engine answers", error_code="engine_unavailable"))
     for i in range(good):
         made.append(call(f"{arm}g{i}", arm))
     for i in range(failed):
@@ -139,7 +152,7 @@ def calls(traffic: Traffic, arm: str, good: int, failed: int = 0, empty: int = 0
     for i in range(cancelled):
         made.append(call(f"{arm}x{i}", arm, error="client disconnected", finish_reason="cancelled"))
     for one in [*made, *made]:  # every record twice: it counts once
-        traffic.take_call(one.model_dump())
+        traffic.take_call(one.model_dump(), unit=one.id)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +166,10 @@ def calls(traffic: Traffic, arm: str, good: int, failed: int = 0, empty: int = 0
         ({"good": 60, "failed": 40}, {"good": 60, "failed": 40}, None),
         ({"good": 10, "cancelled": 50}, {"good": 10}, None),  # clients that leave are nobody's failure
         ({"good": 0}, {"good": 0}, None),
+        ({"good": 200, "broken": 30}, {"good": 230}, "broken tool calls"),
+        ({"good": 200, "broken": 30}, {"good": 200, "broken": 30}, None),
+        ({"good": 60, "long": 60}, {"good": 120}, "times as long"),
+        ({"good": 20, "away": 200}, {"good": 20}, None),  # no engine answered: no adapter did this
     ],
 )
 def test_guards_blame_the_adapter_alone(canary: dict[str, int], control: dict[str, int], breached: str | None) -> None:
@@ -163,3 +180,48 @@ def test_guards_blame_the_adapter_alone(canary: dict[str, int], control: dict[st
     assert (found is None) == (breached is None)
     if breached is not None:
         assert breached in str(found)
+
+
+def test_one_person_with_hard_questions_is_no_evidence_however_many_they_ask() -> None:
+    traffic = Traffic("r")
+    calls(traffic, "canary", 60)
+    calls(traffic, "control", 60)
+    for i in range(500):
+        failing = call(f"loud{i}", error="the engine's numbers are not finite")
+        traffic.take_call(failing.model_dump(), unit="loud")
+    assert traffic.breach(CONFIG) is None
+
+
+def test_a_unit_is_of_the_stage_that_it_came_in_whatever_comes_later() -> None:
+    def talk(id: str, probability: float, arm: str, subject: str, value: float) -> Episode:
+        turn = Turn(call=call(id, arm, probability=probability), feedback=(thumb(value),))
+        return episode(f"e{id}", turn, subject=subject)
+
+    told = [
+        talk("1", 0.01, "canary", "ann", 1.0), talk("2", 0.05, "canary", "ann", -1.0),
+        talk("3", 0.05, "canary", "bob", 1.0), talk("4", 0.05, "control", "cyd", 1.0),
+    ]  # fmt: skip
+    for order in (told, told[::-1]):
+        traffic = Traffic("r", (0.01, 0.05))
+        assert all(map(traffic.take_episode, order))
+        (first, nobody), (second, other) = traffic.stages()
+        assert (first.units, first.mean, nobody.units) == (1, 0.5, 0)
+        assert (second.units, second.mean, other.units) == (1, 1.0, 1)
+        assert [traffic.came(stage) for stage in (0, 1)] == [(1, 0), (1, 1)]
+        assert traffic.numbers()["stages"][0]["canary"] == {"came": 1, "units": 1, "mean": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("output", "broken"),
+    [
+        ({"content": "hello"}, False),
+        ({"tool_calls": [{"function": {"name": "route", "arguments": '{"topic": "card"}'}}]}, False),
+        ({"tool_calls": [{"function": {"name": "route", "arguments": ""}}]}, False),
+        ({"tool_calls": [{"function": {"name": "route", "arguments": "[1]"}}]}, True),
+        ({"tool_calls": [{"function": {"name": "rout", "arguments": "{}"}}]}, True),
+        ({"tool_calls": [BROKEN]}, True),
+        ({"content": '<tool_call>{"name": "route", '}, True),
+    ],
+)
+def test_what_counts_as_a_broken_tool_call(output: dict[str, Any], broken: bool) -> None:
+    assert is_broken(output, TOOLS) is broken
