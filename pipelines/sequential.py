@@ -38,6 +38,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 FEWEST = 20  # units in each arm before any verdict: the bound holds in the limit, not for a handful
+REACHED = 0.8  # of the canary's answers that its adapter must have given before a promotion
 WORST_VARIANCE = 0.25  # of a value between 0 and 1
 POWER = 0.8  # with which the units that are said to be needed decide
 
@@ -164,10 +165,14 @@ def _together(arms: Sequence[Arm]) -> Arm:
     return Arm(units, mean, around / units)
 
 
-def judge(stages: Stages, plan: CanaryPlan, *, seconds: float, episodes: int, last: bool = True) -> Verdict:
+def judge(
+    stages: Stages, plan: CanaryPlan, *, seconds: float, episodes: int, last: bool = True, reached: float = 1.0
+) -> Verdict:
     """The verdict now. ``seconds`` since the canary began, ``episodes`` assigned to both arms so far.
 
-    ``last``: the canary is in its last stage, the only one that leads to a promotion.
+    ``last``: the canary is in its last stage, the only one that leads to a promotion. ``reached``: the share of the
+    canary's answers that its adapter gave. Units count for the arm that they were assigned to, so an adapter that
+    the engine seldom holds looks like what is live: below :data:`REACHED` that is no reason to promote it.
     """
     difference, low, high = bounds(stages, plan)
     canary, control = over_all(stages)
@@ -175,7 +180,9 @@ def judge(stages: Stages, plan: CanaryPlan, *, seconds: float, episodes: int, la
     seen = f"{plan.metric} {canary.mean:.3f} against {control.mean:.3f} ({canary.units} and {control.units} units)"
     if fewest >= FEWEST and high < 0:
         return Verdict("harm", f"{seen}: worse, the upper bound is {high:+.3f}", difference, low, high)
-    if last and not_inferior(fewest, low, plan):
+    if last and reached < REACHED:
+        seen += f"; the adapter gave {reached:.0%} of the canary's answers, and {REACHED:.0%} are needed"
+    elif last and not_inferior(fewest, low, plan):
         text = f"{seen}: not inferior, the lower bound {low:+.3f} is above -{plan.margin:g}"
         return Verdict("promote", text, difference, low, high)
     over = _over(plan, seconds, episodes)

@@ -26,6 +26,7 @@ from pipelines.gold import GoldItem
 AT_ONCE = 64
 MEASURED = 128  # answers whose distance to the base is measured
 TRIES = 8
+NOT_FINITE = "not_finite"  # the engine's word for weights that give no numbers
 
 
 class Tokens(NamedTuple):
@@ -112,7 +113,12 @@ class Questions:
             "return_token_ids": True,
         }
         async with gate:
-            answer = await patiently(self._serving, "chat/completions", body)
+            try:
+                answer = await patiently(self._serving, "chat/completions", body)
+            except ServingError as error:
+                if error.code != NOT_FINITE:
+                    raise
+                return Given("", 0, False), Tokens([], [])  # the adapter's doing: asked again it says nothing either
         choice = answer["choices"][0]
         tokens = Tokens(answer.get("prompt_token_ids") or [], choice.get("token_ids") or [])
         length = len(tokens.answer) or answer.get("usage", {}).get("completion_tokens", 0)

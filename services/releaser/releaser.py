@@ -270,7 +270,7 @@ class Releaser:
         if work.canary is None or work.canary.traffic.release != release.id:
             begins = release.evidence.get("begins", {})
             tails = (self.journal.tail_from(topic, begins) for topic in (EVENTS, EPISODES))
-            work.canary = Canary(Traffic(release.id, release.plan.shares), *tails)
+            work.canary = Canary(Traffic(release.id, release.plan.shares, release.adapter), *tails)
         canary = work.canary
         if now < canary.look_at:
             return
@@ -315,6 +315,7 @@ class Releaser:
             seconds=now - release.canary_began,
             episodes=sum(canary.traffic.assigned().values()),
             last=release.stage + 1 == len(release.plan.shares),
+            reached=canary.traffic.reached(),
         )
 
     def _grow(self, state: PolicyState, release: Release, work: Work, canary: Canary, now: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from everloop.config import CanaryConfig
 from everloop.episode import Episode
+from everloop.event import BASE
 from everloop.feedback import Feedback, FeedbackKind
 
 from pipelines.guards import Lengths, blamed, longer
@@ -149,14 +150,16 @@ class Calls:
 
 @dataclass
 class Traffic:
-    """One canary's traffic so far. ``shares``: of its stages."""
+    """One canary's traffic so far. ``shares``: of its stages. ``adapter``: what answers the canary's calls."""
 
     release: str
     shares: Sequence[float] = (1.0,)
+    adapter: str = BASE
     episodes: dict[str, Seen] = field(default_factory=dict)
     newest: float = 0.0
     """Time of the newest episode's newest event, seconds since 1970."""
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
+    _own: int = 0
     _counted: set[str] = field(default_factory=set)
     _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
     _groups: dict[str, Group] = field(default_factory=lambda: {name: Group() for name in ARMS})
@@ -196,7 +199,14 @@ class Traffic:
         if call.get("finish_reason") == CANCELLED or call.get("error_code") in AWAY:
             return False
         self.calls[name].take(unit, call)
+        self._own += name == "canary" and not call.get("error") and call.get("policy_version") == self.adapter
         return True
+
+    def reached(self) -> float:
+        """The share of the canary's answers that its adapter gave, and not what is live in its place; 1 of none."""
+        canary = self.calls["canary"]
+        answers = canary.made - canary.failed
+        return self._own / answers if answers else 1.0
 
     def stages(self) -> list[tuple[Arm, Arm]]:
         """(canary, control) of every stage: one mean for each unit that somebody rated."""

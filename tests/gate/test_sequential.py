@@ -167,3 +167,12 @@ def test_what_a_stage_needs_before_the_share_grows() -> None:
     assert "19 of 20 people" in str(stage_lacks(PLAN, 19, 400, 9e9))
     assert "in 60 s" in str(stage_lacks(PLAN, 20, 20, PLAN.stage_seconds - 60))
     assert stage_lacks(PLAN, 20, 20, PLAN.stage_seconds) is None
+
+
+def test_an_adapter_that_hardly_answered_is_not_promoted_for_being_like_what_is_live() -> None:
+    equal = [(arm([1, 0] * 1500), arm([1, 0] * 1500))]
+    held = judge(equal, PLAN, seconds=0, episodes=1, reached=0.3)
+    assert held.action == "continue"
+    assert "30% of the canary's answers" in held.reason
+    assert judge(equal, PLAN, seconds=PLAN.max_seconds, episodes=1, reached=0.3).action == "inconclusive"
+    assert judge(equal, PLAN, seconds=0, episodes=1, reached=0.8).action == "promote"

@@ -225,3 +225,13 @@ def test_a_unit_is_of_the_stage_that_it_came_in_whatever_comes_later() -> None:
 )
 def test_what_counts_as_a_broken_tool_call(output: dict[str, Any], broken: bool) -> None:
     assert is_broken(output, TOOLS) is broken
+
+
+def test_answers_of_what_is_live_in_the_adapter_s_place_are_told_apart() -> None:
+    traffic = Traffic("r", adapter="a1")
+    assert traffic.reached() == 1.0
+    for i, version in enumerate(["a1", "a1", "a1", "base"]):
+        traffic.take_call(call(f"c{i}", policy_version=version).model_dump(), unit=f"p{i}")
+    traffic.take_call(call("failed", policy_version="base", error="the engine broke").model_dump(), unit="q")
+    traffic.take_call(call("control", "control", policy_version="base").model_dump(), unit="r")
+    assert traffic.reached() == 0.75
