@@ -14,6 +14,7 @@ import os
 from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.home import Home
+from everloop.log import open_log
 from everloop.topics import HANDLERS
 
 
@@ -26,11 +27,27 @@ def run(options: argparse.Namespace) -> int:
     config = load()
     _check(config)
     Home(config.home).made()
+    _check_log(config, options.handler)
     from services.service import Service
 
     name = HANDLERS[options.handler]
     its = importlib.import_module(f"services.{name}.__main__")
     return int(its.work(Service(f"{name}-{os.getpid()}", config, options.port)))
+
+
+def _check_log(config: Config, handler: str) -> None:
+    """Raises LogError with cause and mend where it cannot work on this log: before all that it works with is loaded."""
+    from everloop.log.kafka.log import KafkaLog
+
+    from services.moving import SHARED
+    from services.partition import check_changelog
+
+    log = open_log(config)
+    try:
+        if isinstance(log, KafkaLog):
+            check_changelog(log, handler, SHARED[handler][0])
+    finally:
+        log.close()
 
 
 def _check(config: Config) -> None:
