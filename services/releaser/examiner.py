@@ -109,7 +109,7 @@ class Examiner:
     async def _ready(self, release: Release, look_back: Callable[[], Recent]) -> Ready:
         await self._hold(release)
         lately = await asyncio.to_thread(look_back)
-        config = self._config.policy(release.tenant, release.policy).canary
+        config = self._config.policy(release.tenant, release.policy)
         return Ready(lately, await shadow(self._serving, release.adapter, lately.calls, config))
 
     def examine(self, release: Release) -> Future[Decision]:

@@ -13,7 +13,6 @@ from services.releaser.journal import Journal, Tail
 from services.releaser.traffic import success
 
 NEWEST = 5000  # records of all partitions together: read in a second or two
-DAY = 86_400.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from everloop.config import CanaryConfig
+from everloop.config import CanaryConfig, PolicyConfig
 from everloop.errors import ServingError, UnknownAdapter
 from everloop.event import Call
 from everloop.serving.base import Serving
@@ -39,27 +39,29 @@ class Shadow(NamedTuple):
         return {"prompts": self.prompts, **self.counts}
 
 
-async def shadow(serving: Serving, adapter: str, calls: Sequence[Call], config: CanaryConfig) -> Shadow:
+async def shadow(serving: Serving, adapter: str, calls: Sequence[Call], config: PolicyConfig) -> Shadow:
     """Ask, and compare. Raises ServingError where no engine answers: that says nothing of the candidate."""
     gate = asyncio.Semaphore(AT_ONCE)
-    asked = [call for call in calls if not call.error][: config.shadow]
-    outputs = await asyncio.gather(*(_answer(serving, gate, adapter, call) for call in asked))
+    asked = [call for call in calls if not call.error][: config.canary.shadow]
+    outputs = await asyncio.gather(*(_answer(serving, gate, adapter, call, config.max_tokens) for call in asked))
     pairs = [(call, output) for call, output in zip(asked, outputs, strict=True) if output != REFUSED]
-    return judged(pairs, config)
+    return judged(pairs, config.canary)
 
 
 REFUSED: dict[str, Any] = {"refused": True}
 """The engine would not take this request from any model."""
 
 
-async def _answer(serving: Serving, gate: asyncio.Semaphore, adapter: str, call: Call) -> dict[str, Any] | None:
+async def _answer(
+    serving: Serving, gate: asyncio.Semaphore, adapter: str, call: Call, longest: int
+) -> dict[str, Any] | None:
     """The message; None where the call failed."""
     sampling = call.sampling
     body: dict[str, Any] = {
         "model": adapter,
         "messages": [plain(message) for message in call.messages],
         "temperature": sampling.temperature,
-        "max_tokens": sampling.max_tokens or 256,
+        "max_tokens": sampling.max_tokens or longest,
     }
     if call.tools:
         body["tools"] = list(call.tools)

@@ -226,10 +226,6 @@ class Traffic:
         """Episodes by arm."""
         return dict(self._assigned)
 
-    def affected(self) -> int:
-        """Calls that the canary has answered, or failed to."""
-        return self.calls["canary"].made
-
     def breach(self, config: CanaryConfig) -> str | None:
         """Why a guard ends the canary now; None: none does."""
         limits = {

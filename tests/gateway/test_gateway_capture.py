@@ -178,6 +178,7 @@ async def test_an_engine_that_fails_is_an_event_too(bench: Any, soon: Any) -> No
     await soon(bench.events)
     (event,) = bench.events()
     assert event.payload.error == "the engine failed (500): out of memory"
+    assert event.payload.error_code == "upstream_error"
     bench.engine.error = ServingError(
         "the maximum context length is 64 tokens", status=400, code="context_length_exceeded"
     )

@@ -61,6 +61,27 @@ async def test_an_episode_keeps_its_version_until_that_is_withdrawn(bench: Any) 
     assert await served(bench, **mine) == ("base", "live"), "rolled back: everybody moves at once"
 
 
+async def test_a_share_that_grows_moves_nobody_who_takes_part_and_no_episode_that_goes_on(bench: Any) -> None:
+    bench.engine.held |= {A, B}
+    taking_part: dict[str, tuple[str, str]] = {}
+    trips: set[str] = set()
+    for epoch, share in enumerate((0.05, 0.25, 0.5), 1):
+        bench.route(epoch, live=A, canary=B, share=share, release="r1", uris={A: "", B: ""})
+        for person in (f"user-{at}" for at in range(60)):
+            now = await served(bench, f"new {epoch}", X_Everloop_Subject=person)
+            assert now == taking_part.get(person, now)
+            if now[1] != "live":
+                taking_part[person] = now
+            elif epoch == 1:
+                trips.add(person)
+                assert await served(bench, X_Everloop_Subject=person, X_Everloop_Episode=f"trip of {person}") == now
+        for person in trips:
+            on = {"X_Everloop_Subject": person, "X_Everloop_Episode": f"trip of {person}"}
+            assert await served(bench, "and then", **on) == (A, "live"), "it began outside the canary"
+    assert len(taking_part) == 60  # at a half everybody does
+    assert len(trips) > 40
+
+
 async def test_an_older_epoch_changes_nothing(bench: Any) -> None:
     bench.engine.held |= {A}
     bench.route(5, live=A)
