@@ -94,7 +94,7 @@ class CallTokens(Contract):
 class Call(Contract):
     """One model call. ``tokens`` is None where the engine gives none (a foreign provider, a replayed episode).
 
-    Example: see ``tests/contracts``.
+    Example: see :mod:`everloop.examples`.
     """
 
     kind: Literal["call"] = "call"

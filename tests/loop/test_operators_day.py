@@ -159,10 +159,10 @@ def test_an_operator_s_day(
 
     services = children(platform.process.pid)
     assert len(services) == 6
-    begun = time.monotonic()
     platform.process.send_signal(signal.SIGINT)
-    assert platform.process.wait(timeout=60) == 0
-    assert time.monotonic() - begun < 30, "services.drain is 10 s; a busy machine takes longer to end a process"
+    assert (
+        platform.process.wait(timeout=60) == 0
+    )  # that the drain ends in time: tests/supervisor, by a clock of its own
     left = [path.name for path in (platform.home / "run").glob("*.json")]
     assert not left, "killed: who stops by itself withdraws its announcement"
     assert not [pid for pid in services if Path(f"/proc/{pid}").exists()]

