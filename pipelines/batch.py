@@ -296,7 +296,7 @@ WITH pinned AS (
 SELECT t.*, spans.span.start AS start, coalesce(spans.span.trainable, false) AS trainable,
        spans.tokens[1:spans.span."end"] AS tokens, spans.logprobs[1:spans.span."end"] AS logprobs
 FROM taken t LEFT JOIN spans ON spans.episode = t.episode AND spans.span.call = t.call
-ORDER BY started, t.episode, turn
+ORDER BY started, t.episode, turn, t.call
 """
 
 

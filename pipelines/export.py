@@ -32,7 +32,7 @@ MINE = f"tenant = $tenant AND policy = $policy AND episode IN ({EPISODES})"
 
 QUERIES = {
     "episodes": f"SELECT * FROM episodes WHERE {MINE} ORDER BY started, episode",
-    "turns": f"SELECT * FROM turns WHERE {MINE} ORDER BY time, episode, turn",
+    "turns": f"SELECT * FROM turns WHERE {MINE} ORDER BY time, episode, turn, call",
     "trajectories": f"SELECT * FROM trajectories WHERE {MINE} ORDER BY episode",
     "scores": f"SELECT * FROM scores WHERE {MINE} ORDER BY episode, call",
     "feedback": f"SELECT * FROM feedback WHERE {MINE} ORDER BY time, episode, id",
@@ -42,7 +42,7 @@ SFT = f"""
 SELECT messages, tools_offered, correction, answer, output, episode, call, version
 FROM turns WHERE {MINE} AND error IS NULL
   AND (correction IS NOT NULL OR thumb > 0 OR rating >= 0.75 OR outcome >= 0.75)
-ORDER BY time, episode, turn
+ORDER BY time, episode, turn, call
 """
 PAIRS = f"""
 SELECT t.messages, t.tools_offered, t.answer, t.output, p.chosen, p.rejected, p.source, p.episode, p.call, p.version

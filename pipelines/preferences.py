@@ -26,8 +26,8 @@ def preferences(episode: Episode) -> tuple[Preference, ...]:
     A correction of the episode as a whole is one of its last answer.
     """
     pairs = [pair for turn in episode.turns for word in turn.feedback if (pair := _pair(episode, turn, word))]
-    if episode.turns:
-        last = episode.turns[-1]
+    if episode.judged is not None:
+        last = episode.turns[episode.judged]
         pairs += [pair for word in episode.feedback if (pair := _pair(episode, last, word))]
     return tuple(dict.fromkeys(pairs))
 

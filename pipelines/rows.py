@@ -156,7 +156,7 @@ def episode_row(episode: Episode, envelope: bytes) -> Row:
         "split": episode.split.value,
         "outcome": episode.outcome,
         "quarantine": episode.quarantine,
-        "turns": [_turn_row(episode, at, turn) for at, turn in enumerate(episode.turns)],
+        "turns": [_turn_row(episode, at, turn) for at, turn in zip(episode.positions, episode.turns, strict=True)],
         "feedback": [fields(word, FEEDBACK) for word in words],
         "preferences": [fields(pair, PREFERENCE) for pair in preferences(episode)],
         "envelope": envelope,
@@ -168,7 +168,7 @@ def _turn_row(episode: Episode, at: int, turn: Turn) -> Row:
     # What was said about the episode as a whole stands for a turn that nobody said anything about in that kind;
     # a correction of the whole is one of the last answer.
     said = {**_values(episode.feedback), **_values(turn.feedback)}
-    if turn.correction is None and at < len(episode.turns) - 1:
+    if turn.correction is None and (episode.judged is None or turn is not episode.turns[episode.judged]):
         said.pop(FeedbackKind.CORRECTION, None)
     return {
         "turn": at,

@@ -19,7 +19,7 @@ FROM newest.episodes
 
 TURNS = """
 CREATE OR REPLACE VIEW main.turns AS
-SELECT tenant, policy, episode, version, subject, t.turn AS turn, len(turns) AS turns, t.call AS call,
+SELECT tenant, policy, episode, version, subject, t.turn AS turn, turns[-1].turn + 1 AS turns, t.call AS call,
        t.prompt AS prompt, t.answer AS answer, t.policy_version AS policy_version, t.arm AS arm,
        t.release AS release, t.probability AS probability, t.thumb AS thumb, t.rating AS rating,
        t.outcome AS outcome, t.correction AS correction, t.latency AS latency, t.error AS error,

@@ -76,8 +76,8 @@ def said_of(answer: str, words: tuple[Feedback, ...]) -> Said:
 
 
 def last_turn(episode: Episode) -> int | None:
-    """The turn that the episode as a whole is judged by: its last one that was answered."""
-    return max((i for i, turn in enumerate(episode.turns) if turn.call.error is None), default=None)
+    """The turn that the episode as a whole is judged by."""
+    return episode.judged
 
 
 def said(episode: Episode) -> list[Said]:
@@ -126,6 +126,8 @@ def _credited(episode: Episode, examples: list[Example]) -> list[tuple[int, Labe
     whole = said_of("", episode.feedback)
     if last is None or whole.label is None or whole.corrections:
         return []
+    positions = episode.positions
+    ago = [positions[last] - at for at in positions]
     return [
         (
             number,
@@ -133,13 +135,13 @@ def _credited(episode: Episode, examples: list[Example]) -> list[tuple[int, Labe
                 f"{episode.turns[number].call.id}<{whole.label:g}",
                 examples[number],
                 whole.label,
-                weight=CREDIT ** (last - number),
+                weight=CREDIT ** ago[number],
                 certain=whole.certain,
                 watched=False,
             ),
         )
-        for number in range(max(0, last - BEFORE), last)
-        if episode.turns[number].call.error is None
+        for number in range(last)
+        if ago[number] <= BEFORE and episode.turns[number].call.error is None
     ]
 
 

@@ -122,19 +122,21 @@ def _repeats(turn: Turn, before: Sequence[Turn]) -> bool:
 
 def structures(episode: Episode) -> Iterator[Structure]:
     """The structure at each turn of an episode, in order."""
-    tools = errors = retries = 0
+    positions = episode.positions
+    tools = [len(turn.tools) for turn in episode.turns]
+    errors = [sum(result.error or _says_error(result.result) for result in turn.tools) for turn in episode.turns]
+    firsts = [positions.index(at) for at in positions]  # of the answers to the same request
+    repeats = [i == firsts[i] and _repeats(turn, episode.turns[:i]) for i, turn in enumerate(episode.turns)]
     for number, turn in enumerate(episode.turns):
-        retries += _repeats(turn, episode.turns[:number])
+        first = firsts[number]
         yield Structure(
-            turn=number,
-            tools=tools,
-            tool_errors=errors,
-            retries=retries,
+            turn=positions[number],
+            tools=sum(tools[:first]),
+            tool_errors=sum(errors[:first]),
+            retries=sum(repeats[: first + 1]),
             calls_tool=bool(turn.call.output.tool_calls),
             finish=turn.call.finish_reason,
         )
-        tools += len(turn.tools)
-        errors += sum(result.error or _says_error(result.result) for result in turn.tools)
 
 
 def _says_error(result: str) -> bool:

@@ -120,7 +120,7 @@ def weighed(material: Material, recipe: Recipe) -> Material:
     answers = material.answers
     found = np.zeros(len(answers))
     targets = np.zeros(len(answers))
-    for members in _by(answers, "logged", lambda a: a.episode):
+    for members in _by(answers, "logged", lambda a: (a.episode, a.branch)):
         members.sort(key=lambda i: answers[i].turn)
         rewards, values = _column(answers, members, "reward"), _column(answers, members, "value")
         turns = advantages.gae(rewards, values, discount=recipe.value.discount, trace=recipe.value.trace)

@@ -83,7 +83,10 @@ def logged(sources: Sources, recipe: Recipe) -> list[Answer]:
         its = [item.call for item in asked if says(item, sources.policy)]
         known, able = known + len(asked), able + len(its)
         if its:
-            made += [_logged(item, 1 / len(its) if item.call in its else 0.0, sources, recipe) for item in turns]
+            made += [
+                _logged(item, branch, 1 / len(its) if item.call in its else 0.0, sources, recipe)
+                for item, branch in zip(turns, _branches(turns), strict=True)
+            ]
     if able < known:
         logger.warning(
             "%d of %d answers are left out of PPO: decoding their token ids does not give the text that was sent",
@@ -112,7 +115,25 @@ def _in_ppo(item: BatchItem, sources: Sources) -> bool:
     return known and recent and item.trainable and item.temperature > 0
 
 
-def _logged(item: BatchItem, weight: float, sources: Sources, recipe: Recipe) -> Answer | None:
+def _branches(turns: Sequence[BatchItem]) -> list[int]:
+    """0 for the course of an episode; the other answers to a request (``n`` above 1) end branches of their own.
+
+    The course goes on from the answer that stands in the prompts that came after it; where none can be found, from the
+    first one.
+    """
+    followed = []
+    for turn in turns:
+        later = [message for other in turns if other.turn > turn.turn for message in other.prompt_messages]
+        followed.append(any(m.get("role") == "assistant" and answer_text(m) == turn.said for m in later))
+    best = {}
+    for i, turn in enumerate(turns):
+        held = best.setdefault(turn.turn, i)
+        if followed[i] and not followed[held]:
+            best[turn.turn] = i
+    return [0 if best[turn.turn] == i else i + 1 for i, turn in enumerate(turns)]
+
+
+def _logged(item: BatchItem, branch: int, weight: float, sources: Sources, recipe: Recipe) -> Answer | None:
     """A turn of a logged episode. Of one without a say its prompt is enough: the value head speaks there."""
     told = item.label if recipe.reward.source == "feedback" else None
     reward = item.reward if told is None else 2 * told - 1
@@ -121,6 +142,7 @@ def _logged(item: BatchItem, weight: float, sources: Sources, recipe: Recipe) ->
         "logged",
         item.episode,
         turn=item.turn,
+        branch=branch,
         text=item.said,
         reward=reward if _is_judged(item, recipe) else 0.0,
         weight=weight,

@@ -33,7 +33,7 @@ class Answer:
     ``behaviour``, ``proximal`` and ``base`` (tokens,) are log-probabilities of the completion: as it was sampled, at
     the start of the round, and under the base model. ``value`` is the value head's word at the start of the round;
     ``target`` is what it should have said. ``synthetic``: no person saw it. ``finished`` False: it was cut at the
-    longest length.
+    longest length. ``branch``: 0 in the course of an episode; above it, an answer beside it that nothing followed.
 
     Example: a rollout sampled three times out of four and judged good::
 
@@ -44,6 +44,7 @@ class Answer:
     source: Source
     episode: str
     turn: int = 0
+    branch: int = 0
     text: str = ""
     reward: float = 0.0
     belief: float = 0.0
@@ -111,6 +112,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("episode", pa.string()),
         ("turn", pa.int32()),
+        ("branch", pa.int32()),
         ("text", pa.string()),
         *((name, pa.float64()) for name in ("reward", "belief", "weight", "replay", "advantage", "value", "target")),
         ("count", pa.int32()),

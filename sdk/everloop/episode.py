@@ -55,6 +55,22 @@ class Episode(Contract):
     quarantine: str | None = Field(default=None, description="why it must not be trained on; None: nothing")
 
     @property
+    def positions(self) -> tuple[int, ...]:
+        """Which request each turn answers, from 0 on: the ``n`` answers to one request stand beside each other."""
+        found: list[int] = []
+        for at, turn in enumerate(self.turns):
+            beside = at > 0 and _beside(self.turns[at - 1].call, turn.call)
+            found.append(found[-1] + (not beside) if found else 0)
+        return tuple(found)
+
+    @property
+    def judged(self) -> int | None:
+        """The turn that words about the whole are about: the last request's first answer. Failed calls do not count."""
+        able = [i for i, turn in enumerate(self.turns) if turn.call.error is None]
+        positions = self.positions
+        return next((i for i in able if positions[i] == positions[able[-1]]), None)
+
+    @property
     def key(self) -> str:
         return f"{self.tenant}/{self.id}"
 
@@ -68,3 +84,8 @@ class Episode(Contract):
         """The newest outcome about the episode, 0 to 1; None: not measured."""
         values = [f.value for f in self.feedback if f.kind is FeedbackKind.OUTCOME]
         return values[-1] if values else None
+
+
+def _beside(before: Call, call: Call) -> bool:
+    """Whether two calls answer one request."""
+    return call.choice > before.choice and call.messages == before.messages

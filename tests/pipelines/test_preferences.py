@@ -6,6 +6,7 @@ from everloop.event import Message
 from everloop.feedback import Feedback, FeedbackKind
 
 from pipelines.preferences import preferences
+from reward.features import structures
 
 PAIR = {"kind": "preference", "time": 1_763_900_000.0, "chosen": "b", "rejected": "a"}
 
@@ -34,6 +35,22 @@ def test_a_correction_of_the_whole_is_one_of_the_last_answer(loop, make):
     events = [make.event(make.call("a"), seq=0), make.event(make.call("b", answer="wrong"), seq=1)]
     (episode,) = loop.take(*events, make.event(make.correction("right", None)))
     assert [(one.call, one.rejected) for one in preferences(episode)] == [("b", "wrong")]
+
+
+def test_answers_to_one_request_are_one_turn_and_the_first_stands_for_it(loop, make):
+    calls = [make.call(f"c{choice}", answer=f"answer {choice}", choice=choice) for choice in range(3)]
+    events = [make.event(make.call("before", asked="hello"), seq=0), *(make.event(call, seq=1) for call in calls)]
+    (episode,) = loop.take(*events, make.event(make.correction("right", None)))
+    assert episode.positions == (0, 1, 1, 1)
+    assert [(one.call, one.rejected) for one in preferences(episode)] == [("c0", "answer 0")]
+    rows = loop.store.rows("SELECT call, turn, turns, correction FROM turns ORDER BY turn, call")
+    assert [(r["call"], r["turn"], r["turns"], r["correction"]) for r in rows] == [
+        ("before", 0, 2, None),
+        ("c0", 1, 2, "right"),
+        ("c1", 1, 2, None),
+        ("c2", 1, 2, None),
+    ]
+    assert [one.turn for one in structures(episode)] == [0, 1, 1, 1]
 
 
 def test_the_store_has_them_typed(loop, make):

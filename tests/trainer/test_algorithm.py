@@ -50,6 +50,12 @@ def test_logged_episodes_get_gae_over_their_turns_and_fresh_ones_the_mean_of_the
     assert [a.advantage for a in found[3:]] == pytest.approx(np.asarray([0.25, -0.75]) / np.sqrt(0.1875))
 
 
+def test_an_answer_beside_the_course_of_an_episode_is_judged_by_its_own_reward():
+    answers = [logged("a", 0, 0.0, 0.5), logged("a", 0, -1.0, 0.5, branch=1), logged("a", 1, 1.0, 0.5)]
+    found = algorithm.weighed(Material.of(answers), made(value={"trace": 1.0})).answers
+    assert {(a.turn, a.branch): a.target for a in found} == {(0, 0): 1.0, (0, 1): -1.0, (1, 0): 1.0}
+
+
 def test_identical_rollouts_once_with_a_count_weigh_as_much_as_each_alone():
     recipe_ = made()
     merged = algorithm.weighed(Material.of([fresh(1, 8, 1.0, 3), fresh(1, 9, 0.0, 1)]), recipe_)

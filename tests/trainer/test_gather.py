@@ -131,6 +131,23 @@ def test_the_turns_before_a_word_are_taken_with_it_and_those_after_it_are_not(po
     assert answers[1].sample.prompt == tuple(policy.encode_chat(items[1].prompt_messages))
 
 
+def test_answers_to_one_request_are_no_turns_of_one_another(policy: Policy):
+    said = policy.decode([7, 2])
+    went_on = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": said},
+        {"role": "user", "content": "b"},
+    ]
+    items = [
+        item("a", 0, 2, call="beside", answer="another"),
+        item("a", 0, 2, call="taken", answer=said),
+        item("a", 1, 2, call="one", answer=said, prompt_messages=went_on),
+        item("a", 1, 2, call="two", answer=said, prompt_messages=went_on),
+    ]
+    answers = gather.logged(sources(policy, items), made())
+    assert [(a.turn, a.branch) for a in answers] == [(0, 1), (0, 0), (1, 0), (1, 4)]
+
+
 def test_token_ids_that_do_not_say_the_answer_are_kept_from_ppo(policy: Policy, caplog: pytest.LogCaptureFixture):
     told = np.asarray(policy.encode_answer("lost card 7"), np.int32)
     right = item("right", answer="lost card 7", tokens=np.concatenate([[5, 6, 8], told]), span=(3, 3 + len(told)))
