@@ -13,7 +13,10 @@ LOCKED := $(if $(TORCH_INDEX),$(VENV)/torchless.lock,requirements.lock)
 # On Kafka: make demo LOG=kafka (the broker of 'make kafka'), or LOG=kafka://<host>:9092
 LOG ?=
 LOG_URL := $(if $(filter kafka,$(LOG)),kafka://127.0.0.1:9092,$(LOG))
-DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(if $(LOG_URL),--log $(LOG_URL)) $(ARGS)
+# On vLLM: make up SERVING=vllm, make demo SERVING=vllm
+SERVING ?=
+UP_ARGS := $(if $(LOG_URL),--log $(LOG_URL)) $(if $(SERVING),--serving $(SERVING)) $(ARGS)
+DEMO_ARGS := $(if $(DATA),--data $(DATA)) $(UP_ARGS)
 
 .PHONY: help install demo up kafka kafka-stop test test-fast soak check format lock bench clean
 
@@ -45,7 +48,7 @@ demo: $(STAMP)   ## close the loop on real messages and show the improvement
 	@$(BIN)/everloop demo $(DEMO_ARGS)
 
 up: $(STAMP)     ## run the platform on embedded defaults, for your own agent
-	@$(BIN)/everloop up $(if $(LOG_URL),--log $(LOG_URL)) $(ARGS)
+	@$(BIN)/everloop up $(UP_ARGS)
 
 kafka: $(STAMP)  ## a real Kafka broker on this machine, data below .everloop/kafka
 	@$(BIN)/everloop kafka start $(ARGS)
@@ -58,7 +61,7 @@ test: $(STAMP)   ## every check and every test
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## the tests that start no outside component
-	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow and not kafka" $(ARGS)
+	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow and not kafka and not vllm" $(ARGS)
 
 soak: $(STAMP)   ## a real broker frozen for 180 s, then load and rebalances for an hour: make soak [SECONDS=<n>]
 	@SOAK_FROZEN_SECONDS=180 $(BIN)/python -m pytest -s tests/gateway/test_gateway_on_kafka.py -k frozen $(ARGS)

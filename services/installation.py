@@ -99,7 +99,7 @@ class Installation:
 
     def expected(self) -> list[str]:
         """The services that 'everloop up' starts here: all, less the engine where another one answers."""
-        return [name for name in SERVICES if name != "engine" or self.config.serving.url == "embedded"]
+        return [name for name in SERVICES if name != "engine" or self.config.serving.ours]
 
     def running(self) -> dict[str, Running]:
         """The services that run now, by name."""
@@ -192,9 +192,11 @@ class Installation:
 
     def engine_url(self) -> str:
         """Where the engine answers now. Raises NothingRuns where it is our own and does not run."""
-        if self.config.serving.url != "embedded":
+        if not self.config.serving.ours:
             return self.config.serving.url
-        return self.need("engine", "adapters are asked through it").url
+        keeper = self.need("engine", "adapters are asked through it").url
+        said = (status_at(keeper) or {}).get("engine", {})
+        return str(said.get("url", keeper))  # a vLLM answers elsewhere than the process that looks after it
 
     def need(self, service: str, why: str) -> Running:
         """Raises NothingRuns where the service does not run."""

@@ -107,22 +107,33 @@ def services(config: Config) -> list[Service]:
     Raises:
         ConfigError: a port is taken by another program; names the key to change.
     """
-    names = [name for name in ORDER if name != "engine" or config.serving.url == "embedded"]
+    keys = port_keys(config)
     with contextlib.ExitStack() as held:  # all at once: a free port that was let go may be given out again
-        ports = {name: _claim(config, name, held) for name in names}
+        ports = {name: _claim(config, name, key, held) for name, key in keys.items()}
     environment = {"EVERLOOP_HOME": str(config.home.absolute())}
     for name, port in ports.items():
-        section, key = PORT_KEYS[name]
+        section, key = keys[name]
         environment[f"EVERLOOP_{section}__{key}".upper()] = str(port)
     return [
         Service(
             name,
             (sys.executable, "-m", f"services.{name}"),
-            base_url(_host(config, name), ports[name]),
+            base_url(getattr(config, keys[name][0]).host, ports[name]),
             {**environment, **_user(config, name), "EVERLOOP_SERVICES__DRAIN": f"{_drain(config, name):.2f}"},
         )
-        for name in names
+        for name in ORDER
+        if name in keys
     ]
+
+
+def port_keys(config: Config) -> dict[str, tuple[str, str]]:
+    """Section and key of each port that ``everloop up`` gives out. A vLLM has its own beside the engine's service."""
+    keys = dict(PORT_KEYS)
+    if not config.serving.ours:
+        del keys["engine"]
+    elif config.serving.url == "vllm":
+        keys |= {"engine": ("services", "engine_port"), "vLLM": PORT_KEYS["engine"]}
+    return keys
 
 
 def _user(config: Config, name: str) -> dict[str, str]:
@@ -142,19 +153,15 @@ def _drain(config: Config, name: str) -> float:
     return (ENGINE_PART if name == "engine" else SERVICE_PART) * config.services.drain
 
 
-def _host(config: Config, name: str) -> str:
-    return str(getattr(config, PORT_KEYS[name][0]).host)
-
-
 def base_url(host: str, port: int) -> str:
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def _claim(config: Config, name: str, held: contextlib.ExitStack) -> int:
+def _claim(config: Config, name: str, setting: tuple[str, str], held: contextlib.ExitStack) -> int:
     """The port of a service, bound in ``held`` until all have theirs."""
-    section, key = PORT_KEYS[name]
-    host, port = _host(config, name), int(getattr(getattr(config, section), key))
+    section, key = setting
+    host, port = str(getattr(config, section).host), int(getattr(getattr(config, section), key))
     probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from everloop.log.kafka.log import KafkaLog
 
     from services.broker.process import Broker
+    from tests.engines import EngineProcess
     from trainer.policy.base import Policy
 
 T = TypeVar("T")
@@ -236,3 +237,34 @@ def adapter(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     folder = tmp_path_factory.mktemp("adapters")
     return folder / lora.save(model, folder)
+
+
+@pytest.fixture(scope="session")
+def on_attention(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of two adapters on attention alone, which every engine can serve; they change what is answered."""
+    folder = tmp_path_factory.mktemp("on-attention")
+    return [random_adapter(policy, folder, ("attention",), seed) for seed in (1, 2)]
+
+
+def random_adapter(policy: Policy, folder: Path, groups: Sequence[str], seed: int, size: float = 0.5) -> Path:
+    """The folder of an adapter whose B matrices are random numbers of this size."""
+    import torch
+
+    from trainer.policy import lora
+
+    model = lora.attach(policy, 8, 16, groups, seed=seed)
+    chance = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, size, generator=chance)
+    return folder / lora.save(model, folder)
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """One real vLLM for all tests, which leave no adapter behind: its start takes a minute or more."""
+    from tests.engines import EngineProcess, running
+
+    with running(EngineProcess(tmp_path_factory.mktemp("vllm"), untrained, "vllm"), deadline=600) as engine:
+        yield engine

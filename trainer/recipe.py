@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from everloop.config import Target
 from everloop.errors import ConfigError
 from everloop.section import Section
 from pydantic import Field, ValidationError, model_validator
 
 SHIPPED = Path(__file__).parent / "recipes"
-Target = Literal["attention", "dense", "shared", "experts"]
 
 
 class AdapterRecipe(Section):

@@ -73,9 +73,18 @@ class Demo:
     """One demo from start to end. ``say`` prints a line of progress."""
 
     def __init__(
-        self, desk: Desk, home: Path, cache: Path, messages: int, seed: int, log: str, say: Any = print
+        self,
+        desk: Desk,
+        home: Path,
+        cache: Path,
+        messages: int,
+        seed: int,
+        log: str,
+        serving: str = "embedded",
+        say: Any = print,
     ) -> None:
-        self.desk, self.home, self.cache, self.seed, self.log = desk, home, cache, seed, log
+        self.desk, self.home, self.cache, self.seed = desk, home, cache, seed
+        self.log, self.serving = log, serving
         self.aim = Aim(messages, max(60, messages // RUNS))
         self.say = say
         self.seconds: dict[str, float] = {}
@@ -94,7 +103,7 @@ class Demo:
     def run(self) -> Outcome:
         """Raises PlatformFailed where a process does not do its part."""
         base = base_folder(self.cache, self.desk.prior, self.seed)
-        config = write_config(self.home, self.cache, base, self.aim.a_run, self.seed, self.log)
+        config = write_config(self.home, self.cache, base, self.aim.a_run, self.seed, self.log, self.serving)
         with self.phase("base"):
             self._build(base, config)
         with Platform(self.home, config) as platform:
@@ -231,6 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--messages", type=int, default=3000, help="messages that customers send (3000)")
     parser.add_argument("--data", type=Path, metavar="CSV", help="your own messages: columns text, category[, split]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serving", choices=("embedded", "vllm"), default="embedded", help="the engine (embedded)")
     parser.add_argument("--keep", action="store_true", help="leave the demo's home as it is, to look at")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line, and exit the same")
 
@@ -264,7 +274,8 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
     _wipe(home)
     _say(f"Data: {desk.name} ({desk.source}): {len(desk.topics)} topics, {len(desk.stream):,} messages to draw from")
     log = _fresh(options.log)
-    outcome = Demo(desk, home.absolute(), cache.absolute(), options.messages, options.seed, log, _say).run()
+    places = (home.absolute(), cache.absolute())
+    outcome = Demo(desk, *places, options.messages, options.seed, log, options.serving, _say).run()
     show(outcome, desk, home.parent / "demo.png", _say)
     if outcome.trouble is None and not options.keep:
         _wipe(home)

@@ -20,7 +20,7 @@ from examples.bank_desk.data import Message
 
 TENANT, POLICY = "bank", "desk"
 COMMAND = (sys.executable, "-m", "everloop.cli.main")
-START_LIMIT = 180.0
+START_LIMIT = 900.0  # seconds: a vLLM takes minutes on a busy machine
 EMBEDDED = "sqlite:///log.db"
 CONFIG = """\
 # Written by 'everloop demo'. Small numbers, so that a loop closes within minutes.
@@ -34,9 +34,11 @@ url = {log}
 port = 0
 
 [serving]
+url = {serving}
 port = 0
 
 [services]
+engine_port = 0
 assembler_port = 0
 reward_port = 0
 learner_port = 0
@@ -76,10 +78,12 @@ class Ready(NamedTuple):
     services: dict[str, str]
 
 
-def write_config(home: Path, cache: Path, base: Path, min_scored: int, seed: int, log: str = EMBEDDED) -> Path:
+def write_config(
+    home: Path, cache: Path, base: Path, min_scored: int, seed: int, log: str = EMBEDDED, serving: str = "embedded"
+) -> Path:
     """The demo's configuration, as a person would have written it to ``everloop.toml``."""
     text = {name: json.dumps(str(path.absolute())) for name, path in (("home", home), ("cache", cache), ("base", base))}
-    text["log"] = json.dumps(log)
+    text |= {"log": json.dumps(log), "serving": json.dumps(serving)}
     path = home / "everloop.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(CONFIG.format(tenant=TENANT, policy=POLICY, min_scored=min_scored, seed=seed, **text))

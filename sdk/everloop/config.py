@@ -46,26 +46,51 @@ class GatewayConfig(Section):
         return origins
 
 
+OURS = ("embedded", "vllm")
+Target = Literal["attention", "dense", "shared", "experts"]
+
+
+class VllmConfig(Section):
+    """A vLLM that ``everloop up`` starts (``serving.url = "vllm"``)."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of weights and activations")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        default=32, description="no recipe and no adapter may have more"
+    )
+    arguments: tuple[str, ...] = Field(
+        default=(), description="passed on last, as they are: such as '--tensor-parallel-size=8'"
+    )
+
+
 class ServingConfig(Section):
-    url: str = Field(default="embedded", description="'embedded', or the base URL of an engine that runs")
+    url: str = Field(default="embedded", description="'embedded', 'vllm', or the base URL of an engine that runs")
     host: str = "127.0.0.1"
     port: int = Field(default=8081, ge=0, le=65535)
     max_batch: int = Field(default=64, ge=1)
     queue: int = Field(default=256, ge=1, description="waiting requests above it are answered 429")
     resident_adapters: int = Field(default=6, ge=2)
     threads: int = Field(default=0, ge=0, description="of torch; 0: as many as there are cores")
+    targets: tuple[Target, ...] | None = Field(
+        default=None, min_length=1, description="groups of weights whose LoRA it can serve; unset: found out, else all"
+    )
+    vllm: VllmConfig = VllmConfig()
 
     @field_validator("url")
     @classmethod
     def _reachable(cls, url: str) -> str:
-        if url == "embedded":
+        if url in OURS:
             return url
-        return check_url(url, ("http://", "https://"), "'embedded', or http://<host>:<port> of an engine that runs")
+        return check_url(url, ("http://", "https://"), "'embedded', 'vllm', or http://<host>:<port> of an engine")
+
+    @property
+    def ours(self) -> bool:
+        """Whether ``everloop up`` starts the engine."""
+        return self.url in OURS
 
     @property
     def base_url(self) -> str:
         """Where the engine answers, seen from this machine."""
-        if self.url != "embedded":
+        if not self.ours:
             return self.url
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
@@ -79,6 +104,7 @@ class ServicesConfig(Section):
     reward_port: int = Field(default=8083, ge=0, le=65535)
     learner_port: int = Field(default=8084, ge=0, le=65535)
     releaser_port: int = Field(default=8085, ge=0, le=65535)
+    engine_port: int = Field(default=8086, ge=0, le=65535, description="where vLLM has serving.port for itself")
     drain: float = Field(default=10, gt=0, description="seconds to finish what is under way at a stop")
 
 
@@ -328,9 +354,11 @@ class Config(Section):
     def _ports(self) -> list[tuple[str, str, int]]:
         its = self.services
         ports = [("gateway.port", self.gateway.host, self.gateway.port)]
-        if self.serving.url == "embedded":
+        names = ["assembler_port", "reward_port", "learner_port", "releaser_port"]
+        if self.serving.ours:
             ports.append(("serving.port", self.serving.host, self.serving.port))
-        names = ("assembler_port", "reward_port", "learner_port", "releaser_port")
+        if self.serving.url == "vllm":
+            names.append("engine_port")
         return ports + [(f"services.{name}", its.host, getattr(its, name)) for name in names]
 
     @model_validator(mode="after")
@@ -351,6 +379,16 @@ class Config(Section):
             raise ValueError(
                 f"serving.resident_adapters ({resident}) is below two for each of {policies} policies, so not every "
                 "one could have a live adapter and a canary; raise it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_base_for_vllm(self) -> Config:
+        bases = sorted({self.policy(*policy).base for policy in self.policies()})
+        if self.serving.url == "vllm" and len(bases) > 1:
+            raise ValueError(
+                f"serving.url = 'vllm' starts one vLLM, which serves one base, and the policies have {len(bases)}: "
+                f"{', '.join(bases)}. Give all policies one base, or each base an installation of its own"
             )
         return self
 

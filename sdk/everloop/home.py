@@ -26,6 +26,7 @@ class Home:
     ``rewards/<t>/<p>/<v>/``  reward-model snapshots
     ``runs/<run>/``           checkpoints of training runs
     ``adapters/<hash>/``      adapter files fetched from the registry, checked
+    ``vllm-adapters/<hash>/`` those in vLLM's layout, where it differs
     ``gold/<t>/<p>.jsonl``    gold items
     ``mlflow.db``, ``mlartifacts/``   the registry
     ``run/<service>.json``    pid, url and start time of each running service

@@ -25,7 +25,7 @@ from everloop.log.kafka.plan import Plan
 from services.installation import Installation, holder, options
 from services.reach import BrokerAway, check
 from services.starting import not_ready
-from services.supervisor import PORT_KEYS, base_url
+from services.supervisor import base_url, port_keys
 from trainer import recipe as recipes
 
 PACKAGES = {
@@ -146,9 +146,9 @@ def _ports(config: Config) -> Iterator[Finding]:
     if running:
         yield Finding("ok", f"{len(running)} services run on this home: {', '.join(running)}")
     taken = []
-    for name, (section, key) in PORT_KEYS.items():
+    for name, (section, key) in port_keys(config).items():
         host, port = getattr(config, section).host, getattr(getattr(config, section), key)
-        if port and name not in running and not _free(host, port):
+        if port and {"vLLM": "engine"}.get(name, name) not in running and not _free(host, port):
             taken.append(_taken(name, section, key, host, port))
     yield from taken
     if not running and not taken:

@@ -13,6 +13,7 @@ from contextlib import closing
 from typing import Any
 
 from everloop.config import Config, load
+from everloop.errors import ConfigError
 from everloop.home import Home
 from everloop.log import open_log
 from everloop.topics import EVENTS
@@ -21,6 +22,7 @@ from services.gateway.keys import Keys
 from services.installation import options
 from services.supervisor import Stop, Supervisor, only_one, services
 from trainer import recipe as recipes
+from trainer.policy import servable
 
 TRY = """
   base URL   {base}
@@ -37,9 +39,14 @@ Try it:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object once everything is ready")
+    parser.add_argument(
+        "--serving", metavar="URL", help="'embedded', 'vllm', or http://<host>:<port> (else EVERLOOP_SERVING__URL)"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
+    if given.serving is not None:
+        os.environ["EVERLOOP_SERVING__URL"] = given.serving
     config = load()
     home = Home(config.home).made()
     with only_one(home.root):
@@ -65,8 +72,16 @@ def run(given: argparse.Namespace) -> int:
 
 def _check_recipes(config: Config) -> None:
     """Refuse now what the first training run would fail by, perhaps hours later."""
+    highest = config.serving.vllm.max_lora_rank
     for tenant, policy in config.policies():
-        recipes.load(config.policy(tenant, policy).train.recipe)
+        rank = recipes.load(config.policy(tenant, policy).train.recipe).adapter.rank
+        if config.serving.url == "vllm" and rank > highest:
+            raise ConfigError(
+                f"the recipe of {tenant}/{policy} trains adapters of rank {rank}, and serving.vllm.max_lora_rank is "
+                f"{highest}: raise it, or lower adapter.rank"
+            )
+    if config.serving.url == "vllm":
+        servable.installed()
 
 
 def _check_log(config: Config) -> None:

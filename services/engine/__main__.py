@@ -1,6 +1,7 @@
 """``python -m services.engine``: loads every base model that the configuration names, then serves.
 
-Nothing listens before all are loaded and have answered once, so that who gets a connection gets an answer.
+Nothing listens before all are loaded and have answered once, so that who gets a connection gets an answer. With
+``serving.url = "vllm"`` it starts a vLLM instead, and looks after it (see ``vllm.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from everloop.config import Config, load
 from everloop.errors import ConfigError
 from prometheus_client import REGISTRY
 
+from services.engine import vllm
 from services.engine.app import EngineApp
 from services.engine.metrics import EngineCollector
 from services.logs import log_to_stderr
@@ -50,6 +52,8 @@ def main() -> int:
     try:
         config = load()
         log_to_stderr("engine", config.log_level)
+        if config.serving.url == "vllm":
+            return vllm.serve(config)
         serving = open_serving(config)
     except ConfigError as error:
         print(f"engine: {error}", file=sys.stderr)

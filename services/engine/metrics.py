@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from trainer.rollout.embedded import EmbeddedServing
@@ -61,3 +63,27 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(f"everloop_engine_{name}", words, value=value)
         for name, (words, total) in counters.items():
             yield CounterMetricFamily(f"everloop_engine_{name}", words, value=total)
+
+
+OF_VLLM = {
+    "vllm:num_requests_waiting": ("everloop_engine_waiting_requests", "Requests in the queue."),
+    "vllm:num_requests_running": ("everloop_engine_running_answers", "Answers being decoded: the batch."),
+}
+
+
+class VllmCollector(Collector):
+    """Queue and batch of a vLLM, under the names that the embedded engine has. The rest is in vLLM's own /metrics."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        try:
+            with urllib.request.urlopen(f"{self._url}/metrics", timeout=5) as answer:
+                families = list(text_string_to_metric_families(answer.read().decode()))
+        except (OSError, ValueError):
+            return  # it starts, or has ended: there is nothing to say of it
+        for family in families:
+            if family.name in OF_VLLM:
+                name, told = OF_VLLM[family.name]
+                yield GaugeMetricFamily(name, told, value=sum(sample.value for sample in family.samples))

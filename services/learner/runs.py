@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from everloop import wire
 from everloop.config import Config
 from everloop.contract import Contract
-from everloop.errors import ConfigError, ContractError
+from everloop.errors import AdapterRefused, ConfigError, ContractError
 from everloop.event import BASE
 from everloop.home import Home
 from everloop.log.base import Log, NewRecord
@@ -43,8 +44,11 @@ from services.learner.repeats import RUN
 from services.learner.triggers import Due
 from trainer import publish
 from trainer import recipe as recipes
+from trainer.policy import servable
+from trainer.policy.servable import Servable
 from trainer.request import VALUE_HEAD, Request, Trained
 
+logger = logging.getLogger(__name__)
 ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
 
 
@@ -68,7 +72,7 @@ class Runs:
         order = due.order or {}
         seed = self._seed(tenant, policy, order)
         again = self._earlier(tenant, policy, order, seed)
-        recipe = recipes.load(self._config.policy(tenant, policy).train.recipe).model_dump() if again is None else {}
+        recipe = self._recipe(tenant, policy) if again is None else {}
         batch = self._batch(tenant, policy, order, facts, ask)
         live = facts.live if again is None else again.run.parent
         run_id = _run_id(tenant, policy, batch.stem, seed, live, order.get("id") or str(now))
@@ -140,7 +144,7 @@ class Runs:
         return {
             "base": its.base,
             "recipe": recipe,
-            "parent": self._parent(facts),
+            "parent": self._continued(tenant, policy, self._parent(facts)),
             "value_head": self._value_head(facts),
             "reward": None if reward is None else str(reward),
             "encoder": its.reward.encoder,
@@ -148,6 +152,24 @@ class Runs:
             "threads": self._threads,
             "max_tokens": its.max_tokens,
         }
+
+    def _recipe(self, tenant: str, policy: str) -> dict[str, Any]:
+        """The policy's recipe, its adapter on no more than the engine can serve. Raises ConfigError."""
+        recipe = recipes.load(self._config.policy(tenant, policy).train.recipe)
+        can = self._servable(tenant, policy)
+        left = servable.narrowed(recipe.adapter.targets, can)
+        if left != recipe.adapter.targets:
+            logger.info("adapters of %s/%s are trained on %s alone: %s", tenant, policy, ", ".join(left), can.why)
+        adapter = recipe.adapter.model_copy(update={"targets": left})
+        return recipe.model_copy(update={"adapter": adapter}).model_dump()
+
+    def _servable(self, tenant: str, policy: str) -> Servable:
+        def folder() -> Path:
+            from trainer.policy import base
+
+            return base.folder(self._config.policy(tenant, policy).base, self._config.cache.absolute())
+
+        return servable.of(self._config.serving, folder)
 
     def under_way(self) -> list[Run]:
         """Runs that a kill interrupted, oldest first."""
@@ -246,6 +268,18 @@ class Runs:
         if uri is None:
             raise ConfigError(f"the live adapter {facts.live} is neither in {here} nor in the registry by its route")
         return str(self._registry.fetch(uri, facts.live, here.parent, content_hash))
+
+    def _continued(self, tenant: str, policy: str, parent: str | None) -> str | None:
+        """The parent, where the engine can serve what continues from it: a run keeps its parent's targets.
+
+        Raises ConfigError where it cannot: the run would end with an adapter that nobody serves.
+        """
+        if parent is not None:
+            try:
+                servable.check(Path(parent), self._servable(tenant, policy))
+            except AdapterRefused as error:
+                raise ConfigError(f"{error}; or go back to the base: everloop release rollback") from None
+        return parent
 
     def _value_head(self, facts: Facts) -> str | None:
         made_by = facts.runs.get(facts.live)

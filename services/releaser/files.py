@@ -61,10 +61,15 @@ class AdapterFiles:
             raise
 
     def check(self, folder: Path, adapter: str, tenant: str, policy: str) -> None:
-        """Names, shapes, finite values and hash, against the policy's base. Raises AdapterRefused."""
-        from trainer.policy import lora
+        """Names, shapes, finite values and hash, against the policy's base, and whether the engine can serve it.
 
-        lora.check(folder, self._base(tenant, policy), adapter)
+        Raises AdapterRefused.
+        """
+        from trainer.policy import lora, servable
+
+        base = self._base(tenant, policy)
+        lora.check(folder, base, adapter)
+        servable.check(folder, servable.of(self._config.serving, lambda: base.folder))
 
     def _base(self, tenant: str, policy: str) -> Any:
         from trainer.policy import base

@@ -12,6 +12,7 @@ from everloop.cli.init import commented
 from everloop.config import Config, RayConfig, load
 from everloop.errors import ConfigError
 from everloop.section import seconds
+from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("examples", "infra", "helm", "benchmarks", "docs", "services", "trainer")
@@ -207,3 +208,12 @@ def test_an_unknown_policy_is_named_with_those_that_are_there() -> None:
 def test_a_gpu_that_nothing_would_use_is_refused():
     with pytest.raises(ValueError, match="runs on processor cores"):
         RayConfig(gpus_per_learner=1)
+
+
+def test_one_vllm_serves_one_base() -> None:
+    policies = {"a": {"base": "tiny-k2"}, "b": {"base": "smollm2"}}
+    fields = {"serving": {"url": "vllm"}, "tenants": {"default": {"policies": policies}}}
+    with pytest.raises(ValidationError, match=r"serves one base, and the policies have 2: smollm2, tiny-k2"):
+        Config.model_validate(fields)
+    policies["b"]["base"] = "tiny-k2"
+    assert Config.model_validate(fields).serving.ours

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from everloop import wire
 from everloop.config import Config
-from everloop.errors import NotEnoughData, RegistryError
+from everloop.errors import ConfigError, NotEnoughData, RegistryError
 from everloop.home import Home
 from everloop.log import open_log
 from everloop.log.base import Log
@@ -75,6 +75,33 @@ def test_a_run_is_pinned_before_it_is_announced(installation: Config, capture: C
     assert request.recent == ("base",)
     assert records(log, RUNS, Run) == [run]
     assert runs(installation, log, Mlflow()).under_way() == [run]
+
+
+def serving(installation: Config, *targets: str) -> Config:
+    its = installation.serving.model_copy(update={"targets": targets})
+    return installation.model_copy(update={"serving": its})
+
+
+def test_nothing_is_trained_that_the_engine_cannot_serve(installation: Config, capture: Callable[[int], None]):
+    capture(24)
+    log = open_log(installation)
+    on_attention = runs(serving(installation, "attention"), log, Mlflow())
+    run = on_attention.begin("bank", "desk", Due("now"), Facts(), 10.0, nobody)
+    home = Home(installation.home)
+    assert Request.load(home.root / "runs" / run.id).recipe["adapter"]["targets"] == ["attention"]
+
+
+def test_a_run_does_not_continue_from_what_the_engine_cannot_serve(
+    installation: Config, capture: Callable[[int], None]
+):
+    capture(24)
+    log = open_log(installation)
+    live = Home(installation.home).folder("adapters", ADAPTER)
+    fields = {"r": 4, "target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    (live / "adapter_config.json").write_text(json.dumps(fields))
+    facts = Facts(live=ADAPTER)
+    with pytest.raises(ConfigError, match=r"experts.*everloop release rollback"):
+        runs(serving(installation, "attention"), log, Mlflow()).begin("bank", "desk", Due("now"), facts, 10.0, nobody)
 
 
 def test_the_same_order_read_twice_is_the_same_run(installation: Config, capture: Callable[[int], None]):

@@ -1,114 +1,94 @@
-"""One suite over every backend of the serving port: the engine in this process, and behind HTTP.
+"""One suite over every backend of the serving port: the engine in this process, behind HTTP, and a real vLLM.
 
 A backend is an entry of ``BACKENDS``: a context that gives an engine which serves the base in a folder, under the
-folder's path as the model's name, and loads adapters from ``home/adapters``.
+folder's path as the model's name, loads adapters from ``home/adapters``, runs 8 answers at once and lets 8 wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import shutil
-import subprocess
-import sys
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from everloop.config import ServingConfig
-from everloop.errors import AdapterRefused, ServingError, UnknownAdapter
+from everloop.errors import AdapterRefused, Overloaded, ServingError, UnknownAdapter
 from everloop.serving.base import Serving
 
-from services.gateway.upstream import HttpServing
-from tests.conftest import until
+from tests.engines import EngineProcess, running
 
 pytestmark = [pytest.mark.models, pytest.mark.processes]
 CHAT = "chat/completions"
 Opener = Callable[[], Awaitable[Serving]]
 
 
+class Backend(NamedTuple):
+    """How to open an engine, and its home."""
+
+    opened: Opener
+    home: Path
+
+
 @contextmanager
-def embedded(base_folder: Path, home: Path) -> Iterator[Opener]:
-    from trainer.policy import base
+def embedded(request: pytest.FixtureRequest) -> Iterator[Backend]:
     from trainer.rollout.embedded import EmbeddedServing
 
-    policy = base.load(str(base_folder), home)
+    policy = request.getfixturevalue("policy")
 
     async def opened() -> Serving:
-        return EmbeddedServing([policy], ServingConfig(threads=1))
+        return EmbeddedServing([policy], ServingConfig(threads=1, max_batch=8, queue=8))
 
-    yield opened
+    yield Backend(opened, new_folder(request))
 
 
 @contextmanager
-def over_http(base_folder: Path, home: Path) -> Iterator[Opener]:
-    process, url = start_engine(base_folder, home)
-
-    async def opened() -> Serving:
-        return HttpServing(url)
-
-    try:
-        yield opened
-    finally:
-        process.terminate()
-        assert process.wait(90) == 0
+def over_http(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with running(EngineProcess(new_folder(request), request.getfixturevalue("untrained"))) as engine:
+        yield Backend(engine.opened, engine.home)
 
 
-def start_engine(base_folder: Path, home: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A process of ``services.engine`` that is ready, and its URL."""
-    settings = {"EVERLOOP_HOME": str(home), "EVERLOOP_SERVING__PORT": "0", "EVERLOOP_SERVING__THREADS": "1"}
-    config = home / "everloop.toml"
-    home.mkdir(parents=True, exist_ok=True)
-    config.write_text(f'cache = "{home}/cache"\n[tenants.default.policies.assistant]\nbase = "{base_folder}"\n')
-    environment = {**os.environ, **settings, "EVERLOOP_CONFIG": str(config), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "services.engine"], env=environment)
-    announcement = home / "run" / "engine.json"
-
-    def ready() -> str | None:
-        assert process.poll() is None, "the engine ended before it was ready"
-        if not announcement.exists():
-            return None
-        url = json.loads(announcement.read_text())["url"]
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
-            return url if answer.status == 200 else None
-
-    return process, str(until(ready, deadline=120))
+@contextmanager
+def vllm(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    engine = request.getfixturevalue("vllm_engine")
+    yield Backend(engine.opened, engine.home)
 
 
-BACKENDS: dict[str, Callable[[Path, Path], AbstractContextManager[Opener]]] = {
+def new_folder(request: pytest.FixtureRequest) -> Path:
+    factory: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
+    return factory.mktemp("home")
+
+
+BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Backend]]] = {
     "embedded": embedded,
     "http": over_http,
+    "vllm": vllm,
 }
+MARKED = [pytest.param(name, marks=[pytest.mark.vllm] if name == "vllm" else []) for name in BACKENDS]
 
 
-@pytest.fixture(scope="module")
-def home_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module", params=BACKENDS)
-def opener(request: pytest.FixtureRequest, untrained: Path, home_folder: Path) -> Iterator[Opener]:
-    with BACKENDS[request.param](untrained, home_folder) as opened:
-        yield opened
+@pytest.fixture(scope="module", params=MARKED)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with BACKENDS[request.param](request) as made:
+        yield made
 
 
 @pytest.fixture
-async def serving(opener: Opener) -> AsyncIterator[Serving]:
-    made = await opener()
+async def serving(backend: Backend) -> AsyncIterator[Serving]:
+    made = await backend.opened()
     yield made
     await made.close()
 
 
 @pytest.fixture
-def loadable(adapter: Path, home_folder: Path) -> Path:
-    folder = home_folder / "adapters" / adapter.name
-    if not folder.exists():
-        shutil.copytree(adapter, folder)
-    return folder
+def loadable(on_attention: list[Path], backend: Backend) -> list[Path]:
+    """The folders of two adapters that every engine can serve, in the backend's home."""
+    folders = [backend.home / "adapters" / adapter.name for adapter in on_attention]
+    for adapter, folder in zip(on_attention, folders, strict=True):
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    return folders
 
 
 @pytest.fixture
@@ -119,6 +99,10 @@ def ask(untrained: Path) -> dict[str, Any]:
 
 async def chunks_of(serving: Serving, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [chunk async for chunk in serving.stream(CHAT, {**body, "stream": True})]
+
+
+def logprobs_of(answer: dict[str, Any]) -> list[float]:
+    return [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
 
 
 async def test_an_answer_has_ids_logprobs_and_usage(serving: Serving, ask: dict[str, Any]) -> None:
@@ -138,14 +122,14 @@ async def test_a_stream_says_what_the_whole_answer_says(serving: Serving, ask: d
     for choice in whole["choices"]:
         its = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(c["delta"].get("content") or "" for c in its) == choice["message"]["content"]
-        assert [i for c in its for i in c["token_ids"]] == choice["token_ids"]
+        assert [i for c in its for i in c.get("token_ids") or ()] == choice["token_ids"]
         logprobs = [t["logprob"] for c in its for t in (c["logprobs"] or {"content": []})["content"]]
         expected = [t["logprob"] for t in choice["logprobs"]["content"]]
         assert logprobs == pytest.approx(expected, abs=1e-4)
         assert [c["finish_reason"] for c in its if c["finish_reason"]] == [choice["finish_reason"]]
     assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["usage"].items() <= whole["usage"].items()
 
 
 async def test_n_answers_differ_and_a_seed_repeats_them(serving: Serving, ask: dict[str, Any]) -> None:
@@ -185,7 +169,7 @@ async def test_a_bare_prompt_is_completed(serving: Serving, ask: dict[str, Any])
     [
         ({"messages": [{"role": "user", "content": "x " * 300}]}, 400, "context length"),
         ({"max_tokens": -1}, 400, "max_tokens"),
-        ({"temperature": 7}, 400, "temperature"),
+        ({"temperature": -1}, 400, "temperature"),
     ],
 )
 async def test_a_request_that_cannot_be_done_is_refused(
@@ -203,32 +187,49 @@ async def test_a_model_that_is_not_there_is_unknown(serving: Serving, ask: dict[
             await asked
 
 
-async def test_an_adapter_answers_beside_its_base_until_it_is_unloaded(
-    serving: Serving, ask: dict[str, Any], loadable: Path
+async def test_adapters_answer_beside_their_base_until_they_are_unloaded(
+    serving: Serving, ask: dict[str, Any], loadable: list[Path]
 ) -> None:
-    name = loadable.name
-    await serving.load(name, loadable)
-    await serving.load(name, loadable)
-    assert name in await serving.adapters()
-    based, adapted, again = await asyncio.gather(
-        *(serving.complete(CHAT, {**ask, "model": model}) for model in (ask["model"], name, ask["model"]))
-    )
-    assert adapted["choices"][0]["token_ids"] != based["choices"][0]["token_ids"]
-    assert again["choices"][0]["token_ids"] == based["choices"][0]["token_ids"]
-    await serving.unload(name)
-    assert name not in await serving.adapters()
+    names = [folder.name for folder in loadable]
+    for folder in [*loadable, *loadable]:
+        await serving.load(folder.name, folder)
+    assert await serving.adapters() >= set(names)
+    ask = {**ask, "logprobs": True}
+    asked = (serving.complete(CHAT, {**ask, "model": model}) for model in (ask["model"], *names, ask["model"]))
+    based, one, other, again = [logprobs_of(answer) for answer in await asyncio.gather(*asked)]
+    assert again == pytest.approx(based, abs=1e-4)
+    for a, b in ((based, one), (one, other), (based, other)):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=False)) > 0.01
+    await serving.unload(names[0])
+    assert names[0] not in await serving.adapters()
     with pytest.raises(UnknownAdapter):
-        await serving.complete(CHAT, {**ask, "model": name})
+        await serving.complete(CHAT, {**ask, "model": names[0]})
+    assert logprobs_of(await serving.complete(CHAT, {**ask, "model": names[1]})) == pytest.approx(other, abs=1e-4)
+    await serving.unload(names[1])
 
 
 async def test_a_broken_adapter_is_refused_and_nothing_else_suffers(
-    serving: Serving, ask: dict[str, Any], adapter: Path, home_folder: Path
+    serving: Serving, ask: dict[str, Any], on_attention: list[Path], backend: Backend
 ) -> None:
-    folder = home_folder / "adapters" / ("f" * 32)
-    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    folder = backend.home / "adapters" / ("f" * 32)
+    shutil.copytree(on_attention[0], folder, dirs_exist_ok=True)
     with pytest.raises(AdapterRefused):
         await serving.load("f" * 32, folder)
     assert "f" * 32 not in await serving.adapters()
+    assert await serving.complete(CHAT, ask)
+
+
+async def test_what_is_too_much_is_refused_with_429_and_the_rest_is_answered(
+    serving: Serving, ask: dict[str, Any]
+) -> None:
+    many = [serving.complete(CHAT, {**ask, "seed": seed, "max_tokens": 24}) for seed in range(64)]
+    given = await asyncio.gather(*many, return_exceptions=True)
+    refused = [one for one in given if isinstance(one, Overloaded)]
+    assert refused
+    assert all(one.status == 429 and one.retry_after > 0 for one in refused)
+    answered = [one for one in given if isinstance(one, dict)]
+    assert len(answered) >= 8
+    assert len(answered) + len(refused) == len(many)
     assert await serving.complete(CHAT, ask)
 
 

@@ -264,7 +264,7 @@ def test_a_home_runs_once(home: Home) -> None:
 
 def config_with(home: Home, port: int) -> Config:
     """The gateway's port, and free ones for all others: an Everloop of somebody's may run on the defaults."""
-    free = {f"{name}_port": 0 for name in ("assembler", "reward", "learner", "releaser")}
+    free = {f"{name}_port": 0 for name in ("assembler", "reward", "learner", "releaser", "engine")}
     return Config.model_validate(
         {"home": home.root, "gateway": {"port": port}, "serving": {"port": 0}, "services": free}
     )
@@ -309,6 +309,16 @@ def test_every_service_gets_a_port_of_its_own(home: Home) -> None:
     elsewhere = config.serving.model_copy(update={"url": "http://10.0.0.1:8000"})
     remote = config.model_copy(update={"serving": elsewhere})
     assert "engine" not in [service.name for service in services(remote)]
+
+
+def test_vllm_and_the_service_that_looks_after_it_have_a_port_each(home: Home) -> None:
+    config = config_with(home, 0)
+    config = config.model_copy(update={"serving": config.serving.model_copy(update={"url": "vllm"})})
+    made = {service.name: service for service in services(config)}
+    assert list(made) == list(ORDER)
+    environment = made["gateway"].environment
+    assert made["engine"].url.endswith(f":{environment['EVERLOOP_SERVICES__ENGINE_PORT']}")
+    assert environment["EVERLOOP_SERVING__PORT"] not in {service.url.rpartition(":")[2] for service in made.values()}
 
 
 def test_a_service_comes_to_the_log_as_its_own_user_and_the_others_as_the_one_for_all(tmp_path: Path):

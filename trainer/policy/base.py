@@ -96,17 +96,17 @@ def load(name: str, cache: Path, *, dtype: torch.dtype = torch.float32) -> Polic
     The two named ones are made once below ``cache/bases``. Raises ConfigError where a model cannot be had.
     """
     transformers_logging.disable_progress_bar()
-    folder = _folder(name, cache)
+    where = folder(name, cache)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base model {name!r} cannot be loaded from {folder}: {error}") from None
+        raise ConfigError(f"base model {name!r} cannot be loaded from {where}: {error}") from None
     model.eval().requires_grad_(False)
     tokenizer.clean_up_tokenization_spaces = False  # ids and text must agree to the byte
-    stop_ids = _stop_ids(folder, model, tokenizer)
+    stop_ids = _stop_ids(where, model, tokenizer)
     end_id = chat.end_id(tokenizer, stop_ids)
-    return Policy(name, folder, model, tokenizer, _context(model), stop_ids, end_id)
+    return Policy(name, where, model, tokenizer, _context(model), stop_ids, end_id)
 
 
 @cache
@@ -115,7 +115,8 @@ def _bytes_by_letter() -> dict[str, int]:
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
-def _folder(name: str, cache: Path) -> Path:
+def folder(name: str, cache: Path) -> Path:
+    """The Hugging Face folder of a base model, made or downloaded where it is not here yet. Raises ConfigError."""
     if name == "tiny-k2":
         from trainer.policy import tiny_k2
 

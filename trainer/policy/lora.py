@@ -165,7 +165,7 @@ def check(folder: Path, policy: Policy, expected_hash: str | None = None) -> Non
 
     ``expected_hash``: the content hash that the adapter is known by.
     """
-    _check_files(folder)
+    check_files(folder)
     fields = _read_config(folder)
     if fields["base_model_name_or_path"] != policy.identity:
         raise AdapterRefused(
@@ -181,7 +181,7 @@ def check(folder: Path, policy: Policy, expected_hash: str | None = None) -> Non
 
 def base_of(folder: Path) -> str:
     """The identity of the base that an adapter says it belongs to. Raises AdapterRefused."""
-    _check_files(folder)
+    check_files(folder)
     return str(_read_config(folder)["base_model_name_or_path"])
 
 
@@ -233,7 +233,8 @@ def _sharing(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
+    """Raise AdapterRefused unless the folder has the two plain files of an adapter, and nothing else."""
     if not folder.is_dir():
         raise AdapterRefused(f"there is no adapter folder {folder}")
     names = sorted(path.name for path in folder.iterdir())

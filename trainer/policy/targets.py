@@ -15,9 +15,9 @@ from typing import Any
 from everloop.errors import ConfigError
 from torch import nn
 
-GROUPS = ("attention", "dense", "shared", "experts")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+from trainer.policy.servable import ALL, ATTENTION, MLP
+
+GROUPS = ALL
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -31,10 +31,10 @@ def of(model: nn.Module, groups: Sequence[str] = GROUPS) -> dict[str, Any]:
         raise ConfigError(f"LoRA target {unknown[0]!r} is not known; known: {', '.join(GROUPS)}")
     names = [name for name, _ in model.named_parameters()]
     routed = any(name.endswith(_EXPERTS) for name in names)
-    modules = list(_ATTENTION) if "attention" in groups else []
-    modules += list(_MLP) if "dense" in groups and not routed else []
-    parameters = [f"mlp.{leaf}.weight" for leaf in _MLP if "dense" in groups and routed]
-    parameters += [f"mlp.shared_experts.{leaf}.weight" for leaf in _MLP if "shared" in groups]
+    modules = list(ATTENTION) if "attention" in groups else []
+    modules += list(MLP) if "dense" in groups and not routed else []
+    parameters = [f"mlp.{leaf}.weight" for leaf in MLP if "dense" in groups and routed]
+    parameters += [f"mlp.shared_experts.{leaf}.weight" for leaf in MLP if "shared" in groups]
     parameters += [leaf for leaf in _EXPERTS if "experts" in groups]
     modules = [one for one in modules if any(re.search(rf"\.{one}\.weight$", name) for name in names)]
     parameters = [one for one in parameters if any(name.endswith(f".{one}") for name in names)]

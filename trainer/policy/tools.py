@@ -16,7 +16,7 @@ from typing import Any
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _CALL = re.compile(re.escape(BEGIN) + r"\s*(\{.*?\})\s*(?:" + re.escape(END) + r"|\Z)", re.DOTALL)
-_PROMPT = (
+PROMPT = (
     "You may call functions to help the user. These are their signatures, one JSON object a line:\n"
     "<tools>\n{tools}\n</tools>\n"
     "To call one, answer with its name and arguments as JSON, and nothing else:\n"
@@ -30,7 +30,7 @@ def as_plain(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
     if not tools:
         return plain
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    told = _PROMPT.format(tools=listed)
+    told = PROMPT.format(tools=listed)
     if plain and plain[0]["role"] == "system":
         return [{"role": "system", "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
     return [{"role": "system", "content": told}, *plain]

@@ -35,7 +35,7 @@ def commented() -> str:
     lines = [HEAD, *_keys(Config)]
     for name, field in Config.model_fields.items():
         if name != "tenants" and _section(field) is not None:
-            lines += ["", f"[{name}]", *_keys(type(field.default))]
+            lines += _table(name, type(field.default))
     lines += [
         "",
         "# A tenant and its policies (one agent's model each). Without any: [tenants.default.policies.assistant]",
