@@ -70,7 +70,7 @@ def test_the_report_is_in_nothing_that_is_learned_from(tmp_path: Path, monkeypat
         return NOW
 
     monkeypatch.setattr(demo.Demo, "_loop", loop)
-    demo.Demo(desk, tmp_path / "home", tmp_path, 500, 0, "sqlite:///log.db", lambda _: None).run()
+    demo.Demo(desk, tmp_path / "home", tmp_path, 500, 0, "sqlite:///log.db", "embedded", lambda _: None).run()
     report = {message.text for message in desk.report}
     gold = {json.loads(line)["text"] for line in (tmp_path / "home/gate.jsonl").read_text().splitlines()}
     assert gateway.captured == {message.text for message in desk.stream[:SENT]}
