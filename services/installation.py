@@ -22,9 +22,8 @@ from everloop.contract import Contract
 from everloop.errors import ConfigError, ContractError, EverloopError
 from everloop.home import Home
 from everloop.ids import unique
-from everloop.log import NewRecord, open_log
+from everloop.log import NewRecord, belongs, open_log
 from everloop.log.base import Log
-from everloop.log.kafka.settings import Address
 from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import COMMANDS, PAUSES, Topic
 
@@ -62,7 +61,7 @@ class Installation:
     @classmethod
     def here(cls) -> Installation:
         """The one that configuration and environment name. Raises ConfigError where nothing ever ran there."""
-        made = cls(load())
+        made = cls(belongs.of_its_home(load()))
         if not (made.home.root / "log.db").exists() and not made.home.root.is_dir():
             raise ConfigError(
                 f"there is no installation at {made.home.root}, so nobody takes orders: "
@@ -79,7 +78,9 @@ class Installation:
 
     @cached_property
     def log(self) -> Log:
-        """Raises ConfigError where the platform that runs here has another one: orders would reach nobody."""
+        """Raises ConfigError where this home, or the platform that runs here, has another one: orders would reach
+        nobody."""
+        belongs.check(self.config)
         for service in self.running().values():
             if service.log is not None and self._place(service.log) != self._place(self.config.log.url):
                 raise ConfigError(
@@ -91,11 +92,7 @@ class Installation:
         return self._log
 
     def _place(self, url: str) -> tuple[frozenset[str], str]:
-        """Where a log lies, however its URL is spelled: any order of servers, with or without the usual port."""
-        if url.startswith("kafka://"):
-            address = Address.parse(url)
-            return frozenset(server.lower() for server in address.servers), address.prefix
-        return frozenset(), self.config.under_home(url).partition("?")[0].rstrip("/")
+        return belongs.place(url, self.config)
 
     def expected(self) -> list[str]:
         """The services that 'everloop up' starts here: all, less the engine where another one answers."""

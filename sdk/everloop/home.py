@@ -17,6 +17,7 @@ class Home:
 
     ========================  ==========================================================
     ``log.db``                the embedded log
+    ``log.url``               the log that all of this belongs to
     ``spool/events.db``       what the gateway acknowledged and Kafka has not yet: nowhere else
     ``keys.db``               hashed API keys
     ``blobs/``                large bodies by content hash

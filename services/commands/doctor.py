@@ -18,7 +18,7 @@ from typing import NamedTuple
 from everloop.config import Config, load
 from everloop.errors import ConfigError, EverloopError, LogError
 from everloop.home import Home
-from everloop.log import open_log
+from everloop.log import belongs, open_log
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import Plan
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     try:
-        config = load()
+        config = belongs.of_its_home(load())
         found = [finding for check in CHECKS for finding in check(config)]
     except ConfigError as error:
         found = [
@@ -270,10 +270,14 @@ def _data(config: Config) -> Iterator[Finding]:
 
 def _home(config: Config) -> Iterator[Finding]:
     home = Home(config.home).root
-    if not home.exists():
+    if not home.is_dir():
         yield Finding("note", f"no installation at {home} yet", "everloop up")
         return
     yield Finding("ok", f"home {home}")
+    try:
+        belongs.check(config)
+    except ConfigError as error:
+        yield Finding("wrong", str(error))
     if config.gateway.redact is not None:
         module = config.gateway.redact.partition(":")[0]
         if importlib.util.find_spec(module.split(".")[0]) is None:

@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = load()
-    keys = Keys(Home(config.home).made().root / "keys.db")
+    home = Home(config.home)
+    if options.verb != "create" and not (home.root / "keys.db").exists():
+        print(f"No keys in {home.root}: everloop keys create")
+        return int(options.verb == "revoke")
+    keys = Keys(home.made().root / "keys.db")
     try:
         if options.verb == "create":
             return _create(keys, options, list(config.tenants))

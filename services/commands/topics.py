@@ -14,7 +14,7 @@ import argparse
 
 from everloop.config import Config, load
 from everloop.errors import ConfigError
-from everloop.log import open_log
+from everloop.log import belongs, open_log
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import Plan, carry_out
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    log = _opened(load())
+    log = _opened(belongs.of_its_home(load()))
     try:
         plan = log.plan(add_partitions=options.add_partitions)
         _show(plan)

@@ -15,7 +15,7 @@ from typing import Any
 from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.home import Home
-from everloop.log import open_log
+from everloop.log import belongs, open_log
 from everloop.topics import EVENTS
 
 from services.gateway.keys import Keys
@@ -47,11 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     if given.serving is not None:
         os.environ["EVERLOOP_SERVING__URL"] = given.serving
-    config = load()
+    config = belongs.of_its_home(load())
+    os.environ["EVERLOOP_LOG__URL"] = config.log.url  # of every service
     home = Home(config.home).made()
     with only_one(home.root):
+        belongs.check(config)
         _check_log(config)
         _check_recipes(config)
+        belongs.bind(config)
         wanted = services(config)
         urls = {service.name: service.url for service in wanted}
         say = _say_nothing if given.json else _say

@@ -14,7 +14,7 @@ import os
 from everloop.config import Config, load
 from everloop.errors import ConfigError
 from everloop.home import Home
-from everloop.log import open_log
+from everloop.log import belongs, open_log
 from everloop.topics import HANDLERS
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    config = load()
+    config = belongs.of_its_home(load())
     _check(config)
     Home(config.home).made()
     _check_log(config, options.handler)
@@ -62,3 +62,4 @@ def _check(config: Config) -> None:
             "large bodies, the store, gold items and reward snapshots there. Mount it here and name it by --home or "
             "EVERLOOP_HOME; 'everloop up' makes the first one"
         )
+    belongs.check(config)
