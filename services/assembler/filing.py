@@ -26,6 +26,7 @@ import time
 from typing import Any
 
 from everloop.config import Config, load
+from everloop.errors import LogError
 from everloop.home import Home
 from everloop.log import open_log
 
@@ -82,8 +83,10 @@ class Filing:
         with process.stdout as lines:
             for line in lines:
                 said = json.loads(line)
-                self._count(said)
-                self._said, self._heard = said, time.monotonic()
+                self._heard = time.monotonic()
+                if "archive" in said:  # else the log was away from the beginning
+                    self._count(said)
+                    self._said = said
 
     def _count(self, said: dict[str, Any]) -> None:
         for counter, part, name in (
@@ -129,12 +132,16 @@ def file(config: Config, ended: threading.Event) -> int:
 
 def _tell(stream: Stream, compactor: Compactor, ended: threading.Event) -> None:
     """A line a second on stdout; nobody listens any more: end."""
+    said: dict[str, Any] = {}
     while not ended.wait(SAY_EVERY):
-        said = {
-            "archive": {**stream.status(), "records": stream.handled},
-            "compaction": compactor.status(),
-            "trouble": stream.trouble(),
-        }
+        try:
+            said = {
+                "archive": {**stream.status(), "records": stream.handled},
+                "compaction": compactor.status(),
+                "trouble": stream.trouble(),
+            }
+        except LogError:  # the log is away: how far behind it is cannot be told, and that it lives can
+            said |= {"trouble": None}
         try:
             print(json.dumps(said), flush=True)
         except OSError:
