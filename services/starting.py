@@ -105,13 +105,13 @@ def _message(line: str) -> str:
 
 
 def _child(parent: int, module: str) -> tuple[int, float] | None:
-    """(pid, age in seconds) of a child that runs this module; None: there is none, or the system does not tell."""
+    """(pid, age in seconds) of the newest child that runs this module; None: there is none, or nobody tells."""
     try:
         children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-        named = (pid for pid in children if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0"))
-        pid = next(named, None)
-        if pid is None:
+        named = [pid for pid in children if module in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+        if not named:
             return None
+        pid = named[-1]  # the kernel lists them as they were made
         began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return pid, float(Path("/proc/uptime").read_text().split()[0]) - began
     except (OSError, ValueError):
