@@ -72,7 +72,8 @@ CASES = [
     Case("Kafka", 4, 1, "assemble"),
     Case("Kafka", 4, 2, "assemble"),
 ]
-WHOLE_STEP, TO_A_HANDLER = Case("Kafka", 4, 2, "assemble"), Case("SQLite", 4, 1, "note")
+WHOLE_STEP = [Case("Kafka", 4, workers, "assemble") for workers in (1, 2)]
+TO_A_HANDLER = Case("SQLite", 4, 1, "note")
 WHOLE_STEP_ON_SQLITE = Case("SQLite", 4, 1, "assemble")
 
 
@@ -276,7 +277,10 @@ def main() -> int:
             broker.stop()
     rate = {Case(*(row[name] for name in Case._fields)): row["events/s"] for row in rows}
     aims = [
-        aim("events/s through the whole assemble step on Kafka", 3000, rate[WHOLE_STEP]),
+        *(
+            aim(f"events/s through the whole assemble step on Kafka, workers: {case.workers}", 3000, rate[case])
+            for case in WHOLE_STEP
+        ),
         aim("events/s to a small handler (note) on SQLite", 5000, rate[TO_A_HANDLER]),
         aim("events/s through the whole assemble step on SQLite", 5000, rate[WHOLE_STEP_ON_SQLITE]),
     ]
