@@ -75,7 +75,7 @@ def costs(figures: Figures) -> list[Cost]:
         Cost(
             "broker", both("broker: {} taken and assembled") + scored + reading, "cores; partitions spread over brokers"
         ),
-        Cost("assemble", both("assemble: {}"), "one core a worker; half of it is Kafka's client in Python"),
+        Cost("assemble", both("assemble: {}"), "one core a worker"),
         Cost("score and feedback", both("score: {}"), "the encoder on one core; a policy has one writer"),
         Cost(
             "archive",
