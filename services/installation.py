@@ -81,8 +81,9 @@ class Installation:
         """Raises ConfigError where this home, or the platform that runs here, has another one: orders would reach
         nobody."""
         belongs.check(self.config)
+        ours = belongs.place(self.config.log.url, self.config)
         for service in self.running().values():
-            if service.log is not None and self._place(service.log) != self._place(self.config.log.url):
+            if service.log is not None and belongs.place(service.log, self.config) != ours:
                 raise ConfigError(
                     f"the {service.name} of this home runs on the log {service.log}, and this command would take "
                     f"{self.config.log.url}: give it --log {service.log}, or set EVERLOOP_LOG__URL, or log.url in "
@@ -90,9 +91,6 @@ class Installation:
                 )
         self._log = open_log(self.config)
         return self._log
-
-    def _place(self, url: str) -> tuple[frozenset[str], str]:
-        return belongs.place(url, self.config)
 
     def expected(self) -> list[str]:
         """The services that 'everloop up' starts here: all, less the engine where another one answers."""
