@@ -30,7 +30,7 @@ from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import ADAPTERS, COMMANDS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES, Topic
 
 from pipelines.gold import GoldItem, GoldSet
-from services.gateway.upstream import HttpServing
+from services.gateway.replicas import Replicas
 from services.releaser.examiner import Examiner
 from services.releaser.porter import Porter
 from services.releaser.releaser import Releaser
@@ -245,7 +245,7 @@ class Running:
     """A releaser in a thread, as its service runs it."""
 
     def __init__(self, world: Any) -> None:
-        self.examiner = Examiner(world.config, HttpServing(world.config.serving.base_url))
+        self.examiner = Examiner(world.config, Replicas(world.config.serving.urls))
         self.releaser = Releaser(world.config, world.log, self.examiner)
         self.board = Board()
         self._stop = threading.Event()
