@@ -49,6 +49,10 @@ class Engine:
         self.refuses: str | None = None
         self.delay = 0.0
         self.asked = 0
+        self.orders: list[tuple[str, str]] = []  # what was loaded, dropped, or asked for a first token
+        self.first_token = threading.Event()  # it gives none before
+        self.first_token.set()
+        self.ends_over: str | None = None  # it dies of this adapter's first token
         self.base = "tiny-k2"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -75,7 +79,8 @@ class Engine:
         app.router.add_post("/v1/completions", self._score)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        await self._site.start()
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -87,11 +92,15 @@ class Engine:
     async def _load(self, request: web.Request) -> web.Response:
         if self.refuses:
             return web.json_response({"error": {"message": self.refuses}}, status=503)
-        self.adapters.setdefault((await request.json())["lora_name"], time.time())
+        name = (await request.json())["lora_name"]
+        self.orders.append(("load", name))
+        self.adapters.setdefault(name, time.time())
         return web.json_response({"ok": True})
 
     async def _unload(self, request: web.Request) -> web.Response:
-        self.adapters.pop((await request.json())["lora_name"], None)
+        name = (await request.json())["lora_name"]
+        self.orders.append(("unload", name))
+        self.adapters.pop(name, None)
         return web.json_response({"ok": True})
 
     async def _chat(self, request: web.Request) -> web.Response:
@@ -107,9 +116,24 @@ class Engine:
 
     async def _score(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if isinstance(body["prompt"], str):
+            return await self._first(request, body["model"])
         logprob = -0.1 if body["model"] != self.base else -0.4
         rows = [None, *({str(token): {"logprob": logprob}} for token in body["prompt"][1:])]
         return web.json_response({"choices": [{"index": 0, "text": "", "prompt_logprobs": rows}]})
+
+    async def _first(self, request: web.Request, model: str) -> web.Response:
+        if model == self.ends_over:
+            await self._site.stop()
+            self.adapters.clear()
+            assert request.transport is not None
+            request.transport.abort()
+        while not self.first_token.is_set():
+            await asyncio.sleep(0.01)
+        if model not in self.adapters:
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        self.orders.append(("first token", model))
+        return web.json_response({"choices": [{"index": 0, "text": "x"}]})
 
 
 @pytest.fixture
