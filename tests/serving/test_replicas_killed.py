@@ -211,12 +211,6 @@ async def test_a_replica_is_killed_in_the_middle_of_a_canary_and_comes_back(
         return bool(arms) and arms["canary"]["calls"] + arms["control"]["calls"] == calls.count(None)
 
     await platform.until(all_read)
-    arms = (await platform.canary()).get("arms", {})
-        return sum(arms.get("engines_ended", {}).values()) if arms else 0
-
-    if len({arm_of(stream) for stream, end in zip(streams, ends, strict=True) if end != b"data: [DONE]"}) == 1:
-        await platform.until(read)
-    assert platform.errors().count(LOST) == len(broken)
     arms = (await platform.canary())["arms"]
     assert arms["canary"]["failed"] == arms["control"]["failed"] == 0
 
