@@ -53,6 +53,7 @@ class Engine:
         self.first_token = threading.Event()  # it gives none before
         self.first_token.set()
         self.ends_over: str | None = None  # it dies of this adapter's first token
+        self.ends_under: str | None = None  # it dies of a question to this adapter
         self.base = "tiny-k2"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -107,6 +108,8 @@ class Engine:
         body = await request.json()
         self.asked += 1
         await asyncio.sleep(self.delay)
+        if body["model"] == self.ends_under:
+            await self._end(request)
         if body["model"] != self.base and body["model"] not in self.adapters:
             return web.json_response({"error": {"message": "no such model", "code": "model_not_found"}}, status=404)
         text = self.right.get(body["model"], lambda _: "other")(body["messages"][-1]["content"])
@@ -124,16 +127,20 @@ class Engine:
 
     async def _first(self, request: web.Request, model: str) -> web.Response:
         if model == self.ends_over:
-            await self._site.stop()
-            self.adapters.clear()
-            assert request.transport is not None
-            request.transport.abort()
+            await self._end(request)
         while not self.first_token.is_set():
             await asyncio.sleep(0.01)
         if model not in self.adapters:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         self.orders.append(("first token", model))
         return web.json_response({"choices": [{"index": 0, "text": "x"}]})
+
+    async def _end(self, request: web.Request) -> None:
+        """As a process that dies of a request."""
+        await self._site.stop()
+        self.adapters.clear()
+        assert request.transport is not None
+        request.transport.abort()
 
 
 @pytest.fixture

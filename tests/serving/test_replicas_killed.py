@@ -29,7 +29,7 @@ from everloop.topics import EVENTS, RELEASES
 from services.gateway.keys import Keys
 from services.gateway.replicas import Replicas
 from services.releaser.residents import Residents
-from tests.engines import EngineProcess, free_port, running
+from tests.engines import EngineProcess, free_port
 
 pytestmark = [pytest.mark.models, pytest.mark.processes]
 CHAT = "chat/completions"
@@ -105,6 +105,17 @@ class Platform:
         """What the gateway says of each engine."""
         _, said = await self.get(f"{self.gateway}/status")
         return [its[name] for its in said.get("replicas", [])]
+
+    def everloop(self, *words: str) -> str:
+        """What a command prints."""
+        command = [sys.executable, "-m", "everloop.cli.main", *words]
+        return subprocess.run(command, env=self._environment, capture_output=True, text=True, check=True).stdout
+
+    async def metrics(self, prefix: str) -> dict[str, float]:
+        async with self.http.get(f"{self.gateway}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        pairs = (line.removeprefix(prefix).rsplit(" ", 1) for line in lines if line.startswith(prefix))
+        return {name: float(value) for name, value in pairs}
 
     async def until(self, condition: Callable[[], Any]) -> Any:
         async with asyncio.timeout(PATIENCE):
@@ -201,6 +212,19 @@ async def test_a_replica_is_killed_in_the_middle_of_a_canary_and_comes_back(
     assert set(statuses) == {200}, "who was not being answered by it did not notice"
     assert (await platform.get(f"{platform.gateway}/readyz"))[0] == 200
 
+    told = await asyncio.to_thread(platform.everloop, "status")
+    rows = {line.split()[0]: line for line in told.splitlines() if line.startswith("http://")}
+    assert "away for" in rows[platform.urls[0]]
+    assert adapter[:12] not in rows[platform.urls[0]]
+    assert "takes calls" in rows[platform.urls[1]]
+    assert adapter[:12] in rows[platform.urls[1]]
+    metrics = await platform.metrics("everloop_gateway_replica_")
+    a, b = (f'{{replica="{url.removeprefix("http://")}"}}' for url in platform.urls)
+    assert (metrics[f"up{a}"], metrics[f"up{b}"]) == (0, 1)
+    assert (metrics[f"complete{a}"], metrics[f"complete{b}"]) == (0, 1)
+    assert (metrics[f"in_flight_requests{a}"], metrics[f"in_flight_requests{b}"]) == (0, 0)
+    assert metrics[f"lost_total{a}"] >= len(broken)
+
     # It is nobody's fault.
     calls = platform.errors()
     assert calls.count(LOST) == len(broken)
@@ -257,7 +281,9 @@ async def test_vllm_and_the_embedded_engine_are_replicas_of_each_other(
     adapters = Home(vllm_engine.home).folder("adapters")
     for adapter in on_attention:
         shutil.copytree(adapter, adapters / adapter.name, dirs_exist_ok=True)
-    with running(sharing(EngineProcess(tmp_path, untrained), adapters)) as embedded:
+    embedded = sharing(EngineProcess(tmp_path, untrained), adapters)
+    await asyncio.to_thread(embedded.start)
+    try:
         urls = [f"http://127.0.0.1:{engine.port}" for engine in (vllm_engine, embedded)]
         replicas = Replicas(urls)
 
@@ -276,10 +302,11 @@ async def test_vllm_and_the_embedded_engine_are_replicas_of_each_other(
         assert all(answer["choices"] for answer in await asyncio.gather(*asked))
 
         embedded.kill()
-        chunks = [chunk async for _ in range(4) async for chunk in replicas.stream(CHAT, {"model": names[0], **SHORT})]
-        assert chunks
+        for _ in range(4):
+            assert [chunk async for chunk in replicas.stream(CHAT, {"model": names[0], **SHORT})]
         assert [replica.up for replica in replicas.each] == [True, False]
         for name in names:
             await replicas.each[0].serving.unload(name)
         await replicas.close()
-        embedded.start()  # its context stops it in good order
+    finally:
+        embedded.kill()
