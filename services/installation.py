@@ -185,13 +185,13 @@ class Installation:
                         except ContractError:
                             continue
 
-    def engine_url(self) -> str:
-        """Where the engine answers now. Raises NothingRuns where it is our own and does not run."""
+    def engine_urls(self) -> tuple[str, ...]:
+        """Where the engines answer now. Raises NothingRuns where it is our own and does not run."""
         if not self.config.serving.ours:
-            return self.config.serving.url
+            return self.config.serving.urls
         keeper = self.need("engine", "adapters are asked through it").url
         said = (status_at(keeper) or {}).get("engine", {})
-        return str(said.get("url", keeper))  # a vLLM answers elsewhere than the process that looks after it
+        return (str(said.get("url", keeper)),)  # a vLLM answers elsewhere than the process that looks after it
 
     def need(self, service: str, why: str) -> Running:
         """Raises NothingRuns where the service does not run."""

@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from everloop.errors import ConfigError, NotEnoughData
@@ -35,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         tenant, policy = here.policy(options.policy)
-        engine = here.engine_url()
+        engines = here.engine_urls()
         adapters = {a.hash: a for a in here.records(ADAPTERS, Adapter) if a.key == f"{tenant}/{policy}"}
         pair = [_named(here, name, adapters, f"{tenant}/{policy}") for name in (options.a, options.b)]
-        result = asyncio.run(_compare(here, engine, tenant, policy, pair, adapters, options.split))
+        result = asyncio.run(_compare(here, engines, tenant, policy, pair, adapters, options.split))
     if options.json:
         print(json.dumps(result))
         return 0
@@ -61,19 +62,27 @@ def _named(here: Installation, name: str, adapters: dict[str, Adapter], key: str
 
 
 async def _compare(
-    here: Installation, engine: str, tenant: str, policy: str, pair: list[str], adapters: dict[str, Adapter], split: Any
+    here: Installation,
+    engines: Sequence[str],
+    tenant: str,
+    policy: str,
+    pair: list[str],
+    adapters: dict[str, Adapter],
+    split: Any,
 ) -> dict[str, Any]:
     from pipelines.gate import gain_bounds
     from pipelines.gold import GoldSet
-    from services.gateway.upstream import HttpServing
+    from services.gateway.replicas import Replicas
     from services.releaser.examiner import Examiner
     from services.releaser.state import PolicyState, candidate
 
     items = GoldSet(here.home.root / "gold").items(tenant, policy, split)
     if not items:
         raise NotEnoughData(f"{tenant}/{policy} has no gold items in split {split}: everloop gold import")
-    examiner = Examiner(here.config, HttpServing(engine))
+    replicas = Replicas(engines)
+    examiner = Examiner(here.config, replicas)
     try:
+        await replicas.look()
         answers = []
         for number, name in enumerate(pair, 1):
             told = Progress(f"{number} of {len(pair)}, {name[:12]}")

@@ -50,6 +50,9 @@ def run(options: argparse.Namespace) -> int:
     for key in keys:
         print("\n".join([key, *_policy(key, said)]), end="\n\n")
     print(_services(expected, whole, {one.name: one for one in unready}))
+    replicas = _replicas(said)
+    if replicas:
+        print(f"\n{replicas}")
     if "releaser" in running:
         print(f"\nEvidence of every release: {running['releaser'].url}/releases")
     spool = _spool((said.get("gateway") or {}).get("spool") or {})
@@ -63,6 +66,19 @@ def run(options: argparse.Namespace) -> int:
 def _sentence(error: Exception) -> str:
     text = str(error)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _replicas(said: dict[str, Any]) -> str:
+    """The engines, where there are several: who takes calls, and what each holds; empty where there is one."""
+    seen = (said.get("gateway") or {}).get("replicas") or []
+    kept = {its["url"]: its for its in (said.get("releaser") or {}).get("replicas") or []}
+    rows = []
+    for its in seen if len(seen) > 1 else []:
+        state = "takes calls" if its["complete"] else "waits for its adapters"
+        state = state if its["up"] else f"away for {_ago(its['since'])}"
+        held = [adapter[:12] for adapter in kept.get(its["url"], {}).get("holds", [])]
+        rows.append([its["url"], state, its["in_flight"], ", ".join(held) or "-"])
+    return table(["engine", "state", "calls", "adapters"], rows) if rows else ""
 
 
 def _spool(its: dict[str, Any]) -> str:

@@ -11,10 +11,11 @@ import orjson
 from aiohttp import web
 from everloop.config import Config
 from everloop.errors import LogError
+from everloop.event import BASE
 from everloop.home import Home
 from everloop.log.base import Log
 from everloop.log.embedded import EmbeddedLog
-from everloop.serving.base import Serving
+from everloop.serving.base import Answering
 from prometheus_client import CollectorRegistry
 
 from services.gateway.calls import CODE, Answered, Calls
@@ -42,7 +43,7 @@ ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v
 
 
 class Gateway:
-    """Everything that answers, wired to one log and one engine.
+    """Everything that answers, wired to one log and what answers.
 
     ``appends`` writes events where the log itself does not. ``serving`` and ``appends`` belong to the event loop.
     """
@@ -52,7 +53,7 @@ class Gateway:
         config: Config,
         home: Home,
         log: Log,
-        serving: Serving,
+        serving: Answering,
         appends: Appends | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
@@ -110,12 +111,17 @@ class Gateway:
     async def _end(self, app: web.Application) -> None:
         self._calls.end_within(UNDER_WAY * self.config.services.drain)
 
+    def routed(self) -> frozenset[str]:
+        """The adapters that agents may be given now, by the routes of what is configured."""
+        routes = (self.routes.get(*unit) for unit in self.config.policies())
+        named = (version for route in routes if route is not None for version in (route.live, route.canary))
+        return frozenset(version for version in named if version not in (None, BASE))
+
     def status(self) -> dict[str, Any]:
         """For ``everloop status``: what answers, and how it goes."""
         return {
             "routes": self.routes.described(),
             "routes_trouble": self.routes.trouble,
-            "engine": getattr(self.serving, "url", "in this process"),
         }
 
     def close(self) -> None:

@@ -27,15 +27,15 @@ from aiohttp import web
 from everloop.config import Config
 from everloop.errors import LogError, ServingError, UnknownAdapter
 from everloop.event import BASE
+from everloop.serving.base import Answering
 from everloop.serving.base import Route as Path
-from everloop.serving.base import Serving
 
 from services.gateway.answer import Answer, Choice, Listener, read_whole, show_whole
 from services.gateway.ask import Ask, bad, parse, read
 from services.gateway.capture import Capture
 from services.gateway.door import Door
 from services.gateway.metrics import Metrics
-from services.gateway.refusals import Refused, error_fields, from_engine, from_log
+from services.gateway.refusals import SOON, Refused, error_fields, from_engine, from_log
 from services.gateway.retries import Finished, Promise, Recovered, Retries
 from services.gateway.turns import Turn, Turns
 from services.gateway.whole import Whole
@@ -47,7 +47,6 @@ SLOWEST_CLIENT = 30.0  # seconds beyond the engine's time that a client may take
 LEFT = "client disconnected"
 SLOW = "the answer, or the client that reads it, took too long"
 STOPPED = "the gateway stopped before the answer was whole"
-SOON = {"Retry-After": "1"}
 Answered = web.StreamResponse | Whole
 CODE = web.RequestKey("code", int)
 """The status that counts, where it is known only after another one was sent: a stream that broke."""
@@ -61,7 +60,7 @@ class Calls:
         config: Config,
         door: Door,
         turns: Turns,
-        serving: Serving,
+        serving: Answering,
         capture: Capture,
         retries: Retries,
         recovered: Recovered,

@@ -302,7 +302,7 @@ class Client:
 
         A kept connection may be closed by the server just as it is used: then once more, on a new one.
 
-        Raises Broken (Expired), or OSError where nobody listens.
+        Raises Broken (Expired), or another OSError where nobody takes the connection.
         """
         head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._fields}X-Request-Id: {request_id}\r\n"
         request = b"%bContent-Length: %d\r\n\r\n%b" % (head.encode(), len(body), body)
@@ -313,6 +313,7 @@ class Client:
             except Broken as broken:
                 if not broken.fresh:
                     raise
+                return await self._answered(await self._connected(broken), request)
         return await self._answered(await self._connected(), request)
 
     def give_back(self, connection: Connection) -> None:
@@ -338,13 +339,16 @@ class Client:
             raise
         return connection
 
-    async def _connected(self) -> Connection:
+    async def _connected(self, broken: Broken | None = None) -> Connection:
+        """A new connection. Raises OSError where there is none; after ``broken`` that: the server ended meanwhile."""
         loop = asyncio.get_running_loop()
         making = loop.create_connection(Connection, self._host, self._port, ssl=self._secure or None)
         try:
             return (await asyncio.wait_for(making, CONNECT))[1]
         except TimeoutError:
-            raise Expired(f"no connection within {CONNECT:g} s") from None
+            raise broken or ConnectionError(f"no connection within {CONNECT:g} s") from None
+        except OSError as error:
+            raise broken or error from None
 
     def _kept(self) -> Connection | None:
         while self._idle:

@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 from everloop.errors import AdapterRefused, Overloaded, ServingError, UnknownAdapter
+from everloop.section import root_url
 from everloop.serving.base import Route
 
 from services.gateway import brief
@@ -29,7 +30,7 @@ class HttpServing:
     """
 
     def __init__(self, url: str, *, timeout: float = 300.0, brief: bool = False) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = root_url(url)
         self.client = Client(self.url, timeout)
         self._brief = brief
 
@@ -67,11 +68,18 @@ class HttpServing:
             raise ServingError(f"the engine could not unload adapter {name}: {said}")
 
     async def adapters(self) -> frozenset[str]:
+        return frozenset(name for name, parent in (await self.models()).items() if parent)
+
+    async def models(self) -> dict[str, str | None]:
+        """Everything that it can be asked for: bases (None), and adapters with their base."""
         async with _asked(self, "GET", "/v1/models", None) as answered:
             raw = await answered.body()
             if answered.framing.status != 200:
                 raise _refusal(answered.framing, raw)
-        return frozenset(model["id"] for model in orjson.loads(raw)["data"] if model.get("parent"))
+        try:
+            return {model["id"]: model.get("parent") for model in orjson.loads(raw)["data"]}
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ServingError(f"{self.url}/v1/models is no list of models", code="upstream_garbled") from None
 
     async def healthy(self) -> bool:
         try:

@@ -148,7 +148,11 @@ class Office:
     def _roll_back(self, order: Order, command: Command, state: PolicyState) -> bool:
         """A change of the route, at once where the engine holds what it leads to, as it should."""
         target, way_back = orders.to_roll_back(state, command), state.previous
-        if target.state is S.LIVE and way_back is not None and way_back.adapter not in self._releaser.examiner.held:
+        if (
+            target.state is S.LIVE
+            and way_back is not None
+            and way_back.adapter not in self._releaser.examiner.residents.held
+        ):
             if order.future is None:
                 order.future = self._releaser.examiner.hold(way_back)
                 order.given_up_at = time.monotonic() + PATIENCE

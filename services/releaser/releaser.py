@@ -173,7 +173,8 @@ class Releaser:
             wanted |= state.resident
         CANARIES.set(sum(state.canary is not None for state in self.states.values()))
         WAITING.set(sum(state.waiting is not None for state in self.states.values()))
-        self.examiner.keep(wanted, {r.adapter for state in self.states.values() for r in state.releases.values()})
+        known = {r.adapter for state in self.states.values() for r in state.releases.values()}
+        self.examiner.residents.keep(wanted, known)
 
     def _take_adapters(self, now: float) -> None:
         for adapter in self.journal.new_adapters():
@@ -242,7 +243,7 @@ class Releaser:
         if ready is not None and ready.shadow.breach:
             reason = f"Rejected before any user saw it: {ready.shadow.breach}."
             self.write(state, rejected_in_shadow(release, reason, now, {"shadow": ready.shadow.numbers()}))
-        elif ready is not None and release.adapter in self.examiner.held:
+        elif ready is not None and release.adapter in self.examiner.residents.held:
             self._start_canary(state, release, work, ready, now)
 
     def _start_canary(self, state: PolicyState, release: Release, work: Work, ready: Ready, now: float) -> None:
@@ -336,7 +337,8 @@ class Releaser:
             fields = self.journal.unsealed(record)
             payload = fields.get("payload") if fields and not fields.get("synthetic") else None
             if isinstance(payload, dict) and payload.get("kind") == EventKind.CALL:
-                canary.traffic.take_call(payload, str(fields.get("subject") or fields.get("episode")))
+                unit = str(fields.get("subject") or fields.get("episode"))
+                canary.traffic.take_call(payload, unit, float(fields.get("time") or 0.0))
         for record in canary.episodes.new(AT_ONCE):
             episode = self.journal.decode(Episode, record)
             if episode is not None:

@@ -16,6 +16,7 @@ from everloop.config import CanaryConfig
 from everloop.episode import Episode
 from everloop.event import BASE
 from everloop.feedback import Feedback, FeedbackKind
+from everloop.serving.base import LOST
 
 from pipelines.guards import Lengths, blamed, longer
 from pipelines.sequential import Arm, arm, over_all, variance_of
@@ -24,7 +25,8 @@ from services.releaser.answers import is_broken, is_empty, length
 ARMS = ("canary", "control")
 RATINGS = frozenset({FeedbackKind.THUMB, FeedbackKind.RATING, FeedbackKind.OUTCOME})
 CANCELLED = "cancelled"  # the client left: nobody's failure
-AWAY = frozenset({"engine_unavailable"})  # no engine answered: no adapter did this
+AWAY = frozenset({"engine_unavailable", LOST})  # no engine answered, or it ended: alone that blames no adapter
+TOGETHER = 10.0  # seconds between answers that the end of one engine broke off
 AT_ONCE = 4  # calls of each arm after which a canary that answered none of them well is ended
 TOLD = {"failed": "calls failed", "empty": "answers were empty", "broken": "answers had broken tool calls"}
 
@@ -149,6 +151,33 @@ class Calls:
 
 
 @dataclass
+class Ends:
+    """Ends of engines that broke off answers: when, and answers of which arms. However many one end breaks off, it is
+    one thing that happened, and where the adapter makes no difference it hits either arm alone as often as the other.
+    """
+
+    seen: list[tuple[float, set[str]]] = field(default_factory=list)
+
+    def take(self, arm: str, at: float) -> None:
+        """An answer of this arm that was broken off ``at`` seconds since 1970, in whatever order they come."""
+        for when, hit in self.seen:
+            if abs(at - when) <= TOGETHER:
+                hit.add(arm)
+                return
+        self.seen.append((at, {arm}))
+
+    def alone(self, arm: str) -> int:
+        """Ends that hit this arm and not the other."""
+        return sum(hit == {arm} for _, hit in self.seen)
+
+    def breach(self) -> str | None:
+        canary, control = (self.alone(name) for name in ARMS)
+        if not blamed(canary, control):
+            return None
+        return f"{canary} times engines ended under calls of the canary alone (of the control alone: {control})"
+
+
+@dataclass
 class Traffic:
     """One canary's traffic so far. ``shares``: of its stages. ``adapter``: what answers the canary's calls."""
 
@@ -159,6 +188,7 @@ class Traffic:
     newest: float = 0.0
     """Time of the newest episode's newest event, seconds since 1970."""
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
+    ends: Ends = field(default_factory=Ends)
     _own: int = 0
     _counted: set[str] = field(default_factory=set)
     _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
@@ -190,12 +220,16 @@ class Traffic:
         self._assigned[seen.arm] += sign
         self._groups[seen.arm].fold(seen.unit, seen.stage, seen.success, sign)
 
-    def take_call(self, call: dict[str, Any], unit: str) -> bool:
-        """Fold in one call (fields of ``everloop.event.Call``) of a unit; whether it is this canary's and news."""
+    def take_call(self, call: dict[str, Any], unit: str, began: float) -> bool:
+        """Fold in one call (fields of ``everloop.event.Call``) of a unit, begun so many seconds since 1970; whether it
+        is this canary's and news.
+        """
         name = call.get("arm")
         if call.get("release") != self.release or name not in ARMS or call["id"] in self._counted:
             return False
         self._counted.add(call["id"])
+        if call.get("error_code") == LOST:
+            self.ends.take(name, began + (call.get("latency") or 0.0))
         if call.get("finish_reason") == CANCELLED or call.get("error_code") in AWAY:
             return False
         self.calls[name].take(unit, call)
@@ -234,7 +268,8 @@ class Traffic:
             "broken": config.max_broken_share,
         }
         found = (self._more(what, limit) for what, limit in limits.items())
-        return next((why for why in found if why), None) or self._longer(config.max_length_ratio)
+        first = next((why for why in found if why), None)
+        return first or self.ends.breach() or self._longer(config.max_length_ratio)
 
     def _more(self, what: str, limit: float) -> str | None:
         canary, control = (self.calls[name] for name in ARMS)
@@ -274,7 +309,7 @@ class Traffic:
             }
             for share, row in zip(self.shares, rows, strict=True)
         ]
-        return found | {"stages": shown}
+        return found | {"stages": shown, "engines_ended": {name: self.ends.alone(name) for name in ARMS}}
 
 
 def _summary(its: Arm) -> dict[str, Any]:
