@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Sequence as Ordered
 
-from everloop.event import Call, CallTokens
+from everloop.event import PROVIDER, Call, CallTokens
 from everloop.trajectory import Sequence, Span
 
 HIGHEST_LOGPROB = 1e-3  # a logarithm of a probability, with room for the engine's rounding
@@ -47,9 +47,13 @@ def _unsound(tokens: CallTokens) -> str | None:
 
 
 def trainable(call: Call) -> bool:
-    """Whether the recorded log-probabilities are those of the distribution that the call was sampled from."""
+    """Whether the recorded log-probabilities are those of the distribution that the call was sampled from.
+
+    Never of a provider's answer, whatever tokens somebody sent with it: they are of another model.
+    """
     tokens = call.tokens
     whole = tokens is not None and tokens.mode == "processed" and call.error is None
+    whole = whole and call.policy_version != PROVIDER
     return whole and call.sampling.support_known and doubt(call) is None
 
 

@@ -56,6 +56,7 @@ def build(config: Config) -> tuple[Service, Gateway]:
     gateway = Gateway(config, service.home, open_log(config), serving, scribe, REGISTRY)
     gateway.prepare()
     gateway.add_to(service.app)
+    gateway.providers.check_keys()
     watch = EngineWatch(serving)
 
     async def writing(app: web.Application) -> AsyncIterator[None]:
@@ -63,13 +64,14 @@ def build(config: Config) -> tuple[Service, Gateway]:
         yield
         await gateway.capture.drained()
         await scribe.close()
+        await gateway.providers.close()
 
     service.app.cleanup_ctx.extend([writing, watch.during])
     service.loop("routes", lambda: gateway.routes.follow(service.stop))
-    service.ready("engine", lambda: watch.trouble)
+    service.ready("engine", lambda: None if gateway.providers.everywhere else watch.trouble)
     service.ready("log", lambda: scribe.trouble)
     service.ready("routes", lambda: gateway.routes.unready)
-    service.describe("gateway", gateway.status)
+    service.describe("gateway", lambda: {**gateway.status(), "engine_trouble": watch.trouble})
     service.describe("spool", lambda: scribe.spool)
     REGISTRY.register(SpoolMetrics(lambda: scribe.spool))
     return service, gateway
