@@ -47,18 +47,16 @@ def _unsound(tokens: CallTokens) -> str | None:
 
 
 def trainable(call: Call) -> bool:
-    """Whether the recorded log-probabilities are those of the distribution that the call was sampled from.
-
-    Never of a provider's answer, whatever tokens somebody sent with it: they are of another model.
-    """
+    """Whether the recorded log-probabilities are those of the distribution that the call was sampled from."""
     tokens = call.tokens
     whole = tokens is not None and tokens.mode == "processed" and call.error is None
-    whole = whole and call.policy_version != PROVIDER
     return whole and call.sampling.support_known and doubt(call) is None
 
 
 def sequences(calls: Ordered[Call]) -> tuple[Sequence, ...]:
     """Token sequences of calls in turn order; calls without tokens, or with arrays that do not match, are left out.
+
+    So is what a provider answered, whatever tokens somebody sent with it: they are another model's.
 
     Example: a call with prompt ``[1]`` and completion ``[2]``, then one with prompt ``[1, 2, 3]`` and completion
     ``[4]``, give one sequence ``[1, 2, 3, 4]`` with spans 1 to 2 and 3 to 4.
@@ -66,7 +64,7 @@ def sequences(calls: Ordered[Call]) -> tuple[Sequence, ...]:
     made: list[_Open] = []
     for call in calls:
         tokens = call.tokens
-        if tokens is None or _mismatch(tokens) is not None:
+        if tokens is None or call.policy_version == PROVIDER or _mismatch(tokens) is not None:
             continue
         longest = max((one for one in made if one.begins(tokens.prompt)), key=_Open.length, default=None)
         if longest is None:
