@@ -97,7 +97,8 @@ class Bought:
     def _keep(self, mark: str, given: Given) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps([mark, given.text, given.tokens, given.finished])}\n")
+            # on a line of its own also after one that a crash cut short
+            file.write(f"\n{json.dumps([mark, given.text, given.tokens, given.finished])}")
 
 
 def _mark(item: GoldItem) -> str:

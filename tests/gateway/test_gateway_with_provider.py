@@ -116,9 +116,7 @@ async def test_streams_and_tools_come_as_openais_clients_need_them(beside: Start
     assert recorded.finish_reason == "tool_calls"
 
 
-async def test_a_stream_that_breaks_ends_with_an_error_event(
-    beside: Started, other: StrictProvider, soon: Any
-) -> None:
+async def test_a_stream_that_breaks_ends_with_an_error_event(beside: Started, other: StrictProvider, soon: Any) -> None:
     async def breaking(request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         return await streamed(request, [{"choices": [{"delta": {"content": "half"}}]}], cut=True)
 

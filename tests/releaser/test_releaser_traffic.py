@@ -269,5 +269,6 @@ def test_an_incumbent_providers_answers_are_the_control() -> None:
     traffic.take_episode(episode("e", Turn(call=answer, feedback=(thumb(1.0),))))
     assert (traffic.arms()[1].units, traffic.numbers()["control"]["calls"]) == (1, 1)
     assert not traffic.take_call(
-        call("d", "control", policy_version="provider", error="away", error_code="provider_unavailable").model_dump(), "u"
+        call("d", "control", policy_version="provider", error="away", error_code="provider_unavailable").model_dump(),
+        "u",
     )
