@@ -75,8 +75,10 @@ def test_a_bare_answer_becomes_a_whole_one() -> None:
 
 @pytest.mark.parametrize(
     ("given", "shown"),
-    [("stop", "stop"), ("length", "length"), ("content_filter", "content_filter"), ("max_tokens", "length")]
-    + [("function_call", "stop"), ("eos", "stop"), (None, "stop")],
+    [
+        *(("stop", "stop"), ("length", "length"), ("content_filter", "content_filter"), ("max_tokens", "length")),
+        *(("function_call", "stop"), ("eos", "stop"), (None, "stop")),
+    ],
 )
 def test_reasons_to_end_are_those_that_clients_know(given: str | None, shown: str) -> None:
     assert whole({"message": {"content": "x"}, "finish_reason": given})["choices"][0]["finish_reason"] == shown

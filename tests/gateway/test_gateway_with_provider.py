@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from aiohttp import web
@@ -14,6 +17,7 @@ from everloop.errors import AdapterRefused, Overloaded, ServingError
 from everloop.event import Event
 
 from services.gateway.app import Gateway
+from services.gateway.keys import Keys
 from tests.provider import KEY, MODEL, StrictProvider, streamed
 
 A, B = "aaaa1111", "bbbb2222"
@@ -371,3 +375,32 @@ async def test_events_made_elsewhere_may_say_that_a_provider_answered(beside: St
     (event,) = bench.events()
     assert isinstance(event, Event)
     assert (event.payload.policy_version, event.payload.arm) == ("provider", "live")
+
+
+@pytest.mark.processes
+async def test_a_gateway_is_ready_without_any_engine_where_every_policy_has_a_provider(
+    process_of: Any, tmp_path: Path, other: StrictProvider
+) -> None:
+    """And says so. One whose key cannot be read does not start."""
+    key = tmp_path / "key"
+    key.write_text(KEY)
+    table = f'url = "{other.url}"\nmodel = "{MODEL}"\nkey_file = "{key}"\n'
+    config = tmp_path / "everloop.toml"
+    config.write_text(f"[tenants.default.policies.assistant.provider]\n{table}")
+    gateway = process_of(tmp_path, "http://127.0.0.1:9", EVERLOOP_CONFIG=str(config))
+    async with aiohttp.ClientSession() as http:
+        await gateway.start(http)
+        with closing(Keys(tmp_path / "keys.db")) as keys:
+            headers = {"Authorization": f"Bearer {keys.create('default')}"}
+        body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
+        async with http.post(f"{gateway.url}/v1/chat/completions", json=body, headers=headers) as answer:
+            assert (answer.status, answer.headers["X-Everloop-Policy-Version"]) == (200, "provider")
+        async with http.get(f"{gateway.url}/status") as status:
+            said = (await status.json())["gateway"]
+        assert "no engine answers" in said["engine_trouble"]
+        assert said["ready_without_engine"]
+        assert KEY not in str(said)
+        assert gateway.end() == 0
+        key.unlink()
+        with pytest.raises(AssertionError, match="key cannot be read"):
+            await gateway.start(http)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
+from everloop.cli.main import main
 from everloop.errors import ServingError
 from everloop.run import CommandKind
 
@@ -88,6 +90,31 @@ def test_a_fallback_is_not_what_a_candidate_is_compared_with(
     assert w.newest("a").evidence["gate"]["gold"]["incumbent"] == pytest.approx(0.2)
     assert other.asked == []
     assert running.policy()["live"]["adapter"] == "base"
+
+
+def test_compare_asks_the_provider_by_its_name(
+    world: Callable[..., Any],
+    other: StrictProvider,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w = world()
+    w.gold(40)
+    w.knows("tiny-k2", 0.2)
+    its = ", ".join(f"{name} = {value!r}" for name, value in other.config().items())
+    config = w.home.root / "everloop.toml"
+    config.write_text(f"[tenants.default.policies.assistant]\nbase = 'tiny-k2'\nprovider = {{{its}}}\n")
+    monkeypatch.setenv("EVERLOOP_CONFIG", str(config))
+    monkeypatch.setenv("EVERLOOP_HOME", str(w.home.root))
+    monkeypatch.setenv("EVERLOOP_SERVING__URL", f"http://127.0.0.1:{w.engine.port}")
+    assert main(["compare", "base", "provider", "--json"]) == 0
+    base, provider = json.loads(capsys.readouterr().out)["adapters"]
+    assert (base["accuracy"], provider["accuracy"]) == (pytest.approx(0.2), pytest.approx(0.6))
+    assert (base["adapter"], provider["adapter"], provider["kl"]) == ("base", "provider", None)
+    assert 3 < provider["characters"] < 5
+    config.write_text('[tenants.default.policies.assistant]\nbase = "tiny-k2"\n')
+    assert main(["compare", "base", "provider"]) == 2
+    assert "has no provider" in capsys.readouterr().err
 
 
 def items(count: int) -> list[GoldItem]:
