@@ -79,3 +79,13 @@ def test_the_key_is_where_the_configuration_says(tmp_path: Path, monkeypatch: py
 def test_the_commented_file_shows_every_setting_of_it() -> None:
     (shown,) = [part for part in commented().split("\n\n") if "assistant.provider]" in part]
     assert all(name in shown for name in ProviderConfig.model_fields)
+
+
+def test_the_documented_example_parses(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text()
+    (example,) = [part.split("```")[0] for part in page.split("```toml\n")[1:] if ".provider]" in part]
+    path = tmp_path / "everloop.toml"
+    path.write_text(example)
+    its = load(path, {}).policy("default", "support").provider
+    assert its is not None
+    assert its.model_fields_set == set(ProviderConfig.model_fields) - {"key_env"}

@@ -55,6 +55,7 @@ def test_the_gate_compares_with_the_provider_and_pays_for_each_question_once(
     w.announce("worse", skill=0.3)
     until(lambda: w.state("worse") == "rejected")
     gate = w.newest("worse").evidence["gate"]
+    assert gate["against"] == "provider"
     assert (gate["gold"]["incumbent"], gate["gold"]["candidate"]) == (pytest.approx(0.6), pytest.approx(0.3))
     before, after, *_ = gate["behaviour"]["length"]
     assert 3 < before < 5
