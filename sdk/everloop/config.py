@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from everloop.environment import overlay
 from everloop.errors import ConfigError
 from everloop.log_config import LogConfig
+from everloop.provider_config import ProviderConfig
 from everloop.refusal import explain
 from everloop.release import CanaryPlan
 from everloop.section import Section, check_name, check_url, root_url, seconds
@@ -331,6 +332,14 @@ class PolicyConfig(Section):
     holdout: HoldoutConfig = HoldoutConfig()
     canary: CanaryConfig = CanaryConfig()
     reward: RewardConfig = RewardConfig()
+    provider: ProviderConfig | None = Field(
+        default=None, description="an OpenAI-compatible endpoint that answers beside the engine"
+    )
+
+    @property
+    def incumbent(self) -> ProviderConfig | None:
+        """The provider that answers until an adapter is live; None: the base model does."""
+        return self.provider if self.provider is not None and self.provider.role == "incumbent" else None
 
 
 class TenantConfig(Section):

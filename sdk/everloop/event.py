@@ -15,6 +15,7 @@ from everloop.contract import Contract, Float32Array, Int32Array
 from everloop.feedback import Feedback
 
 BASE = "base"  # the policy version of a policy without an adapter
+PROVIDER = "provider"  # and of an answer that a provider gave
 
 
 class Message(Contract):
@@ -104,8 +105,9 @@ class Call(Contract):
     tools: tuple[dict[str, Any], ...] = ()
     finish_reason: str | None = None
     choice: int = Field(default=0, description="index among the n answers to one request")
-    policy_version: str = Field(default=BASE, description="adapter content hash, or 'base'")
-    model: str = Field(default="", description="the base model's name")
+    policy_version: str = Field(default=BASE, description="adapter content hash, 'base', or 'provider'")
+    instead_of: str | None = Field(default=None, description="version assigned, where another answered; None: it did")
+    model: str = Field(default="", description="the base model's name; of a provider's answer, its model's")
     sampling: Sampling = Sampling()
     tokens: CallTokens | None = None
     release: str | None = Field(default=None, description="release in progress when it was assigned; None: none")

@@ -45,19 +45,21 @@ def build(config: Config) -> tuple[Service, Gateway]:
     gateway = Gateway(config, service.home, open_log(config), replicas, scribe, REGISTRY)
     gateway.prepare()
     gateway.add_to(service.app)
+    gateway.providers.check_keys()
 
     async def writing(app: web.Application) -> AsyncIterator[None]:
         await scribe.start()
         yield
         await gateway.capture.drained()
         await scribe.close()
+        await gateway.providers.close()
 
     service.app.cleanup_ctx.extend([writing, watching(gateway, replicas)])
     service.loop("routes", lambda: gateway.routes.follow(service.stop))
-    service.ready("engine", lambda: replicas.trouble)
+    service.ready("engine", lambda: None if gateway.providers.everywhere else replicas.trouble)
     service.ready("log", lambda: scribe.trouble)
     service.ready("routes", lambda: gateway.routes.unready)
-    service.describe("gateway", gateway.status)
+    service.describe("gateway", lambda: {**gateway.status(), "engine_trouble": replicas.trouble})
     service.describe("replicas", lambda: [replica.described() for replica in replicas.each])
     service.describe("spool", lambda: scribe.spool)
     REGISTRY.register(ReplicaMetrics(replicas.each))

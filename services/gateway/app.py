@@ -26,6 +26,7 @@ from services.gateway.events import EventDesk
 from services.gateway.feedback import FeedbackDesk
 from services.gateway.keys import Keys
 from services.gateway.metrics import Metrics
+from services.gateway.provider import Providers
 from services.gateway.refusals import Refused, from_log
 from services.gateway.retries import Recovered, Retries
 from services.gateway.routes import Routes
@@ -75,9 +76,11 @@ class Gateway:
         self._log = log
         self._replays = hook is None  # what was redacted cannot be given again
         self.capture = Capture(appends or sealed_log(config, home, log), hook, self.metrics)
-        turns = Turns(config, ids, self.routes, self.conversations)
+        self.providers = Providers(config)
+        turns = Turns(config, ids, self.routes, self.conversations, self.providers)
+        slowest = self.providers.slowest
         self._calls = Calls(
-            config, self._door, turns, serving, self.capture, Retries(secret), self._recovered, self.metrics
+            config, self._door, turns, serving, self.capture, Retries(secret), self._recovered, self.metrics, slowest
         )
         desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)
@@ -122,6 +125,8 @@ class Gateway:
         return {
             "routes": self.routes.described(),
             "routes_trouble": self.routes.trouble,
+            "providers": self.providers.status(),
+            "ready_without_engine": self.providers.everywhere,
         }
 
     def close(self) -> None:

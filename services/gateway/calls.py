@@ -25,8 +25,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 from everloop.config import Config
-from everloop.errors import LogError, ServingError, UnknownAdapter
-from everloop.event import BASE
+from everloop.errors import LogError, ServingError
+from everloop.event import BASE, PROVIDER
 from everloop.serving.base import Answering
 from everloop.serving.base import Route as Path
 
@@ -37,6 +37,7 @@ from services.gateway.door import Door
 from services.gateway.metrics import Metrics
 from services.gateway.refusals import SOON, Refused, error_fields, from_engine, from_log
 from services.gateway.retries import Finished, Promise, Recovered, Retries
+from services.gateway.tries import Patient, Tries
 from services.gateway.turns import Turn, Turns
 from services.gateway.whole import Whole
 
@@ -65,9 +66,10 @@ class Calls:
         retries: Retries,
         recovered: Recovered,
         metrics: Metrics,
+        slowest_provider: float = 0.0,
     ) -> None:
         self._tenants = config.tenants
-        self._longest = config.gateway.timeout + SLOWEST_CLIENT
+        self._longest = max(config.gateway.timeout, slowest_provider) + SLOWEST_CLIENT
         self._limits: set[asyncio.Timeout] = set()  # of the answers under way
         self._ends: float | None = None  # when what is then under way is broken off, in the loop's time
         self._door = door
@@ -191,30 +193,49 @@ class Calls:
             self._metrics.dropped.inc(len(answer.choices))
 
     async def _complete(self, ask: Ask, turn: Turn) -> dict[str, Any]:
-        for version in self._turns.versions(turn):
+        tries = Tries(self._turns.versions(turn))
+        for version in tries:
             try:
-                answer = await self._serving.complete(ask.route, _for(ask, turn, version))
-            except UnknownAdapter:
+                answer = await self._serving_of(turn, version).complete(ask.route, _for(ask, turn, version))
+            except ServingError as error:
+                tries.failed(error)
                 continue
-            self._served(turn, version)
+            self._served(ask, turn, version)
             return answer
         raise self._nobody(ask, turn)
 
     async def _chunks(self, ask: Ask, turn: Turn) -> AsyncGenerator[dict[str, Any]]:
-        for version in self._turns.versions(turn):
-            stream = self._serving.stream(ask.route, _for(ask, turn, version))
+        tries = Tries(self._turns.versions(turn))
+        for version in tries:
+            stream = self._serving_of(turn, version).stream(ask.route, _for(ask, turn, version))
+            begun = False
             try:
                 async for chunk in stream:
-                    self._served(turn, version)
+                    if not begun:
+                        begun = True
+                        self._served(ask, turn, version)
                     yield chunk
                 return
-            except UnknownAdapter:
-                continue
+            except ServingError as error:
+                if begun:
+                    raise
+                tries.failed(error)
             finally:
                 await stream.aclose()  # type: ignore[attr-defined]
         raise self._nobody(ask, turn)
 
-    def _served(self, turn: Turn, version: str) -> None:
+    def _serving_of(self, turn: Turn, version: str) -> Answering | Patient:
+        aside = turn.aside
+        if aside is not None and version == PROVIDER:
+            return aside.provider
+        if aside is None or aside.unfit is not None or turn.pinned:  # nobody else would answer
+            return self._serving
+        return Patient(self._serving, aside.provider.config.patience)
+
+    def _served(self, ask: Ask, turn: Turn, version: str) -> None:
+        if version == PROVIDER and turn.aside is not None:
+            ask.sampling = turn.aside.sampling
+            self._metrics.provider_calls.labels(turn.aside.provider.config.role).inc()
         if turn.served != version:
             turn.served = version
             self._metrics.fallbacks.labels(turn.assignment.arm).inc()
@@ -292,6 +313,8 @@ def _frame(chunk: dict[str, Any]) -> bytes:
 
 
 def _for(ask: Ask, turn: Turn, version: str) -> dict[str, Any]:
+    if version == PROVIDER and turn.aside is not None:
+        return turn.aside.body
     return {**ask.body, "model": turn.base if version == BASE else version}
 
 

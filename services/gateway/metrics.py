@@ -24,6 +24,7 @@ class Metrics:
 
         self.requests = counter("requests_total", "Requests answered.", "route", "code")
         self.fallbacks = counter("fallbacks_total", "Calls answered by another version than assigned.", "arm")
+        self.provider_calls = counter("provider_calls_total", "Calls that a provider answered, by its role.", "role")
         self.retries_joined = counter("retries_joined_total", "Retried requests given the answer of the first.")
         self.events = counter("events_total", "Events given to the log.")
         self.capture_bytes = counter("capture_bytes_total", "Bytes of events given to the log.")

@@ -231,8 +231,11 @@ def _again(ids: Ids, events: list[Event], ask: Ask) -> Finished:
     return Finished(orjson.dumps(_as_whole(ask.route, fields, calls)), "application/json", headers)
 
 
-def _usage(calls: list[Call]) -> dict[str, int]:
+def _usage(calls: list[Call]) -> dict[str, int] | None:
+    """None: nobody counted, as of a provider's answers."""
     counted = [call.tokens for call in calls if call.tokens is not None]
+    if len(counted) < len(calls):
+        return None
     prompt = len(counted[0].prompt) if counted else 0
     completion = sum(len(tokens.completion) for tokens in counted)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

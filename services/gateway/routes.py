@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import orjson
 from everloop.errors import ContractError, LogError, LogRefused
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.log.base import Log, Record
 from everloop.release import Adapter, Route
 from everloop.topics import ADAPTERS, ROUTES
@@ -35,7 +35,7 @@ EVERY_AFAR = 0.25  # on a cluster, where a look is two questions over the networ
 
 
 class Assignment(NamedTuple):
-    """Who answers a unit: ``version`` is an adapter's hash or 'base'; ``live`` is what to fall back on."""
+    """Who answers a unit: ``version`` is an adapter's hash, 'base' or 'provider'; ``live`` is what to fall back on."""
 
     version: str = BASE
     arm: str = "live"
@@ -87,8 +87,8 @@ class Routes:
         """Whether this version may still answer: nothing has been withdrawn since it was assigned."""
         route = self._table.get((tenant, policy))
         if route is None:
-            return version == BASE
-        return version in (BASE, route.live, route.canary) or version in route.uris
+            return version in (BASE, PROVIDER)
+        return version in (BASE, PROVIDER, route.live, route.canary) or version in route.uris
 
     def live(self, tenant: str, policy: str) -> str:
         route = self._table.get((tenant, policy))

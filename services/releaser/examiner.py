@@ -23,14 +23,16 @@ from typing import Any, NamedTuple, TypeVar
 
 from everloop.config import Config
 from everloop.errors import AdapterRefused, ContractError, ServingError
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.home import Home
 from everloop.release import Adapter, Release
 from everloop.serving.base import LOST
 
-from pipelines.gate import Answers, Decision, Evidence, decide, judge_answers, refused
+from pipelines.gate import Answers, Decision, Evidence, Given, decide, judge_answers, refused
 from pipelines.gold import GoldItem, GoldSet
+from services.gateway.provider import Providers
 from services.gateway.replicas import Replicas
+from services.releaser.bought import Bought
 from services.releaser.porter import Porter
 from services.releaser.questions import Measure, Questions, Scored, Tokens, Told, ignored
 from services.releaser.recent import Recent
@@ -59,7 +61,9 @@ class Examiner:
         self._gold = GoldSet(home.root / "gold")
         self._adapters = home.folder("adapters")
         self._porter = Porter()
-        self._questions = Questions(replicas, home.root / "answers")
+        self._answers = home.root / "answers"
+        self._questions = Questions(replicas, self._answers)
+        self._providers = Providers(config)
         self._ends: Counter[str] = Counter()
         self._counts: dict[Path, tuple[tuple[int, int], int]] = {}
         self._loop = asyncio.new_event_loop()
@@ -84,9 +88,10 @@ class Examiner:
         await self.let_go()
 
     async def let_go(self) -> None:
-        """End the files process and the connections to the engines."""
+        """End the files process and the connections to engines and providers."""
         await self._porter.close()
         await self._replicas.close()
+        await self._providers.close()
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -187,20 +192,46 @@ class Examiner:
     async def _compared(self, release: Release) -> Decision:
         config = self._config.policy(release.tenant, release.policy)
         items = await asyncio.to_thread(self._gold.items, release.tenant, release.policy, "gate")
-        incumbent = await self.answers(release.incumbent, release.tenant, release.policy, items)
-        candidate = await self.answers(release.adapter, release.tenant, release.policy, items)
-        evidence = Evidence(tuple(item.slice for item in items), incumbent, candidate)
+        bought = release.incumbent == BASE and config.incumbent is not None
+        before = PROVIDER if bought else release.incumbent
+        incumbent = await self.answers(before, release.tenant, release.policy, items, by_letters=bought)
+        candidate = await self.answers(release.adapter, release.tenant, release.policy, items, by_letters=bought)
+        unit = "characters" if bought else "tokens"
+        evidence = Evidence(tuple(item.slice for item in items), incumbent, candidate, unit=unit)
         return await asyncio.to_thread(decide, evidence, config.gate)
 
     async def answers(
-        self, adapter: str, tenant: str, policy: str, items: list[GoldItem], told: Told = ignored
+        self,
+        adapter: str,
+        tenant: str,
+        policy: str,
+        items: list[GoldItem],
+        told: Told = ignored,
+        *,
+        by_letters: bool = False,
     ) -> Answers:
-        """What an adapter (or 'base') answers to these items."""
+        """What an adapter ('base', 'provider') answers to these items.
+
+        ``by_letters``: lengths in characters, to be compared with those of a model that has other tokens.
+        """
         config = self._config.policy(tenant, policy)
-        model = config.base if adapter == BASE else adapter
-        measure = None if adapter == BASE else self._measure(adapter, tenant, policy, config.base)
-        given = await self._questions.answers(model, items, config.max_tokens, measure, told)
+        if adapter == PROVIDER:
+            given = await self._bought(tenant, policy, items, told)
+        else:
+            model = config.base if adapter == BASE else adapter
+            measure = None if adapter == BASE else self._measure(adapter, tenant, policy, config.base)
+            given = await self._questions.answers(model, items, config.max_tokens, measure, told)
+        if by_letters:
+            given = [one._replace(tokens=len(one.text)) for one in given]
         return judge_answers([item.answer for item in items], given)
+
+    async def _bought(self, tenant: str, policy: str, items: list[GoldItem], told: Told) -> list[Given]:
+        provider = self._providers.of(tenant, policy)
+        if provider is None:
+            raise ServingError(f"{tenant}/{policy} has no provider to ask")
+        who = f"{provider.config.url}\0{provider.config.model}"
+        longest = self._config.policy(tenant, policy).max_tokens
+        return await Bought(provider, self._answers, who, longest).answers(items, told)
 
     def _measure(self, adapter: str, tenant: str, policy: str, base: str) -> Measure:
         """Where the engine is our own, the files process has the base's weights too, and measures exactly."""

@@ -143,7 +143,9 @@ class Office:
 
     def _write(self, command: Command, state: PolicyState, change: Change) -> bool:
         self._releaser.write(state, change)
-        return self._answer(command, True, orders.described(state, change))
+        provider = self._releaser.work[command.key].config.incumbent
+        unadapted = "the base model" if provider is None else f"the provider ({provider.model})"
+        return self._answer(command, True, orders.described(state, change, unadapted))
 
     def _roll_back(self, order: Order, command: Command, state: PolicyState) -> bool:
         """A change of the route, at once where the engine holds what it leads to, as it should."""

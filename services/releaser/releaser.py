@@ -27,7 +27,7 @@ from typing import Any
 from everloop.config import Config, PolicyConfig
 from everloop.episode import Episode
 from everloop.errors import EverloopError
-from everloop.event import EventKind
+from everloop.event import BASE, PROVIDER, EventKind
 from everloop.home import Home
 from everloop.log.base import Log
 from everloop.release import CanaryPlan, Release
@@ -216,10 +216,11 @@ class Releaser:
     def _decided(
         self, state: PolicyState, release: Release, work: Work, decision: Decision, gold: int, now: float
     ) -> None:
+        asked = {"against": PROVIDER} if release.incumbent == BASE and work.config.incumbent is not None else {}
         if decision.verdict == "pass":
-            self.write(state, gated(release, decision.reason, now, decision.numbers()))
+            self.write(state, gated(release, decision.reason, now, decision.numbers() | asked))
         elif decision.verdict == "fail":
-            self.write(state, rejected(release, decision.reason, now, decision.numbers()))
+            self.write(state, rejected(release, decision.reason, now, decision.numbers() | asked))
         else:
             work.undecided = release.id, gold, release.incumbent
             work.waits[release.id] = f"{BY_HAND.format(release.id)}: {decision.reason}"

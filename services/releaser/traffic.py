@@ -2,7 +2,8 @@
 
 Everything is folded from the log since the canary began, so it is rebuilt by reading again; a record that is read
 twice counts once. Intention to treat: a unit counts for the arm that it was assigned to, whoever answered it. Its
-stage is the first that it was assigned in, by the probability logged with each call.
+stage is the first that it was assigned in, by the probability logged with each call. What a provider answered because
+no engine did says nothing of the adapter: it is counted in :meth:`Traffic.reached` alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from everloop.config import CanaryConfig
 from everloop.episode import Episode
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.feedback import Feedback, FeedbackKind
 from everloop.serving.base import LOST
 
@@ -25,14 +26,16 @@ from services.releaser.answers import is_broken, is_empty, length
 ARMS = ("canary", "control")
 RATINGS = frozenset({FeedbackKind.THUMB, FeedbackKind.RATING, FeedbackKind.OUTCOME})
 CANCELLED = "cancelled"  # the client left: nobody's failure
-AWAY = frozenset({"engine_unavailable", LOST})  # no engine answered, or it ended: alone that blames no adapter
+AWAY = frozenset({"engine_unavailable", "provider_unavailable", LOST})  # nobody answered: no adapter did this
 TOGETHER = 10.0  # seconds between answers that the end of one engine broke off
 AT_ONCE = 4  # calls of each arm after which a canary that answered none of them well is ended
 TOLD = {"failed": "calls failed", "empty": "answers were empty", "broken": "answers had broken tool calls"}
 
 
 class Seen(NamedTuple):
-    """One episode's part in the canary. ``success``: mean of its ratings, 0 to 1; None: nobody rated it."""
+    """One episode's part in the canary. ``success``: mean of its ratings, 0 to 1; None: nobody rated it, or a provider
+    stood in for its arm.
+    """
 
     version: int
     unit: str
@@ -190,6 +193,7 @@ class Traffic:
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
     ends: Ends = field(default_factory=Ends)
     _own: int = 0
+    _stood_in: int = 0
     _counted: set[str] = field(default_factory=set)
     _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
     _groups: dict[str, Group] = field(default_factory=lambda: {name: Group() for name in ARMS})
@@ -203,7 +207,9 @@ class Traffic:
         feedback = [*episode.feedback, *(item for turn in turns for item in turn.feedback)]
         first = turns[0].call
         stage = self._stage(first.probability)
-        seen = Seen(episode.version, episode.subject or episode.id, first.arm, stage, success(feedback))
+        theirs = any(stood_in(turn.call.policy_version, turn.call.instead_of) for turn in turns)
+        value = None if theirs else success(feedback)
+        seen = Seen(episode.version, episode.subject or episode.id, first.arm, stage, value)
         if held is not None:
             self._count(held, -1)
         self._count(seen, 1)
@@ -232,14 +238,19 @@ class Traffic:
             self.ends.take(name, began + (call.get("latency") or 0.0))
         if call.get("finish_reason") == CANCELLED or call.get("error_code") in AWAY:
             return False
+        if stood_in(call.get("policy_version"), call.get("instead_of")):
+            self._stood_in += name == "canary" and not call.get("error")
+            return False
         self.calls[name].take(unit, call)
         self._own += name == "canary" and not call.get("error") and call.get("policy_version") == self.adapter
         return True
 
     def reached(self) -> float:
-        """The share of the canary's answers that its adapter gave, and not what is live in its place; 1 of none."""
+        """The share of the canary's answers that its adapter gave, and not what is live in its place, nor a provider;
+        1 of none.
+        """
         canary = self.calls["canary"]
-        answers = canary.made - canary.failed
+        answers = canary.made - canary.failed + self._stood_in
         return self._own / answers if answers else 1.0
 
     def stages(self) -> list[tuple[Arm, Arm]]:
@@ -295,7 +306,8 @@ class Traffic:
         return f"the canary's answers are {ratio:.1f} times as long as the control's; at most {limit:g} is allowed"
 
     def numbers(self) -> dict[str, Any]:
-        """Counts by arm, in all and by stage, for evidence and status."""
+        """Counts by arm, in all and by stage, for evidence and status. ``stood_in``: canary calls that a provider
+        answered in the adapter's place."""
         stages, together = self.stages(), self.arms()
         found: dict[str, Any] = {
             name: {"episodes": self._assigned[name], **_summary(together[at]), **self.calls[name].numbers()}
@@ -309,11 +321,17 @@ class Traffic:
             }
             for share, row in zip(self.shares, rows, strict=True)
         ]
-        return found | {"stages": shown, "engines_ended": {name: self.ends.alone(name) for name in ARMS}}
+        ends = {name: self.ends.alone(name) for name in ARMS}
+        return found | {"stages": shown, "stood_in": self._stood_in, "engines_ended": ends}
 
 
 def _summary(its: Arm) -> dict[str, Any]:
     return {"units": its.units, "mean": its.mean if its.units else None}
+
+
+def stood_in(version: str | None, instead_of: str | None) -> bool:
+    """Whether a provider gave an answer that another version was to give."""
+    return version == PROVIDER and instead_of is not None
 
 
 def success(feedback: Iterable[Feedback]) -> float | None:

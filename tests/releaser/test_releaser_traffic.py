@@ -266,3 +266,40 @@ def test_an_adapter_under_which_engines_end_again_and_again_is_blamed() -> None:
         lost(traffic, "control", f"q{i}", began=60.0 * i + 5)  # read later, though it was then
     assert traffic.breach(CanaryConfig()) is None
     assert traffic.numbers()["engines_ended"] == {"canary": 1, "control": 0}
+
+
+def test_what_a_provider_answered_in_an_engines_place_says_nothing_of_the_adapter() -> None:
+    traffic = Traffic("r", adapter="a")
+    stand_in = {"policy_version": "provider", "instead_of": "a"}
+    for at in range(6):
+        assert traffic.take_call(call(f"own{at}", policy_version="a").model_dump(), f"u{at}")
+    assert traffic.reached() == 1.0
+    said = Message(role="assistant", content="")  # empty: a guard would see it
+    for at in range(4):
+        assert not traffic.take_call(call(f"other{at}", output=said, **stand_in).model_dump(), f"v{at}")
+    assert traffic.reached() == pytest.approx(0.6), "it is not promoted on what others answered"
+    numbers = traffic.numbers()
+    assert (numbers["canary"]["calls"], numbers["canary"]["empty"], numbers["stood_in"]) == (6, 0, 4)
+    assert not traffic.take_call(call("other0", output=said, **stand_in).model_dump(), "v0"), "counted once"
+    assert traffic.reached() == pytest.approx(0.6)
+
+    bad, good = (Turn(call=call("c1", **stand_in), feedback=(thumb(v),)) for v in (-1.0, 1.0))
+    own = Turn(call=call("c2", policy_version="a"), feedback=(thumb(1.0),))
+    traffic.take_episode(episode("all theirs", bad))
+    traffic.take_episode(episode("mixed", good, own))
+    assert traffic.arms()[0].units == 0, "neither for nor against it"
+    assert traffic.came(0) == (2, 0), "they came all the same"
+    traffic.take_episode(episode("its own", own))
+    assert (traffic.arms()[0].units, traffic.arms()[0].mean) == (1, 1.0)
+
+
+def test_an_incumbent_providers_answers_are_the_control() -> None:
+    traffic = Traffic("r", adapter="a")
+    answer = call("c", "control", policy_version="provider")
+    assert traffic.take_call(answer.model_dump(), "u")
+    traffic.take_episode(episode("e", Turn(call=answer, feedback=(thumb(1.0),))))
+    assert (traffic.arms()[1].units, traffic.numbers()["control"]["calls"]) == (1, 1)
+    assert not traffic.take_call(
+        call("d", "control", policy_version="provider", error="away", error_code="provider_unavailable").model_dump(),
+        "u",
+    )
