@@ -35,6 +35,7 @@ from services.gateway.ask import Ask, bad, parse, read
 from services.gateway.capture import Capture
 from services.gateway.door import Door
 from services.gateway.metrics import Metrics
+from services.gateway.pins import Pins
 from services.gateway.refusals import Refused, error_fields, from_engine, from_log
 from services.gateway.retries import Finished, Promise, Recovered, Retries
 from services.gateway.turns import Turn, Turns
@@ -61,6 +62,7 @@ class Calls:
         config: Config,
         door: Door,
         turns: Turns,
+        pins: Pins,
         serving: Serving,
         capture: Capture,
         retries: Retries,
@@ -73,6 +75,7 @@ class Calls:
         self._ends: float | None = None  # when what is then under way is broken off, in the loop's time
         self._door = door
         self._turns = turns
+        self._pins = pins
         self._serving = serving
         self._capture = capture
         self._retries = retries
@@ -82,7 +85,7 @@ class Calls:
     async def answer(self, request: web.Request, path: Path) -> Answered:
         key = self._door.key(request, "call")
         raw = await self._door.body(request)
-        ask = read(path, parse(raw), self._tenants[key.tenant].policies)
+        ask = read(path, parse(raw), self._tenants[key.tenant].policies, self._turns.trained(key))
         if _unrecorded(request):
             return await self._answer(request, ask, self._turns.begin_unrecorded(key, ask), _nothing)
         mark = self._retries.mark(request, key.tenant, raw)
@@ -192,7 +195,9 @@ class Calls:
             self._metrics.dropped.inc(len(answer.choices))
 
     async def _complete(self, ask: Ask, turn: Turn) -> dict[str, Any]:
-        for version in self._turns.versions(turn):
+        for again, version in enumerate(self._turns.versions(turn)):
+            if again and turn.pinned:
+                await self._pins.resident(turn, ask.model)
             try:
                 answer = await self._serving.complete(ask.route, _for(ask, turn, version))
             except UnknownAdapter:
@@ -202,7 +207,9 @@ class Calls:
         raise self._nobody(ask, turn)
 
     async def _chunks(self, ask: Ask, turn: Turn) -> AsyncGenerator[dict[str, Any]]:
-        for version in self._turns.versions(turn):
+        for again, version in enumerate(self._turns.versions(turn)):
+            if again and turn.pinned:
+                await self._pins.resident(turn, ask.model)
             stream = self._serving.stream(ask.route, _for(ask, turn, version))
             try:
                 async for chunk in stream:
@@ -216,13 +223,16 @@ class Calls:
         raise self._nobody(ask, turn)
 
     def _served(self, turn: Turn, version: str) -> None:
+        if turn.pinned and version != BASE:
+            self._pins.used(turn)
         if turn.served != version:
             turn.served = version
             self._metrics.fallbacks.labels(turn.assignment.arm).inc()
 
     def _nobody(self, ask: Ask, turn: Turn) -> Exception:
-        if turn.pinned:
-            return Refused(404, f"the engine does not hold {ask.model!r} now", "model_not_found", "model")
+        if turn.pinned and turn.assignment.version != BASE:
+            why = f"the engine let {ask.model!r} go as soon as it was loaded: others need its place. Try again"
+            return Refused(503, why, "model_not_resident", "model", headers=SOON)
         return ServingError(f"the engine holds no model {turn.base!r}", status=503, code="engine_unavailable")
 
 

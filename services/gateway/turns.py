@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -126,10 +128,15 @@ class Turns:
             began=time.monotonic(),
         )
 
+    def trained(self, key: Key) -> Callable[[str], str | None]:
+        """Whose checkpoint a name means, for ``ask.read``."""
+        return functools.partial(self._routes.names.policy_of, key.tenant)
+
     def versions(self, turn: Turn) -> list[str]:
-        """Who may answer, in order: the assigned version; where an engine lacks it, the live one, then the base."""
+        """Who may answer, in order: the assigned version; where an engine lacks it, the live one, then the base. A
+        pinned adapter alone, and once more after it was loaded."""
         if turn.pinned:
-            return [turn.assignment.version]
+            return [turn.assignment.version] * (1 if turn.assignment.version == BASE else 2)
         return list(dict.fromkeys((turn.assignment.version, self._routes.live(turn.tenant, turn.policy), BASE)))
 
     def answered(self, turn: Turn, message: dict[str, object]) -> None:
@@ -167,7 +174,7 @@ class Turns:
         return assignment
 
     def _pinned(self, key: Key, ask: Ask) -> str:
-        """The one version that 'policy@…' names: the base, or an adapter of this policy, by a unique beginning."""
+        """The one version that 'policy@…' or a checkpoint's name means: the base, or an adapter of this policy."""
         if not key.may("pin"):
             raise Refused(
                 403,
@@ -177,13 +184,7 @@ class Turns:
                 "model",
             )
         pin = ask.pin or BASE
-        if pin == BASE:
-            return BASE
-        found = [v for v in self._routes.versions(key.tenant, ask.policy) if v.startswith(pin)]
-        if len(found) != 1:
-            why = "no adapter of this policy begins so" if not found else f"{len(found)} adapters begin so; write more"
-            raise Refused(404, f"there is no model {ask.model!r}: {why}", "model_not_found", "model")
-        return found[0]
+        return BASE if pin == BASE else self._routes.names.find(key.tenant, ask.policy, pin)
 
 
 def named_episode(ids: Ids, tenant: str, name: str) -> str:
