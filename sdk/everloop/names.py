@@ -17,7 +17,7 @@ from pydantic import Field
 
 from everloop.contract import Contract
 
-CHECKPOINT = re.compile(r"everloop://([^/\s]{1,128})/checkpoints/(latest|[0-9]{1,12})")
+CHECKPOINT = re.compile(r"everloop://([A-Za-z0-9_-]{1,128})/checkpoints/(latest|[0-9]{1,12})")
 SCHEME = "everloop://"
 LATEST = "latest"
 VERSION = re.compile(r"[0-9]{1,5}")

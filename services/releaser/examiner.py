@@ -48,11 +48,13 @@ class Ready(NamedTuple):
 
 
 class Examiner:
-    """Talks to the engine and the registry. Its methods return futures; ``held`` is what the engine held last."""
+    """Talks to the engine and the registry. Its methods return futures; ``held`` is what the engine held last,
+    ``examined`` the candidates that are being asked questions: they keep their places until that is done."""
 
     def __init__(self, config: Config, serving: Serving) -> None:
         home = Home(config.home)
         self.held: frozenset[str] = frozenset()
+        self.examined: set[str] = set()
         self.trouble: str | None = "the engine was not asked yet"
         self._config = config
         self._serving = serving
@@ -61,6 +63,7 @@ class Examiner:
         self._porter = Porter()
         self._questions = Questions(serving, home.root / "answers")
         self._wanted: dict[str, Release] = {}
+        self._pinned: dict[str, Release] = {}
         self._known: set[str] = set()
         self._counts: dict[Path, tuple[tuple[int, int], int]] = {}
         self._loop = asyncio.new_event_loop()
@@ -92,11 +95,12 @@ class Examiner:
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def keep(self, wanted: dict[str, Release], known: set[str]) -> None:
+    def keep(self, wanted: dict[str, Release], known: set[str], pinned: dict[str, Release] | None = None) -> None:
         """``wanted``: by adapter, the releases that the engine must hold. ``known``: all that it may be told to
-        drop when it is full: adapters of releases; others were loaded by somebody else, and stay.
+        drop when it is full: adapters of releases; others were loaded by somebody else, and stay. ``pinned``: what it
+        should hold beside them, what matters most first; from the last on they give way.
         """
-        self._wanted, self._known = dict(wanted), set(known)
+        self._wanted, self._known, self._pinned = dict(wanted), set(known), dict(pinned or {})
 
     def hold(self, release: Release) -> Future[None]:
         """Make a release's adapter resident now. Fails with AdapterRefused, RegistryError or ServingError."""
@@ -166,7 +170,8 @@ class Examiner:
     async def _make_room(self, coming: str) -> None:
         """Engines hold few adapters at once: drop those of ended releases before one too many comes."""
         held = await self._serving.adapters()
-        spare = [adapter for adapter in sorted(held & self._known) if adapter not in self._wanted]
+        spare = [adapter for adapter in self._pinned if adapter in held and adapter not in self._wanted]
+        spare += sorted(held & self._known - self.examined - self._wanted.keys() - self._pinned.keys())
         while coming not in held and len(held) >= self._config.serving.resident_adapters and spare:
             dropped = spare.pop()
             await self._serving.unload(dropped)
@@ -177,7 +182,8 @@ class Examiner:
             trouble = None
             try:
                 self.held = await self._serving.adapters()
-                for release in [r for adapter, r in self._wanted.items() if adapter not in self.held]:
+                missing = [r for a, r in (self._pinned | self._wanted).items() if a not in self.held]
+                for release in missing:
                     trouble = await self._given_back(release) or trouble
             except ServingError as error:
                 trouble = str(error)
@@ -204,6 +210,13 @@ class Examiner:
         await self._hold(release)
 
     async def _examine(self, release: Release) -> Decision:
+        self.examined.add(release.adapter)
+        try:
+            return await self._examination(release)
+        finally:
+            self.examined.discard(release.adapter)
+
+    async def _examination(self, release: Release) -> Decision:
         try:
             await self.prepared(release)
         except AdapterRefused as error:

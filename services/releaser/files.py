@@ -23,6 +23,7 @@ from typing import Any
 from everloop.config import Config, load
 from everloop.errors import AdapterRefused, EverloopError
 from everloop.home import Home
+from everloop.names import CHECKPOINT
 from everloop.registry import ADAPTER_FILES, Registry, allowed_files
 from everloop.release import Adapter
 
@@ -36,11 +37,12 @@ class AdapterFiles:
         self._config = config
         home = Home(config.home)
         self._folder = home.folder("adapters")
+        self._runs = home.root / "runs"
         self._registry = Registry(config.under_home(config.mlflow.uri), home.root / "mlartifacts")
         self._bases: dict[str, Any] = {}
 
     def bring(self, adapter: str, uri: str, tenant: str, policy: str) -> None:
-        """Have ``home/adapters/<adapter>``, downloaded where it is not here yet, and check it; see :meth:`check`.
+        """Have ``home/adapters/<adapter>``, fetched where it is not here yet, and check it; see :meth:`check`.
 
         What is refused is deleted where it was downloaded for this, or is not what its name says (the registry can
         give it again). Else it stays: other policies may serve it, and this one did with the base that it had.
@@ -52,13 +54,36 @@ class AdapterFiles:
         from trainer.policy.lora import content_hash
 
         fresh = not (self._folder / adapter).exists()
-        folder = self._registry.fetch(uri, adapter, self._folder, content_hash)
+        trained = CHECKPOINT.fullmatch(uri)
+        if trained is None:
+            folder = self._registry.fetch(uri, adapter, self._folder, content_hash)
+        else:
+            folder = self._copied(self._runs / trained[1] / "adapters" / adapter)
         try:
             self.check(folder, adapter, tenant, policy)
         except AdapterRefused:
             if fresh or not _is_whole(folder, adapter):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _copied(self, checkpoint: Path) -> Path:
+        """``home/adapters/<hash>``, a copy of a checkpoint's files. It stays when the run lets go of them: calls that
+        it answered name it. Raises AdapterRefused where they are gone."""
+        target = self._folder / checkpoint.name
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=self._folder) as scratch:
+            partial = Path(scratch) / checkpoint.name
+            partial.mkdir()
+            try:
+                for name in allowed_files(checkpoint):
+                    shutil.copyfile(checkpoint / name, partial / name)
+            except FileNotFoundError:
+                raise AdapterRefused(
+                    f"the files of this checkpoint are gone: a run keeps its newest (train.keep_checkpoints); {checkpoint}"
+                ) from None
+            partial.rename(target)
+        return target
 
     def check(self, folder: Path, adapter: str, tenant: str, policy: str) -> None:
         """Names, shapes, finite values and hash, against the policy's base, and whether the engine can serve it.

@@ -4,6 +4,7 @@
 
     adapters ─▶ candidate ─▶ Examiner (own thread): files, engine, gold ─▶ gated ─▶ canary ◀─ episodes, calls
                              Examiner: recent prompts, in the shadow ─────────┘     │ └─▶ its next, larger share
+    pins ─▶ adapters that are asked for by name: checked, loaded (pins.py)          │
     commands ─▶ orders, before anything else                                        │ verdict or guard
                                                                                     ▼
                                               live, retired, rolled back ─▶ route ─▶ gateways
@@ -40,6 +41,7 @@ from services.releaser.examiner import Examiner, Ready
 from services.releaser.history import History
 from services.releaser.journal import Journal, Tail
 from services.releaser.office import Office
+from services.releaser.pins import Pins
 from services.releaser.power import forecast, told
 from services.releaser.recent import recent
 from services.releaser.state import (
@@ -106,6 +108,7 @@ class Releaser:
         self.states = {f"{t}/{p}": PolicyState(t, p) for t, p in config.policies()}
         self.work = {key: Work(config.policy(s.tenant, s.policy)) for key, s in self.states.items()}
         self.office = Office(self)
+        self.pins = Pins(config, self.journal, examiner)
         self.rounds = 0
         self._clock = clock
         self._mirror_at = clock() + 30.0
@@ -119,6 +122,7 @@ class Releaser:
         try:
             while not stop.is_set():
                 self.office.receive(consumer, wait=ROUND)
+                self.pins.take(self._clock())
                 self._take_adapters(self._clock())  # first, so that an order can be about the newest candidate
                 self.office.carry_out(consumer)
                 self.round()
@@ -145,6 +149,8 @@ class Releaser:
         now = self._clock()
         for key, state in self.states.items():
             self._advance(state, self.work[key], now)
+        if self.pins.look(self.states, self._serving(), now):
+            self._keep()
         self._mirror(now)
         self.rounds += 1
 
@@ -167,13 +173,16 @@ class Releaser:
             logger.info("%s: release %s is %s: %s", state_key(state), release.id, release.state, release.reason)
         self._keep()
 
+    def _serving(self) -> dict[str, Release]:
+        """By adapter, what releases need resident."""
+        return {adapter: release for state in self.states.values() for adapter, release in state.resident.items()}
+
     def _keep(self) -> None:
-        wanted: dict[str, Release] = {}
-        for state in self.states.values():
-            wanted |= state.resident
         CANARIES.set(sum(state.canary is not None for state in self.states.values()))
         WAITING.set(sum(state.waiting is not None for state in self.states.values()))
-        self.examiner.keep(wanted, {r.adapter for state in self.states.values() for r in state.releases.values()})
+        wanted = self._serving()
+        known = {r.adapter for state in self.states.values() for r in state.releases.values()}
+        self.examiner.keep(wanted, known | self.pins.known, self.pins.wanted(wanted))
 
     def _take_adapters(self, now: float) -> None:
         for adapter in self.journal.new_adapters():
