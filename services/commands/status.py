@@ -163,6 +163,9 @@ def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:
     if last:
         why = last["reason"] or last["trigger"]
         yield f"  last run      {last['id']} {last['state']}, {clock(last['time'])}: {why}"
+    apart = its.get("mismatch")
+    if apart:
+        yield f"  log-probs     {apart['says']}"
 
 
 def _words(value: Any) -> str:
