@@ -154,9 +154,7 @@ class Cluster:
         task = self._actor.train.remote(request)
         return self._result(task, stop, f"run {request.run}", meanwhile)  # type: ignore[no-any-return]
 
-    def _result(
-        self, task: Any, stop: threading.Event, what: str, meanwhile: Callable[[], None] = lambda: None
-    ) -> Any:
+    def _result(self, task: Any, stop: threading.Event, what: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
         import ray
 
         while not stop.is_set():

@@ -16,8 +16,8 @@ from pipelines.batch import Batch
 from reward.encoder import Encoder
 from reward.features import Example
 from reward.model import Estimate, RewardModel
-from trainer import recipe as recipes
 from trainer import mismatch, synthetic
+from trainer import recipe as recipes
 from trainer.checkpoint import Checkpoints, Position, Samples
 from trainer.engine import Engine
 from trainer.engine_torch import EngineSettings, TorchEngine

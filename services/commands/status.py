@@ -117,8 +117,11 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
         "" if gold["enough"] else f": {gold['needed']} are needed to promote without a person (everloop gold import)"
     )
     yield f"  gold          {gold['items']} items{needed}"
+    for said in its.get("registry", []):
+        yield f"  registry      {said}"
     for pinned in its.get("pinned", []):
-        yield f"  pinned        {pinned['adapter'][:12]} ({pinned['uri']}), until {clock(pinned['until'])} if nobody calls it"
+        until = f"until {clock(pinned['until'])} if nobody calls it"
+        yield f"  pinned        {pinned['adapter'][:12]} ({pinned['uri']}), {until}"
     if its.get("frozen"):
         yield f"  frozen        {its['frozen']}"
     if its["paused"]:

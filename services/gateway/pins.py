@@ -39,14 +39,14 @@ Wanted = tuple[str, str, str]
 
 
 class Pins:
-    """Used by the event loop alone. ``renewed``: when each pinned adapter was last asked for, on the monotonic clock."""
+    """Used by the event loop alone."""
 
     def __init__(self, config: Config, log: Log, names: Names) -> None:
         self._log = log
         self._names = names
         self._longest = config.gateway.pin_timeout
         self._renew = seconds(config.serving.keep_pinned) / 10
-        self._renewed: dict[Wanted, float] = {}
+        self._renewed: dict[Wanted, float] = {}  # when each was last asked for, on the monotonic clock
         self._asking: dict[Wanted, asyncio.Task[Pin | None]] = {}
 
     async def resident(self, turn: Turn, model: str) -> None:

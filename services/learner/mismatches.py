@@ -62,8 +62,8 @@ class Mismatches:
         above = [version for version, its in measured.items() if not its["mean"] <= limit]  # also nan
         if above:
             says += (
-                f". WARNING: above train.max_mismatch ({limit:g}) for {', '.join(above)}: what is sampled is not what is "
-                "trained; look at the engine's precision (serving.vllm.dtype), template and adapter files"
+                f". WARNING: above train.max_mismatch ({limit:g}) for {', '.join(above)}: what is sampled is not what "
+                "is trained; look at the engine's precision (serving.vllm.dtype), template and adapter files"
             )
             logger.warning("%s: run %s: %s", key, run, says)
         return {"run": run, "says": says, "versions": measured, "above": above, "limit": limit}
@@ -84,6 +84,6 @@ def _short(version: str) -> str:
 def _sentence(version: str, its: dict[str, float]) -> str:
     whose = "of the run's own rollouts" if version == ROLLOUTS else f"of calls that {version} answered"
     return (
-        f"{whose} sampler and trainer differ by {its['mean']:.2g} nats a token on the mean, {its['p99']:.2g} at the 99th "
-        f"percentile, KL {its['kl']:.2g} ({its['tokens']:,.0f} tokens)"
+        f"{whose} sampler and trainer differ by {its['mean']:.2g} nats a token on the mean, {its['p99']:.2g} at the "
+        f"99th percentile, KL {its['kl']:.2g} ({its['tokens']:,.0f} tokens)"
     )

@@ -2,7 +2,7 @@
 
 ::
 
-    releaser loop (own thread) ──examine, hold, adopt, mirror──▶ event loop (this thread) ──HTTP──▶ engine
+    releaser loop (own thread) ──examine, hold, adopt, registry─▶ event loop (this thread) ──HTTP──▶ engine
         ▲                                                          │   └─▶ files process: registry, torch checks
         └───────────────── futures, polled, never awaited ◀────────┘
                                     reconcile, every second: what the engine holds against what it should hold
@@ -150,9 +150,9 @@ class Examiner:
         asked = {"source": folder, "tenant": tenant, "policy": policy, "reason": reason, "now": now}
         return Adapter.model_validate(await self._porter.ask("adopt", **asked))
 
-    def mirror(self, tenant: str, policy: str, uri: str | None) -> Future[None]:
-        """Point the registry's alias ``live`` at what is live; None: at nothing."""
-        return self._submit(self._porter.ask("mirror", tenant=tenant, policy=policy, uri=uri))
+    def registry(self, do: str, **asked: Any) -> Future[Any]:
+        """What one of :class:`services.releaser.files.AdapterFiles`' methods gives that speaks to the registry."""
+        return self._submit(self._porter.ask(do, **asked))
 
     async def _hold(self, release: Release) -> None:
         """Files that are in the home were checked when they came."""

@@ -58,7 +58,7 @@ class Pins:
         """Adapters that were ever loaded for a pin's sake: the engine may be told to drop them."""
 
     def take(self, now: float) -> None:
-        """Read what is asked for. Before the adapters of the same round, so that each one that is asked for is known."""
+        """Read what is asked for: before the adapters of the same round, so that each one that is meant is known."""
         for pin in self._journal.new_pins():
             self.known.add(pin.adapter)
             if pin.state is not PinState.ASKED:

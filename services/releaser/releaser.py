@@ -5,6 +5,7 @@
     adapters ─▶ candidate ─▶ Examiner (own thread): files, engine, gold ─▶ gated ─▶ canary ◀─ episodes, calls
                              Examiner: recent prompts, in the shadow ─────────┘     │ └─▶ its next, larger share
     pins ─▶ adapters that are asked for by name: checked, loaded (pins.py)          │
+    MLflow's aliases ◀─▶ requests to examine, and what is live (aliases.py)         │
     commands ─▶ orders, before anything else                                        │ verdict or guard
                                                                                     ▼
                                               live, retired, rolled back ─▶ route ─▶ gateways
@@ -37,6 +38,7 @@ from prometheus_client import Counter, Gauge
 
 from pipelines.gate import Decision
 from pipelines.sequential import Verdict, bounds, judge, stage_lacks
+from services.releaser.aliases import Aliases
 from services.releaser.examiner import Examiner, Ready
 from services.releaser.history import History
 from services.releaser.journal import Journal, Tail
@@ -109,11 +111,9 @@ class Releaser:
         self.work = {key: Work(config.policy(s.tenant, s.policy)) for key, s in self.states.items()}
         self.office = Office(self)
         self.pins = Pins(config, self.journal, examiner)
+        self.aliases = Aliases(config, examiner, self.journal.announce, clock())
         self.rounds = 0
         self._clock = clock
-        self._mirror_at = clock() + 30.0
-        self._mirrored: dict[str, str | None] = {}
-        self._mirroring: dict[str, tuple[str | None, Future[None]]] = {}
 
     def run(self, stop: threading.Event, after_round: Callable[[Releaser], None]) -> None:
         """Until ``stop``. Raises LogError where the log does not take a change: start anew, nothing is lost."""
@@ -151,7 +151,7 @@ class Releaser:
             self._advance(state, self.work[key], now)
         if self.pins.look(self.states, self._serving(), now):
             self._keep()
-        self._mirror(now)
+        self.aliases.look(self.states, now)
         self.rounds += 1
 
     def now(self) -> float:
@@ -361,22 +361,6 @@ class Releaser:
         if canary.verdict is not None:
             numbers |= canary.verdict.numbers()
         return {"canary": numbers}
-
-    def _mirror(self, now: float) -> None:
-        """The registry's alias follows what is live, a little later, and again until it has."""
-        if now < self._mirror_at:
-            return
-        for key, state in self.states.items():
-            uri = None if state.live is None else state.live.uri or None
-            under_way = self._mirroring.get(key)
-            if under_way is not None and under_way[1].done():
-                del self._mirroring[key]
-                if under_way[1].exception() is None:
-                    self._mirrored[key] = under_way[0]
-                else:
-                    self._mirror_at = now + LATER
-            elif under_way is None and self._mirrored.get(key) != uri:
-                self._mirroring[key] = uri, self.examiner.mirror(state.tenant, state.policy, uri)
 
 
 def state_key(state: PolicyState) -> str:

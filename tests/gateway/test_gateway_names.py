@@ -1,4 +1,4 @@
-"""What ``model`` may name beside a policy, and a pinned adapter that the engine lacks: asked for, waited for, answered."""
+"""What ``model`` may name beside a policy; a pinned adapter that the engine lacks is asked for and waited for."""
 
 from __future__ import annotations
 

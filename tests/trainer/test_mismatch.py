@@ -89,9 +89,7 @@ async def test_the_built_in_engine_and_the_trainer_agree(
     assert mismatch.of_calls(answered, policy, continued, "another") is None
 
 
-async def test_a_planted_shift_is_seen(
-    answered: Batch, policy: Policy, adapter: Path, continued: TorchEngine
-) -> None:
+async def test_a_planted_shift_is_seen(answered: Batch, policy: Policy, adapter: Path, continued: TorchEngine) -> None:
     shifted = replace(answered, items=[replace(i, logprobs=i.logprobs - 0.1) for i in answered.items])
     found = mismatch.of_calls(shifted, policy, continued, adapter.name)
     assert found is not None
