@@ -125,7 +125,7 @@ def damage_weights(folder: Path) -> None:
     [
         (damage_pickle, "adapter_model.bin has no place"),
         (damage_folder, "more has no place"),
-        (damage_other_base, "belongs to base '/home/me/model'.*say so as base_model_name_or_path"),
+        (damage_other_base, "belongs to base '/home/me/model'.*say so in its adapter_config.json"),
         (damage_config, "is not a LoRA configuration"),
         (damage_weights, "an adapter is adapter_config.json and adapter_model.safetensors alone"),
     ],

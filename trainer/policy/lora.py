@@ -178,7 +178,8 @@ def check(folder: Path, policy: Policy, expected_hash: str | None = None) -> Non
     if fields["base_model_name_or_path"] != policy.identity:
         raise AdapterRefused(
             f"the adapter in {folder} belongs to base {fields['base_model_name_or_path']!r}, not to "
-            f"{policy.identity!r}: where it was trained on these very weights, say so as base_model_name_or_path in its {CONFIG}"
+            f"{policy.identity!r}: where it was trained on these very weights, say so in its {CONFIG}, as "
+            "base_model_name_or_path"
         )
     expected: dict[str, tuple[int, int]] = {}
     for slot in slots(policy.model, fields):
