@@ -6,9 +6,10 @@
     store.rows("SELECT policy_version, avg(thumb) AS thumb FROM turns GROUP BY ALL")
 
 Views: ``events, episodes, turns, trajectories, rollouts, scores, feedback, preferences, releases, runs, adapters,
-rewards, routes, commands, pauses, dead_letters``, each the newest version of its things. ``rollouts`` are what
-policies in training answered: marked synthetic, and in no other view. ``history.<table>`` has every version that
-compaction has not folded: of releases, runs, routes and scores all that matter, of episodes the recent ones.
+rewards, routes, commands, pauses, pins, checkpoints, dead_letters``, each the newest version of its things.
+``rollouts`` are what policies in training answered: marked synthetic, and in no other view. ``history.<table>`` has
+every version that compaction has not folded: of releases, runs, routes and scores all that matter, of episodes the
+recent ones.
 An empty store has all of them, empty. A query can read nothing outside the store's folder and write nothing.
 """
 

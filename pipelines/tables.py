@@ -277,6 +277,20 @@ FEEDS: dict[str, Feed] = {
             identity=("tenant", "policy"),
             keeps=("id",),
         ),
+        _feed(
+            "pins",
+            topics.PINS,
+            {"id": text, "adapter": text, "state": text, "reason": text, "time": number},
+            identity=("tenant", "policy", "id"),
+            keeps=("state",),
+        ),
+        _feed(
+            "checkpoints",
+            topics.CHECKPOINTS,
+            {"run": text, "kept": text, "running": flag, "time": number},
+            structured=("kept",),
+            identity=("tenant", "policy", "run"),
+        ),
         Feed(topics.DEAD_LETTERS, DEAD_LETTERS, _dead_letter_row),
     )
 }

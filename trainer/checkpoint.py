@@ -15,6 +15,7 @@ from typing import NamedTuple
 from everloop.registry import Point
 
 from trainer.engine import Engine
+from trainer.request import ADAPTERS, SAMPLED, sampled, write_json
 
 KEPT = 2
 POSITION = "position.json"
@@ -62,6 +63,29 @@ class Checkpoints:
 
     def _whole(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("[0-9]*") if path.is_dir())
+
+
+class Samples:
+    """Adapter files of a run's newest checkpoints, ``adapters/<hash>/`` below its folder: to sample from.
+
+    ``adapters/sampled.json`` lists what can be had, oldest first: it names files only once they are there, and files
+    are dropped only once it no longer names them. ``keep``: how many, at least 1; one writer.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run = run
+        self._keep = keep
+
+    def add(self, engine: Engine, step: int) -> None:
+        """The policy as it is now, after ``step`` optimizer steps. A step that is taken again gives the same files."""
+        folder = self._run / ADAPTERS
+        made = engine.save_adapter(folder)
+        earlier = [one for one in sampled(self._run) if one[0] < step]
+        kept = [*earlier, (step, made)][-self._keep :]
+        write_json(folder / SAMPLED, {"kept": kept})
+        named = {adapter for _, adapter in kept}
+        for old in [path for path in folder.iterdir() if path.is_dir() and path.name not in named]:
+            shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:

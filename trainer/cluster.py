@@ -22,7 +22,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,20 +143,22 @@ class Cluster:
         task = self._actor.estimate.remote(str(snapshot.absolute()), encoder, list(examples), self.cpus)
         return self._result(task, stop, "scoring a batch")  # type: ignore[no-any-return]
 
-    def train(self, request: Request, stop: threading.Event) -> Trained:
-        """Run it to its end.
+    def train(self, request: Request, stop: threading.Event, meanwhile: Callable[[], None] = lambda: None) -> Trained:
+        """Run it to its end; ``meanwhile`` is called twice a second.
 
         Raises:
             Interrupted: ``stop`` was set meanwhile.
             ClusterFailed: the worker died more often than it is started again, or Ray is gone.
             Exception: what the run itself raised: TrainingDiverged, or anything of a researcher's own algorithm.
         """
-        return self._result(self._actor.train.remote(request), stop, f"run {request.run}")  # type: ignore[no-any-return]
+        task = self._actor.train.remote(request)
+        return self._result(task, stop, f"run {request.run}", meanwhile)  # type: ignore[no-any-return]
 
-    def _result(self, task: Any, stop: threading.Event, what: str) -> Any:
+    def _result(self, task: Any, stop: threading.Event, what: str, meanwhile: Callable[[], None] = lambda: None) -> Any:
         import ray
 
         while not stop.is_set():
+            meanwhile()
             ready, _ = ray.wait([task], timeout=LOOK_EVERY)
             if not ready:
                 continue

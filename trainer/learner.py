@@ -16,9 +16,9 @@ from pipelines.batch import Batch
 from reward.encoder import Encoder
 from reward.features import Example
 from reward.model import Estimate, RewardModel
+from trainer import mismatch, synthetic
 from trainer import recipe as recipes
-from trainer import synthetic
-from trainer.checkpoint import Checkpoints, Position
+from trainer.checkpoint import Checkpoints, Position, Samples
 from trainer.engine import Engine
 from trainer.engine_torch import EngineSettings, TorchEngine
 from trainer.gather import Sources
@@ -32,14 +32,20 @@ JUDGED_AT_ONCE = 500  # answers: bounds the features that are held for them
 
 
 class Training:
-    """One run under way, as :func:`trainer.algorithm.train` is given it: checkpoints, material and curves on disk."""
+    """One run under way, as :func:`trainer.algorithm.train` is given it: checkpoints, material and curves on disk.
 
-    def __init__(self, engine: Engine, recipe: Recipe, sources: Sources, seed: int, folder: Path) -> None:
+    ``samples``: of how many of the newest checkpoints adapter files are kept as well; 0: none.
+    """
+
+    def __init__(
+        self, engine: Engine, recipe: Recipe, sources: Sources, seed: int, folder: Path, samples: int = 0
+    ) -> None:
         self.engine, self.recipe, self.sources, self.seed = engine, recipe, sources, seed
         self.folder = folder
         self.curves: list[Point] = []
         self.position = Position()
         self._checkpoints = Checkpoints(folder / "checkpoints")
+        self._samples = Samples(folder, samples) if samples else None
 
     def resume(self) -> tuple[int, int]:
         self.position, self.curves = self._checkpoints.restore(self.engine)
@@ -57,6 +63,8 @@ class Training:
         self.position = Position(number + 1, 0, taken) if last else Position(number, step + 1, taken)
         self.curves += [Point(name, taken, float(value)) for name, value in sorted(metrics.items())]
         if last or taken % self.recipe.checkpoint_every == 0:
+            if self._samples is not None:  # first: a checkpoint that a kill leaves has its files
+                self._samples.add(self.engine, taken)
             self._checkpoints.save(self.engine, self.position, self.curves)
         self.report({"phase": "steps", "round": number, "step": taken, **metrics})
 
@@ -99,18 +107,21 @@ class Learner:
         started = time.monotonic()
         recipe = recipes.parse(request.recipe, request.run)
         sources = self._sources(request, recipe)
-        training = Training(self._engine(request, recipe), recipe, sources, request.seed, folder)
+        training = Training(self._engine(request, recipe), recipe, sources, request.seed, folder, request.samples)
         if request.store is not None:
             training.sources = replace(
                 sources, keep=lambda drawn: synthetic.keep(request, sources.batch, training.position, drawn)
             )
+        # The engine has the parent's weights now, also in a run that will go on from a checkpoint.
+        apart = mismatch.of_calls(sources.batch, sources.policy, training.engine, mismatch.parent_of(request.parent))
         recipes.algorithm(recipe)(training)
-        return self._finish(training, Path(request.adapters), time.monotonic() - started)
+        metrics = {"seconds": time.monotonic() - started} | (apart.named("calls") if apart else {})
+        return self._finish(training, Path(request.adapters), metrics)
 
-    def _finish(self, training: Training, adapters: Path, seconds: float) -> Trained:
+    def _finish(self, training: Training, adapters: Path, metrics: dict[str, float]) -> Trained:
         training.engine.save_value_head(training.folder / VALUE_HEAD)
         adapter = training.engine.save_adapter(adapters)
-        result = Trained(adapter, {**summary(training), "seconds": seconds}, training.curves)
+        result = Trained(adapter, {**summary(training), **metrics}, training.curves)
         result.save(training.folder)
         return result
 
@@ -177,6 +188,8 @@ def summary(training: Training) -> dict[str, float]:
     counts = {f"answers_{source}": float(sum(a.source == source for a in answers)) for source in SOURCES}
     samples = sum(a.count for a in fresh)
     reward = sum(a.count * a.reward for a in fresh) / samples if samples else 0.0
+    apart = mismatch.of_rollouts(answers)
+    counts |= apart.named("rollouts") if apart else {}
     return {**told, **counts, "steps": float(steps), "rollouts": float(samples), "rollout_reward": reward}
 
 

@@ -5,6 +5,7 @@ A run's folder holds everything that it needs to go on after a kill, and nothing
     request.json            what was asked, with the whole recipe
     round-0.parquet …       the material of each round: what the steps read, also after a kill
     checkpoints/00000010/   engine state and position
+    adapters/<hash>/        adapter files of the newest checkpoints, to sample from; sampled.json lists them
     progress.json           for status pages
     value_head.safetensors  for the run that continues from this one's adapter
     result.json             written last: the run is done
@@ -21,6 +22,7 @@ from typing import Any
 from everloop.registry import Point
 
 REQUEST, RESULT, PROGRESS = "request.json", "result.json", "progress.json"
+ADAPTERS, SAMPLED = "adapters", "sampled.json"
 VALUE_HEAD = "value_head.safetensors"
 
 
@@ -32,7 +34,8 @@ class Request:
     lag cap; None: all are. ``threads`` of torch are part of the request, for the order of sums depends on them.
     ``reward``: folder of the snapshot that judges; None: there is none yet. ``store``: the store's folder, where fresh
     rollouts are kept before they are used; None: this run is nobody's (a benchmark's). ``time``: when it was asked for.
-    ``max_tokens``: of an answer of the policy, where nobody says otherwise.
+    ``max_tokens``: of an answer of the policy, where nobody says otherwise. ``samples``: of how many of the newest
+    checkpoints the adapter files are kept, to sample from; 0: none.
     """
 
     run: str
@@ -52,6 +55,7 @@ class Request:
     store: str | None = None
     time: float = 0.0
     max_tokens: int = 256
+    samples: int = 0
 
     def save(self) -> None:
         path = Path(self.folder) / REQUEST
@@ -83,6 +87,15 @@ class Trained:
             return None
         fields = json.loads(path.read_text())
         return cls(fields["adapter"], fields["metrics"], [Point(*point) for point in fields["curves"]])
+
+
+def sampled(folder: Path) -> list[tuple[int, str]]:
+    """(step, adapter) of the checkpoints that a run's folder has the adapter files of, oldest first."""
+    try:
+        listed = json.loads((folder / ADAPTERS / SAMPLED).read_text())
+    except FileNotFoundError:
+        return []
+    return [(int(step), str(adapter)) for step, adapter in listed["kept"]]
 
 
 def write_json(path: Path, fields: dict[str, Any], *, durable: bool = True) -> None:

@@ -29,6 +29,7 @@ class GatewayConfig(Section):
     max_body_bytes: int = Field(default=4_194_304, ge=1024)
     timeout: float = Field(default=300, gt=0, description="seconds for one whole answer")
     redact: str | None = Field(default=None, description="'module:function', takes and returns event fields")
+    pin_timeout: float = Field(default=20, gt=0, description="seconds that a pinned name waits for its adapter")
     allow_origins: tuple[str, ...] = Field(default=(), description="browser origins that may give feedback")
 
     @field_validator("redact")
@@ -72,6 +73,9 @@ class ServingConfig(Section):
     max_batch: int = Field(default=64, ge=1)
     queue: int = Field(default=256, ge=1, description="waiting requests above it are answered 429")
     resident_adapters: int = Field(default=6, ge=2)
+    keep_pinned: str = Field(
+        default="10m", description="without a call that names it, after which a pinned adapter gives way to others"
+    )
     threads: int = Field(default=0, ge=0, description="of torch; 0: as many as there are cores")
     targets: tuple[Target, ...] | None = Field(
         default=None, min_length=1, description="groups of weights whose LoRA it can serve; unset: found out, else all"
@@ -84,6 +88,12 @@ class ServingConfig(Section):
         if isinstance(url, list | tuple):
             return _several(url)
         return url if url in OURS else _engine_url(url)
+
+    @field_validator("keep_pinned")
+    @classmethod
+    def _is_a_time(cls, keep_pinned: str) -> str:
+        seconds(keep_pinned)
+        return keep_pinned
 
     @property
     def ours(self) -> bool:
@@ -158,6 +168,7 @@ class AssembleConfig(Section):
 
 class MlflowConfig(Section):
     uri: str = Field(default="sqlite:///mlflow.db", description="a SQLite file below the home, or a server's URL")
+    poll: float = Field(default=5, ge=0, description="seconds between looks at the aliases of models; 0: never")
 
     @field_validator("uri")
     @classmethod
@@ -202,6 +213,12 @@ class TrainConfig(Section):
     window: int = Field(default=4000, ge=1, description="newest scored episodes that a batch is drawn from")
     max_lag: int = Field(default=4, ge=1, description="releases back that a behaviour policy may be for PPO")
     seed: int = 0
+    keep_checkpoints: int = Field(
+        default=3, ge=0, description="newest checkpoints of a run that can be sampled from; 0: none"
+    )
+    max_mismatch: float = Field(
+        default=0.05, gt=0, description="nats a token between engine and trainer, on the mean; above it: a warning"
+    )
 
     @property
     def every_seconds(self) -> float | None:

@@ -113,6 +113,9 @@ class Call(Contract):
     release: str | None = Field(default=None, description="release in progress when it was assigned; None: none")
     arm: Literal["live", "canary", "control"] = "live"
     probability: float = Field(default=1.0, description="with which this unit was assigned to this arm")
+    pinned: bool = Field(
+        default=False, description="the request named this version: it says nothing about a release or about traffic"
+    )
     latency: float = Field(default=0.0, description="seconds, request to last token")
     error: str | None = Field(default=None, description="why the call failed; None: it did not")
     error_code: str | None = Field(default=None, description="the kind of failure, as the client was told it")

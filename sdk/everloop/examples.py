@@ -11,6 +11,7 @@ from everloop.contract import Contract
 from everloop.episode import Episode, Turn
 from everloop.event import Call, CallTokens, Ended, Event, FeedbackGiven, Message, Sampling, ToolResult
 from everloop.feedback import Feedback, FeedbackKind
+from everloop.names import Checkpoint, Checkpoints, Pin, PinState
 from everloop.release import Adapter, CanaryPlan, Release, Route
 from everloop.run import Command, CommandKind, DeadLetter, RewardVersion, Run, RunState
 from everloop.score import Score
@@ -90,6 +91,8 @@ EXAMPLES: dict[str, Contract] = {
     ),
     "route": Route(epoch=2, live="9f2c", uris={"9f2c": "models:/x/1"}, time=NOON, **OWNER),
     "command": Command(id="c", kind=CommandKind.RETRAIN, arguments={"seed": 3}, time=NOON, **OWNER),
+    "pin": Pin(id="pin_1", adapter="9f2c", state=PinState.FULL, reason="no room", time=NOON, **OWNER),
+    "checkpoints": Checkpoints(run="run_1", kept=(Checkpoint(step=10, adapter="9f2c"),), time=NOON, **OWNER),
     "dead letter": DeadLetter(
         id="d",
         handler="score",

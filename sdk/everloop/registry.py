@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 RUN_TAG = "everloop.run"
 ADAPTER_TAG = "everloop.adapter"
+REFUSED_TAG = "everloop.refused"
+"""Of a model version: why its files are no adapter that can be served."""
+MODEL_CARD = "README.md"
+"""PEFT writes one beside an adapter. It is left behind."""
 ADAPTER_FILES = "adapter"
 """Name of the artifact folder of a run that holds the adapter."""
 
@@ -55,6 +59,14 @@ class Point(NamedTuple):
 def model_name(tenant: str, policy: str) -> str:
     """The registered model of a policy, such as ``default.assistant``."""
     return f"{tenant}.{policy}"
+
+
+class Version(NamedTuple):
+    """One version of a policy's model. ``run``: the registry's id of the run that made it; "": none is named."""
+
+    uri: str
+    run: str
+    tags: dict[str, str]
 
 
 class Registry:
@@ -182,6 +194,24 @@ class Registry:
         with self._client() as client:
             client.delete_registered_model_alias(model_name(tenant, policy), alias)
 
+    def aliases(self, tenant: str, policy: str) -> dict[str, str]:
+        """The number of a version by its alias; empty where the policy has no model yet."""
+        with self._client() as client:
+            found = client.search_registered_models(f"name = '{model_name(tenant, policy)}'", max_results=1)
+            return {str(alias): str(version) for alias, version in found[0].aliases.items()} if found else {}
+
+    def version(self, tenant: str, policy: str, number: str) -> Version:
+        name = model_name(tenant, policy)
+        with self._client() as client:
+            found = client.get_model_version(name, number)
+            return Version(f"models:/{name}/{number}", str(found.run_id or ""), dict(found.tags))
+
+    def mark(self, uri: str, tag: str, text: str) -> None:
+        """Write a tag on a version: what became of it, for those who look there."""
+        name, version = _version_of(uri)
+        with self._client() as client:
+            client.set_model_version_tag(name, version, tag, text[:5000])
+
     def download(self, uri: str, into: Path) -> Path:
         """The files of an adapter, in ``into``. ``uri``: models:/name/3 or models:/name@alias.
 
@@ -192,6 +222,8 @@ class Registry:
             import mlflow.artifacts
 
             source = _source(client, uri)
+            for found in mlflow.artifacts.list_artifacts(artifact_uri=source, tracking_uri=self.uri):
+                _check_name(Path(found.path).name, plain=not found.is_dir)  # before anything of it comes here
             folder = Path(
                 mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=self.uri)
             )
@@ -225,18 +257,23 @@ class Registry:
 
 
 def allowed_files(folder: Path) -> list[str]:
-    """Names of an adapter's files. Raises AdapterRefused where a folder holds anything else, or a link."""
+    """Names of an adapter's files. Raises AdapterRefused where a folder holds anything else (a model card may lie
+    there, and is none of them), or a link."""
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
-        path = folder / name
-        fits = name == "adapter_config.json" or name.endswith(".safetensors")
-        if not fits or path.is_symlink() or not path.is_file():
-            raise AdapterRefused(f"{name} has no place in an adapter: only adapter_config.json and *.safetensors do")
+        _check_name(name, plain=(folder / name).is_file() and not (folder / name).is_symlink())
+    names = [name for name in names if name != MODEL_CARD]
     if "adapter_config.json" not in names or len(names) < 2:
         raise AdapterRefused(
             f"an adapter is adapter_config.json and *.safetensors; found: {', '.join(names) or 'none'}"
         )
     return names
+
+
+def _check_name(name: str, *, plain: bool) -> None:
+    fits = name in ("adapter_config.json", MODEL_CARD) or name.endswith(".safetensors")
+    if not fits or not plain:
+        raise AdapterRefused(f"{name} has no place in an adapter: only adapter_config.json and *.safetensors do")
 
 
 def _version_of(uri: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from everloop.contract import Contract
 from everloop.episode import Episode
 from everloop.event import Event
+from everloop.names import Checkpoints, Pin
 from everloop.release import Adapter, Release, Route
 from everloop.run import Command, DeadLetter, RewardVersion, Run
 from everloop.score import Score
@@ -72,6 +73,23 @@ COMMANDS = Topic(
 PAUSES = Topic(
     "pauses", Command, "tenant/policy", (), ("learner", "releaser", "assembler"), compacted=True, partitioned=False
 )
+PINS = Topic(
+    "pins",
+    Pin,
+    "tenant/policy",
+    ("gateway", "releaser"),
+    ("gateway", "releaser", "assembler"),
+    partitioned=False,
+)
+CHECKPOINTS = Topic(
+    "checkpoints",
+    Checkpoints,
+    "tenant/policy/run",
+    ("learner",),
+    ("gateway", "releaser", "assembler"),
+    compacted=True,
+    partitioned=False,
+)
 DEAD_LETTERS = Topic(
     "dead-letters", DeadLetter, "handler", (*ALL_HANDLERS, "releaser"), ("assembler",), partitioned=False
 )
@@ -90,6 +108,8 @@ TOPICS = {
         ROUTES,
         COMMANDS,
         PAUSES,
+        PINS,
+        CHECKPOINTS,
         DEAD_LETTERS,
     )
 }

@@ -1,8 +1,8 @@
 """Ask DuckDB about what was captured, scored and released. Read-only.
 
 Views: episodes, turns (one row a call), trajectories, rollouts (synthetic), scores, feedback, preferences, releases,
-runs, adapters, rewards, routes, commands, pauses, dead_letters, events: the newest version of each thing;
-history.<view> has all versions. Times are seconds since 1970; a table for people shows them as dates, in UTC.
+runs, adapters, rewards, routes, commands, pauses, pins, checkpoints, dead_letters, events: the newest version of each
+thing; history.<view> has all versions. Times are seconds since 1970; a table for people shows them as dates, in UTC.
 
   everloop sql "select policy_version, arm, count(*), avg(thumb) from turns group by all"
 """

@@ -144,6 +144,11 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
         "" if gold["enough"] else f": {gold['needed']} are needed to promote without a person (everloop gold import)"
     )
     yield f"  gold          {gold['items']} items{needed}"
+    for said in its.get("registry", []):
+        yield f"  registry      {said}"
+    for pinned in its.get("pinned", []):
+        until = f"until {clock(pinned['until'])} if nobody calls it"
+        yield f"  pinned        {pinned['adapter'][:12]} ({pinned['uri']}), {until}"
     if its.get("frozen"):
         yield f"  frozen        {its['frozen']}"
     if its["paused"]:
@@ -203,6 +208,9 @@ def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:
     if last:
         why = last["reason"] or last["trigger"]
         yield f"  last run      {last['id']} {last['state']}, {clock(last['time'])}: {why}"
+    apart = its.get("mismatch")
+    if apart:
+        yield f"  log-probs     {apart['says']}"
 
 
 def _words(value: Any) -> str:

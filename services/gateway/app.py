@@ -24,8 +24,9 @@ from services.gateway.conversations import Conversations
 from services.gateway.door import Door
 from services.gateway.events import EventDesk
 from services.gateway.feedback import FeedbackDesk
-from services.gateway.keys import Keys
+from services.gateway.keys import Key, Keys
 from services.gateway.metrics import Metrics
+from services.gateway.pins import Pins
 from services.gateway.provider import Providers
 from services.gateway.refusals import Refused, from_log
 from services.gateway.retries import Recovered, Retries
@@ -78,10 +79,9 @@ class Gateway:
         self.capture = Capture(appends or sealed_log(config, home, log), hook, self.metrics)
         self.providers = Providers(config)
         turns = Turns(config, ids, self.routes, self.conversations, self.providers)
-        slowest = self.providers.slowest
-        self._calls = Calls(
-            config, self._door, turns, serving, self.capture, Retries(secret), self._recovered, self.metrics, slowest
-        )
+        pins = Pins(config, log, self.routes.names)
+        about = (Retries(secret), self._recovered, self.metrics, self.providers.slowest)
+        self._calls = Calls(config, self._door, turns, pins, serving, self.capture, *about)
         desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)
         self._events = EventDesk(*desk)
@@ -103,7 +103,7 @@ class Gateway:
         for path in ("chat/completions", "completions"):
             router.add_post(f"/v1/{path}", self._guarded(f"/v1/{path}", self._calling(path)))
         router.add_get("/v1/models", self._guarded("/v1/models", self._models))
-        router.add_get("/v1/models/{model}", self._guarded("/v1/models", self._model))
+        router.add_get("/v1/models/{model:.+}", self._guarded("/v1/models", self._model))
         router.add_post("/v1/feedback", self._guarded("/v1/feedback", self._cross_origin(self._feedback.give)))
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
@@ -145,15 +145,24 @@ class Gateway:
 
     async def _models(self, request: web.Request) -> web.Response:
         key = self._door.key(request, "call")
-        models = [_model(name, key.tenant) for name in self.config.tenants[key.tenant].policies]
-        return _json({"object": "list", "data": models})
+        return _json({"object": "list", "data": self._models_of(key)})
 
     async def _model(self, request: web.Request) -> web.Response:
         key = self._door.key(request, "call")
         name = request.match_info["model"]
-        if name not in self.config.tenants[key.tenant].policies:
+        found = next((model for model in self._models_of(key) if model["id"] == name), None)
+        if found is None:
             raise Refused(404, f"there is no model {name[:64]!r}; see GET /v1/models", "model_not_found", "model")
-        return _json(_model(name, key.tenant))
+        return _json(found)
+
+    def _models_of(self, key: Key) -> list[dict[str, Any]]:
+        """A tenant's policies; for those who may pin also the newest of what they may pin."""
+        policies = list(self.config.tenants[key.tenant].policies)
+        models = [_model(name, key.tenant) for name in policies]
+        for policy in policies if key.may("pin") else ():
+            for name, adapter, made in self.routes.names.listed(key.tenant, policy):
+                models.append(_model(name, key.tenant) | {"created": int(made), "root": adapter, "parent": policy})
+        return models
 
     def _guarded(self, route: str, handler: Handler) -> Handler:
         """Refusals become answers, and every answer is counted; nothing else that goes wrong ends the service."""

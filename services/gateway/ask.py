@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 from everloop.config import PolicyConfig
+from everloop.names import SCHEME
 from everloop.serving.base import Route
 
 from services.gateway.refusals import Refused
@@ -173,8 +174,21 @@ def parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def read(route: Route, body: dict[str, Any], policies: dict[str, PolicyConfig]) -> Ask:
-    """The request in ``body``. Raises Refused: 400 for what is not sound, 404 for a model that is not there."""
+def nothing_trained(name: str) -> str | None:
+    """Where no checkpoint of any run is known."""
+    return None
+
+
+def read(
+    route: Route,
+    body: dict[str, Any],
+    policies: dict[str, PolicyConfig],
+    trained: Callable[[str], str | None] = nothing_trained,
+) -> Ask:
+    """The request in ``body``. ``trained`` knows the policy of a checkpoint's name, or that there is none (None).
+
+    Raises Refused: 400 for what is not sound, 404 for a model that is not there.
+    """
     present = {name: value for name, value in body.items() if value is not None}
     for name, value in present.items():
         check = CHECKS.get(name)
@@ -184,7 +198,10 @@ def read(route: Route, body: dict[str, Any], policies: dict[str, PolicyConfig]) 
     model = present.get("model")
     if not model:
         raise bad("'model' is missing: name one of your policies (see GET /v1/models)", "model")
-    policy, _, pin = model.partition("@")
+    if model.startswith(SCHEME):
+        policy, pin = trained(model) or "", model
+    else:
+        policy, _, pin = model.partition("@")
     config = policies.get(policy)
     if config is None or model.endswith("@"):
         known = ", ".join(policies) or "none"

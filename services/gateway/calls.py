@@ -35,6 +35,7 @@ from services.gateway.ask import Ask, bad, parse, read
 from services.gateway.capture import Capture
 from services.gateway.door import Door
 from services.gateway.metrics import Metrics
+from services.gateway.pins import Pins
 from services.gateway.refusals import SOON, Refused, error_fields, from_engine, from_log
 from services.gateway.retries import Finished, Promise, Recovered, Retries
 from services.gateway.tries import Patient, Tries
@@ -61,6 +62,7 @@ class Calls:
         config: Config,
         door: Door,
         turns: Turns,
+        pins: Pins,
         serving: Answering,
         capture: Capture,
         retries: Retries,
@@ -74,6 +76,7 @@ class Calls:
         self._ends: float | None = None  # when what is then under way is broken off, in the loop's time
         self._door = door
         self._turns = turns
+        self._pins = pins
         self._serving = serving
         self._capture = capture
         self._retries = retries
@@ -83,7 +86,7 @@ class Calls:
     async def answer(self, request: web.Request, path: Path) -> Answered:
         key = self._door.key(request, "call")
         raw = await self._door.body(request)
-        ask = read(path, parse(raw), self._tenants[key.tenant].policies)
+        ask = read(path, parse(raw), self._tenants[key.tenant].policies, self._turns.trained(key))
         if _unrecorded(request):
             return await self._answer(request, ask, self._turns.begin_unrecorded(key, ask), _nothing)
         mark = self._retries.mark(request, key.tenant, raw)
@@ -194,7 +197,9 @@ class Calls:
 
     async def _complete(self, ask: Ask, turn: Turn) -> dict[str, Any]:
         tries = Tries(self._turns.versions(turn))
-        for version in tries:
+        for again, version in enumerate(tries):
+            if again and turn.pinned:
+                await self._pins.resident(turn, ask.model)
             try:
                 answer = await self._serving_of(turn, version).complete(ask.route, _for(ask, turn, version))
             except ServingError as error:
@@ -206,7 +211,9 @@ class Calls:
 
     async def _chunks(self, ask: Ask, turn: Turn) -> AsyncGenerator[dict[str, Any]]:
         tries = Tries(self._turns.versions(turn))
-        for version in tries:
+        for again, version in enumerate(tries):
+            if again and turn.pinned:
+                await self._pins.resident(turn, ask.model)
             stream = self._serving_of(turn, version).stream(ask.route, _for(ask, turn, version))
             begun = False
             try:
@@ -236,13 +243,16 @@ class Calls:
         if version == PROVIDER and turn.aside is not None:
             ask.sampling = turn.aside.sampling
             self._metrics.provider_calls.labels(turn.aside.provider.config.role).inc()
+        elif turn.pinned and version != BASE:
+            self._pins.used(turn)
         if turn.served != version:
             turn.served = version
             self._metrics.fallbacks.labels(turn.assignment.arm).inc()
 
     def _nobody(self, ask: Ask, turn: Turn) -> Exception:
-        if turn.pinned:
-            return Refused(404, f"the engine does not hold {ask.model!r} now", "model_not_found", "model")
+        if turn.pinned and turn.assignment.version != BASE:
+            why = f"the engine let {ask.model!r} go as soon as it was loaded: others need its place. Try again"
+            return Refused(503, why, "model_not_resident", "model", headers=SOON)
         return ServingError(f"the engine holds no model {turn.base!r}", status=503, code="engine_unavailable")
 
 

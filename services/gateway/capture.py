@@ -203,6 +203,7 @@ def call_event(
             "release": assignment.release,
             "arm": assignment.arm,
             "probability": assignment.probability,
+            "pinned": turn.pinned,
             "latency": latency,
             "error": error,
             "error_code": code,

@@ -2,11 +2,12 @@
 
 ::
 
-    releaser ──▶ ``routes``   ──read every 50 ms──▶ follow(), own thread ──replaces──▶ Routes._table, ._adapters
-    learner  ──▶ ``adapters`` ──┘                                                          │
-                                                      event loop: reads them, never waits ◀┘
+    releaser ──▶ ``routes``      ──read every 50 ms──▶ follow(), own thread ──replaces──▶ Routes._table, .names
+    learner  ──▶ ``adapters``    ──┤                                                          │
+             ──▶ ``checkpoints`` ──┤                     event loop: reads them, never waits ◀┘
+    releaser ──▶ ``pins``        ──┘ (only while somebody waits for a pinned adapter)
 
-Adapters are followed for the sake of pins: a researcher may ask for one of the policy's own that has no route.
+Adapters and checkpoints are followed for the sake of pins: a researcher may ask for one that has no route.
 
 Where the log may be away when the gateway starts, what was read last is kept in a file, and answers until then.
 """
@@ -18,6 +19,7 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +27,12 @@ import orjson
 from everloop.errors import ContractError, LogError, LogRefused
 from everloop.event import BASE, PROVIDER
 from everloop.log.base import Log, Record
+from everloop.names import Checkpoints, Pin
 from everloop.release import Adapter, Route
-from everloop.topics import ADAPTERS, ROUTES
+from everloop.topics import ADAPTERS, CHECKPOINTS, PINS, ROUTES
 from everloop.wire import BlobStore, decode
+
+from services.gateway.names import Names
 
 logger = logging.getLogger(__name__)
 EVERY = 0.05  # seconds between looks: a route is followed within 100 ms
@@ -52,7 +57,13 @@ class Routes:
         self._kept = kept
         self._offsets: dict[tuple[str, int], int] = {}
         self._table: dict[tuple[str, str], Route] = {}
-        self._adapters: dict[tuple[str, str], frozenset[str]] = {}
+        self.names = Names()
+        self._takers: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+            ROUTES.name: (Route, self._replace),
+            ADAPTERS.name: (Adapter, self.names.take_adapter),
+            CHECKPOINTS.name: (Checkpoints, self.names.take_checkpoints),
+            PINS.name: (Pin, self.names.take_pin),
+        }
         self._read_at = -math.inf
         self.trouble: str | None = None
         self.unready: str | None = None
@@ -96,7 +107,7 @@ class Routes:
 
     def versions(self, tenant: str, policy: str) -> frozenset[str]:
         """Every adapter that was made for this policy, released or not."""
-        return self._adapters.get((tenant, policy), frozenset())
+        return self.names.adapters((tenant, policy))
 
     def epoch(self) -> int:
         """The newest epoch of any route."""
@@ -109,16 +120,20 @@ class Routes:
     def catch_up(self) -> None:
         """Read what is new. Called before the gateway is ready, then by follow."""
         if not self._offsets:
-            topics = (ROUTES.name, ADAPTERS.name)
+            topics = (ROUTES.name, ADAPTERS.name, CHECKPOINTS.name)
             self._offsets = {(t, partition): 0 for t in topics for partition in range(self._log.partitions(t))}
+            ends = self._log.end_offsets(PINS.name)  # nobody here waits for what was said before
+            self._offsets |= {(PINS.name, partition): end for partition, end in enumerate(ends)}
         news = self._read_at == -math.inf  # that there is no route is worth keeping too
         for (topic, partition), offset in self._offsets.items():
+            if topic == PINS.name and not self.names.awaited:
+                continue
             while records := self._log.read(topic, partition, offset):
                 for record in records:
                     self._take(record)
                 offset = records[-1].offset + 1
                 self._offsets[topic, partition] = offset
-                news = True
+                news |= topic in (ROUTES.name, ADAPTERS.name)
         self._read_at = time.monotonic()
         if news and self._kept is not None:
             self._keep(self._kept)
@@ -143,7 +158,7 @@ class Routes:
         """For a start without the log. A disk that does not take it takes nothing from those that answer now."""
         kept = {
             "routes": [route.model_dump() for route in self._table.values()],
-            "adapters": [[*unit, sorted(hashes)] for unit, hashes in self._adapters.items()],
+            "adapters": self.names.plain(),
         }
         partial = path.with_suffix(".partial")
         try:
@@ -160,8 +175,7 @@ class Routes:
             kept = orjson.loads(self._kept.read_bytes()) if self._kept is not None else {}
             for fields in kept["routes"]:
                 self._replace(Route.model_validate(fields))
-            for tenant, policy, hashes in kept["adapters"]:
-                self._adapters[tenant, policy] = frozenset(hashes)
+            self.names.restore(kept["adapters"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return True
@@ -170,21 +184,15 @@ class Routes:
         if record.value is None:
             return
         try:
-            if record.topic == ADAPTERS.name:
-                self._make_known(decode(Adapter, record.value, self._blobs))
-            else:
-                self._replace(decode(Route, record.value, self._blobs))
+            contract, take = self._takers[record.topic]
+            take(decode(contract, record.value, self._blobs))
         except ContractError as error:
             logger.error("a record of %s that cannot be read is passed over: %s", record.topic, error)
-
-    def _make_known(self, adapter: Adapter) -> None:
-        unit = (adapter.tenant, adapter.policy)
-        self._adapters[unit] = self._adapters.get(unit, frozenset()) | {adapter.hash}
 
     def _replace(self, route: Route) -> None:
         unit = (route.tenant, route.policy)
         named = {v for v in (route.live, route.canary, *route.uris) if v is not None and v != BASE}
-        self._adapters[unit] = self._adapters.get(unit, frozenset()) | named
+        self.names.take_hashes(unit, named)
         held = self._table.get(unit)
         if held is None or route.epoch > held.epoch:
             self._table[unit] = route

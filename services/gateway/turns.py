@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -147,15 +149,21 @@ class Turns:
             aside=self._aside(key, ask, version),
         )
 
+    def trained(self, key: Key) -> Callable[[str], str | None]:
+        """Whose checkpoint a name means, for ``ask.read``."""
+        return functools.partial(self._routes.names.policy_of, key.tenant)
+
     def versions(self, turn: Turn) -> list[str]:
         """Who may answer, in order: the assigned version; where an engine lacks it, the live one, then the base.
 
-        An incumbent provider stands where the base would; any provider stands last, for where no engine answers.
+        An incumbent provider stands where the base would; any provider stands last, for where no engine answers. A
+        pinned adapter stands alone, and once more after it was loaded.
         """
+        version = turn.assignment.version
         if turn.pinned:
-            return [turn.assignment.version]
+            return [version] * (1 if version in (BASE, PROVIDER) else 2)
         live, base = self._live(turn.tenant, turn.policy), self._who(turn.tenant, turn.policy, BASE)
-        order = dict.fromkeys((turn.assignment.version, live, base))
+        order = dict.fromkeys((version, live, base))
         if turn.aside is not None:
             order[PROVIDER] = None
             if turn.aside.unfit is not None:
@@ -217,8 +225,7 @@ class Turns:
         return made
 
     def _pinned(self, key: Key, ask: Ask) -> str:
-        """The one version that 'policy@…' names: the base, the provider, or an adapter of this policy, by a unique
-        beginning."""
+        """The one version that 'policy@…' or a checkpoint's name means: base, provider, or an adapter of this policy."""
         if not key.may("pin"):
             raise Refused(
                 403,
@@ -230,11 +237,7 @@ class Turns:
         pin = ask.pin or BASE
         if pin == BASE or (pin == PROVIDER and self._providers.of(key.tenant, ask.policy) is not None):
             return pin
-        found = [v for v in self._routes.versions(key.tenant, ask.policy) if v.startswith(pin)]
-        if len(found) != 1:
-            why = "no adapter of this policy begins so" if not found else f"{len(found)} adapters begin so; write more"
-            raise Refused(404, f"there is no model {ask.model!r}: {why}", "model_not_found", "model")
-        return found[0]
+        return self._routes.names.find(key.tenant, ask.policy, pin)
 
 
 def named_episode(ids: Ids, tenant: str, name: str) -> str:

@@ -18,6 +18,7 @@ from everloop.registry import Registry
 
 from services.learner.board import Board
 from services.learner.facts import FactsHandler
+from services.learner.mismatches import Mismatches
 from services.learner.runner import Runner
 from services.learner.runs import Runs
 from services.service import Service, main
@@ -36,7 +37,7 @@ def serve(config: Config) -> int:
     facts = FactsHandler(home.blobs)
     stream = attach(service, facts, log, home)
     registry = Registry(config.under_home(config.mlflow.uri), home.root / "mlartifacts")
-    board = Board(home)
+    board = Board(home, Mismatches(lambda tenant, policy: config.policy(tenant, policy).train.max_mismatch))
     cluster = Cluster(config.ray)
     runs = Runs(config, log, registry, cluster.cpus)
     runner = Runner(config, facts, runs, registry, cluster, board, service.stop, lag=stream.lag)

@@ -5,6 +5,7 @@
 - ``paused``; ``live``: the version that the next run starts from
 - ``running``: the run under way with its phase, step and newest metrics; null: none
 - ``last_run``: the newest run that ended: id, state, reason, adapter, metrics, seconds
+- ``mismatch``: how far engine and trainer were apart in the newest run that could measure it; null: none could
 - ``waits_for``: one sentence; ``numbers``: those in it
 
 and under ``commands`` what became of orders, by id.
@@ -23,6 +24,7 @@ from everloop.run import Run, RunState
 from prometheus_client import Counter, Gauge
 
 from services.learner.facts import Facts, run_order
+from services.learner.mismatches import Mismatches
 from services.learner.triggers import Due, Waiting
 
 REMEMBERED = 200
@@ -39,8 +41,9 @@ SCORED = Gauge("everloop_learner_new_episodes", "Scored episodes since the last 
 class Board:
     """The newest word on each policy."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, mismatches: Mismatches) -> None:
         self._home = home
+        self.mismatches = mismatches
         self._lock = threading.Lock()
         self._policies: dict[str, dict[str, Any]] = {}
         self.commands: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -51,6 +54,7 @@ class Board:
         changes = {"paused": facts.paused, "live": facts.live}
         if facts.run is not None and facts.run["state"] != RunState.RUNNING:
             changes["last_run"] = _brief(facts.run)
+            self.mismatches.take(key, facts.run)
         with self._lock:
             self._policy(key).update(changes)
         if isinstance(decision, Waiting):
@@ -80,6 +84,7 @@ class Board:
                 gauge.labels(run.key).set(run.metrics[name])
         with self._lock:
             self._policy(run.key).update(running=None, last_run=_brief(run.model_dump(mode="json")))
+            self.mismatches.take(run.key, run.model_dump(mode="json"))
             if run_order(run) is not None:
                 self._answer(run)
 
@@ -93,7 +98,8 @@ class Board:
         """A copy, the run under way with how far it is."""
         with self._lock:
             shown = {key: dict(policy) for key, policy in self._policies.items()}
-        for policy in shown.values():
+        for key, policy in shown.items():
+            policy["mismatch"] = self.mismatches.shown(key)
             if policy["running"] is not None:
                 policy["running"] = {**policy["running"], **self._progress(policy["running"]["run"])}
         return shown

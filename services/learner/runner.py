@@ -143,7 +143,7 @@ class Runner:
         """Train and publish, or fail; returns early where the service is asked to stop."""
         try:
             request = Request.load(Home(self._config.home).folder("runs", run.id))
-            self._cluster.train(request, self._stop)
+            self._cluster.train(request, self._stop, lambda: self._runs.note_checkpoints(run, self._clock()))
             ended = self._published(run)
         except Interrupted as error:
             logger.info("%s", error)

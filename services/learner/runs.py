@@ -4,9 +4,9 @@
    for); choose parent and reward snapshot
 2. write ``runs/<id>/request.json`` and ``runs/<id>/run.json``: from here on the run is resumed, never forgotten
 3. append Run (running)
-4. train on Ray, from the last checkpoint if there is one
+4. train on Ray, from the last checkpoint if there is one; append Checkpoints as they come
 5. publish to the registry; the adapter lies in ``adapters/<hash>`` since the end of training
-6. append Adapter and Run (published) together: one append, so nobody sees one without the other
+6. append Adapter, Run (published) and the last Checkpoints together: one append, so nobody sees one without the other
 7. write ``runs/<id>/run.json`` (published): the run is over
 
 Killed between 6 and 7, both records are appended again with the same ids and content, which changes nothing.
@@ -24,14 +24,15 @@ from typing import Any
 from everloop import wire
 from everloop.config import Config
 from everloop.contract import Contract
-from everloop.errors import AdapterRefused, ConfigError, ContractError
+from everloop.errors import AdapterRefused, ConfigError, ContractError, LogError
 from everloop.event import BASE
 from everloop.home import Home
 from everloop.log.base import Log, NewRecord
+from everloop.names import Checkpoint, Checkpoints
 from everloop.registry import Registry
 from everloop.release import Adapter
 from everloop.run import Run, RunState
-from everloop.topics import ADAPTERS, RUNS
+from everloop.topics import ADAPTERS, CHECKPOINTS, RUNS
 
 from pipelines.batch import Batch, newest_reward, select
 from pipelines.gold import GoldSet
@@ -46,7 +47,7 @@ from trainer import publish
 from trainer import recipe as recipes
 from trainer.policy import servable
 from trainer.policy.servable import Servable
-from trainer.request import VALUE_HEAD, Request, Trained
+from trainer.request import VALUE_HEAD, Request, Trained, sampled
 
 logger = logging.getLogger(__name__)
 ENDED = (RunState.PUBLISHED, RunState.FINISHED, RunState.FAILED)
@@ -61,6 +62,7 @@ class Runs:
         self._log = log
         self._registry = registry
         self._threads = threads
+        self._noted: dict[str, tuple[Checkpoint, ...]] = {}
 
     def begin(self, tenant: str, policy: str, due: Due, facts: Facts, now: float, ask: Estimator) -> Run:
         """Steps 1 to 3. ``ask`` is asked for opinions of the pinned reward version.
@@ -86,6 +88,7 @@ class Runs:
             seed=seed,
             store=str(self._home.folder("store")),
             time=now,
+            samples=self._config.policy(tenant, policy).train.keep_checkpoints,
             **start,
         )
         request.save()
@@ -193,6 +196,26 @@ class Runs:
         says = f"registered adapter {adapter.hash} as {adapter.uri}"
         return self._end(run, RunState.PUBLISHED, says, metrics, now, adapter=adapter.hash, announce=adapter)
 
+    def note_checkpoints(self, run: Run, now: float) -> None:
+        """Announce what can be sampled from now, where that has changed. A log that is away is told of it later."""
+        found = self._checkpoints(run, now, running=True)
+        if found is None or found.kept == self._noted.get(run.id):
+            return
+        try:
+            self._append((CHECKPOINTS.name, found))
+        except LogError as error:
+            logger.warning("the checkpoints of run %s could not be announced, and will be: %s", run.id, error)
+            return
+        self._noted[run.id] = found.kept
+
+    def _checkpoints(self, run: Run, now: float, *, running: bool) -> Checkpoints | None:
+        """None where the run has no files to sample from."""
+        listed = sampled(self._home.root / "runs" / run.id)
+        kept = tuple(Checkpoint(step=step, adapter=adapter) for step, adapter in listed)
+        if not kept:
+            return None
+        return Checkpoints(run=run.id, tenant=run.tenant, policy=run.policy, kept=kept, running=running, time=now)
+
     def fail(self, run: Run, why: str, now: float) -> Run:
         """The run cannot go on; nothing of it is announced."""
         return self._end(run, RunState.FAILED, why, {}, now)
@@ -219,8 +242,11 @@ class Runs:
             }
         )
         made: list[tuple[str, Contract]] = [(ADAPTERS.name, announce)] if announce is not None else []
+        last = self._checkpoints(run, now, running=False)
+        made += [] if last is None else [(CHECKPOINTS.name, last)]
         self._append(*made, (RUNS.name, ended))
         self._keep(ended)
+        self._noted.pop(run.id, None)
         return ended
 
     def _batch(self, tenant: str, policy: str, order: dict[str, Any], facts: Facts, ask: Estimator) -> Path:
@@ -307,7 +333,7 @@ class Runs:
         self._log.append([self._record(topic, contract) for topic, contract in made])
 
     def _record(self, topic: str, contract: Any) -> NewRecord:
-        name = contract.id if isinstance(contract, Run) else contract.hash
+        name = next(str(getattr(contract, field)) for field in ("id", "hash", "run") if hasattr(contract, field))
         headers = {"schema": type(contract).__name__, "id": name}
         return NewRecord(topic, contract.key, wire.encode(contract, self._home.blobs), headers, contract.time)
 

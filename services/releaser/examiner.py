@@ -2,7 +2,7 @@
 
 ::
 
-    releaser loop (own thread) ──examine, hold, adopt, mirror──▶ event loop (this thread) ──HTTP──▶ engines
+    releaser loop (own thread) ──examine, hold, adopt, registry─▶ event loop (this thread) ──HTTP──▶ engines
         ▲                                                          │   ├─▶ files process: registry, torch checks
         └───────────────── futures, polled, never awaited ◀────────┘   └─▶ Residents: what each engine holds
 
@@ -51,11 +51,13 @@ class Ready(NamedTuple):
 
 
 class Examiner:
-    """Talks to the engines and the registry. Its methods return futures; ``residents`` is what the engines hold."""
+    """Talks to the engines and the registry. Its methods return futures; ``residents`` is what the engines hold,
+    ``examined`` the candidates that are being asked questions: they keep their places until that is done."""
 
     def __init__(self, config: Config, replicas: Replicas) -> None:
         home = Home(config.home)
         self.residents = Residents(replicas, config.serving.resident_adapters, self._folder)
+        self.examined: set[str] = set()
         self._config = config
         self._replicas = replicas
         self._gold = GoldSet(home.root / "gold")
@@ -161,9 +163,9 @@ class Examiner:
         asked = {"source": folder, "tenant": tenant, "policy": policy, "reason": reason, "now": now}
         return Adapter.model_validate(await self._porter.ask("adopt", **asked))
 
-    def mirror(self, tenant: str, policy: str, uri: str | None) -> Future[None]:
-        """Point the registry's alias ``live`` at what is live; None: at nothing."""
-        return self._submit(self._porter.ask("mirror", tenant=tenant, policy=policy, uri=uri))
+    def registry(self, do: str, **asked: Any) -> Future[Any]:
+        """What one of :class:`services.releaser.files.AdapterFiles`' methods gives that speaks to the registry."""
+        return self._submit(self._porter.ask(do, **asked))
 
     async def _folder(self, release: Release) -> Path:
         """Files that are in the home were checked when they came."""
@@ -182,12 +184,15 @@ class Examiner:
         await self.residents.hold(release)
 
     async def _examine(self, release: Release) -> Decision:
+        self.examined.add(release.adapter)
         try:
             with self.residents.using(release.adapter), self._blaming(release.adapter):
                 await self.prepared(release)
                 return await self._compared(release)
         except AdapterRefused as error:
             return refused(str(error))
+        finally:
+            self.examined.discard(release.adapter)
 
     async def _compared(self, release: Release) -> Decision:
         config = self._config.policy(release.tenant, release.policy)

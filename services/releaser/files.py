@@ -23,7 +23,8 @@ from typing import Any
 from everloop.config import Config, load
 from everloop.errors import AdapterRefused, EverloopError
 from everloop.home import Home
-from everloop.registry import ADAPTER_FILES, Registry, allowed_files
+from everloop.names import CHECKPOINT
+from everloop.registry import ADAPTER_FILES, ADAPTER_TAG, REFUSED_TAG, Registry, allowed_files
 from everloop.release import Adapter
 
 IDLE = 600.0
@@ -36,11 +37,12 @@ class AdapterFiles:
         self._config = config
         home = Home(config.home)
         self._folder = home.folder("adapters")
+        self._runs = home.root / "runs"
         self._registry = Registry(config.under_home(config.mlflow.uri), home.root / "mlartifacts")
         self._bases: dict[str, Any] = {}
 
     def bring(self, adapter: str, uri: str, tenant: str, policy: str) -> None:
-        """Have ``home/adapters/<adapter>``, downloaded where it is not here yet, and check it; see :meth:`check`.
+        """Have ``home/adapters/<adapter>``, fetched where it is not here yet, and check it; see :meth:`check`.
 
         What is refused is deleted where it was downloaded for this, or is not what its name says (the registry can
         give it again). Else it stays: other policies may serve it, and this one did with the base that it had.
@@ -52,7 +54,11 @@ class AdapterFiles:
         from trainer.policy.lora import content_hash
 
         fresh = not (self._folder / adapter).exists()
-        folder = self._registry.fetch(uri, adapter, self._folder, content_hash)
+        trained = CHECKPOINT.fullmatch(uri)
+        if trained is None:
+            folder = self._registry.fetch(uri, adapter, self._folder, content_hash)
+        else:
+            folder = self._copied(self._runs / trained[1] / "adapters" / adapter)
         try:
             self.check(folder, adapter, tenant, policy)
         except AdapterRefused:
@@ -60,8 +66,29 @@ class AdapterFiles:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def check(self, folder: Path, adapter: str, tenant: str, policy: str) -> None:
-        """Names, shapes, finite values and hash, against the policy's base, and whether the engine can serve it.
+    def _copied(self, checkpoint: Path) -> Path:
+        """``home/adapters/<hash>``, a copy of a checkpoint's files. It stays when the run lets go of them: calls that
+        it answered name it. Raises AdapterRefused where they are gone."""
+        target = self._folder / checkpoint.name
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=self._folder) as scratch:
+            partial = Path(scratch) / checkpoint.name
+            partial.mkdir()
+            try:
+                for name in allowed_files(checkpoint):
+                    shutil.copyfile(checkpoint / name, partial / name)
+            except FileNotFoundError:
+                raise AdapterRefused(
+                    f"the files of this checkpoint are gone: a run keeps its newest (train.keep_checkpoints). "
+                    f"They lay in {checkpoint}"
+                ) from None
+            partial.rename(target)
+        return target
+
+    def check(self, folder: Path, adapter: str | None, tenant: str, policy: str) -> None:
+        """Names, shapes, finite values and hash (None: any), against the policy's base, and whether the engine can
+        serve it.
 
         Raises AdapterRefused.
         """
@@ -94,8 +121,6 @@ class AdapterFiles:
             AdapterRefused: the files are not an adapter of this policy's base.
             RegistryError: the registry does not answer.
         """
-        from trainer.policy.lora import content_hash
-
         if not Path(source).is_dir():
             raise AdapterRefused(f"there is no adapter folder {source}")
         names = allowed_files(Path(source))
@@ -104,17 +129,40 @@ class AdapterFiles:
             copied.mkdir()
             for name in names:
                 shutil.copyfile(Path(source) / name, copied / name)
-            adapter = content_hash(copied)
-            self.check(copied, adapter, tenant, policy)
-            return self._register(copied, adapter, tenant, policy, reason, now).model_dump(mode="json")
+            adapter = self._hash(copied, tenant, policy)
+            registry_run = self._log(copied, adapter, tenant, policy, reason, now)
+            uri = self._registry.register(tenant, policy, registry_run=registry_run, adapter=adapter, tags={})
+            return self._announced(copied, adapter, tenant, policy, uri, registry_run, now)
 
-    def _register(self, folder: Path, adapter: str, tenant: str, policy: str, reason: str, now: float) -> Adapter:
-        run = f"registered-{adapter[:12]}"
+    def adopt_version(self, version: str, tenant: str, policy: str, now: float) -> dict[str, Any]:
+        """As :meth:`adopt`, for a version that somebody made in the registry. What is refused is marked there, with the
+        reason, and not looked at again."""
+        known = self._registry.version(tenant, policy, version)
+        if REFUSED_TAG in known.tags:
+            raise AdapterRefused(known.tags[REFUSED_TAG])
+        with tempfile.TemporaryDirectory(prefix=".adopting-", dir=self._folder) as scratch:
+            try:
+                folder = self._registry.download(known.uri, Path(scratch) / "adapter")
+                adapter = self._hash(folder, tenant, policy)
+            except AdapterRefused as error:
+                self._registry.mark(known.uri, REFUSED_TAG, str(error))
+                raise
+            self._registry.mark(known.uri, ADAPTER_TAG, adapter)
+            return self._announced(folder, adapter, tenant, policy, known.uri, known.run, now)
+
+    def _hash(self, folder: Path, tenant: str, policy: str) -> str:
+        """The content hash of files that nobody vouches for, once they are checked. Raises AdapterRefused."""
+        from trainer.policy.lora import content_hash
+
+        self.check(folder, None, tenant, policy)
+        return content_hash(folder)
+
+    def _log(self, folder: Path, adapter: str, tenant: str, policy: str, reason: str, now: float) -> str:
         fields = json.loads((folder / "adapter_config.json").read_bytes())
-        registry_run = self._registry.log_run(
+        return self._registry.log_run(
             tenant,
             policy,
-            run,
+            _made_elsewhere(adapter),
             title=f"{adapter[:8]} registered",
             took=(now, now),
             batch="",
@@ -124,19 +172,28 @@ class AdapterFiles:
             tags={"everloop.source": "registered by a person"},
             files={ADAPTER_FILES: folder},
         )
+
+    def _announced(
+        self, folder: Path, adapter: str, tenant: str, policy: str, uri: str, registry_run: str, now: float
+    ) -> dict[str, Any]:
+        fields = json.loads((folder / "adapter_config.json").read_bytes())
         return Adapter(
             hash=adapter,
             tenant=tenant,
             policy=policy,
             base=self._config.policy(tenant, policy).base,
-            run=run,
+            run=_made_elsewhere(adapter),
             batch="",
-            uri=self._registry.register(tenant, policy, registry_run=registry_run, adapter=adapter, tags={}),
+            uri=uri,
             registry_run=registry_run,
             rank=int(fields["r"]),
             targets=(*(fields.get("target_modules") or ()), *(fields.get("target_parameters") or ())),
             time=now,
-        )
+        ).model_dump(mode="json")
+
+    def aliases(self, policies: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
+        """The number of a version by its alias, by 'tenant/policy'. Raises RegistryError."""
+        return {f"{tenant}/{policy}": self._registry.aliases(tenant, policy) for tenant, policy in policies}
 
     def mirror(self, tenant: str, policy: str, uri: str | None) -> None:
         """Point the registry's alias ``live`` at what is live; None: at nothing. Raises RegistryError."""
@@ -144,6 +201,11 @@ class AdapterFiles:
             self._registry.drop_alias(tenant, policy, "live")
         else:
             self._registry.set_alias(uri, "live")
+
+
+def _made_elsewhere(adapter: str) -> str:
+    """In place of a run's name: the same for the same files, so that what is registered twice is one candidate."""
+    return f"registered-{adapter[:12]}"
 
 
 def _is_whole(folder: Path, adapter: str) -> bool:
@@ -171,6 +233,8 @@ def answer(files: AdapterFiles, line: str) -> dict[str, Any]:
         "bring": files.bring,
         "distances": files.distances,
         "adopt": files.adopt,
+        "adopt_version": files.adopt_version,
+        "aliases": files.aliases,
         "mirror": files.mirror,
     }
     try:

@@ -17,9 +17,21 @@ from everloop.contract import Contract
 from everloop.errors import ContractError
 from everloop.log.base import Log, NewRecord, Record
 from everloop.log.embedded import EmbeddedLog
+from everloop.names import Checkpoints, Pin
 from everloop.release import Adapter, Release, Route
 from everloop.run import Command
-from everloop.topics import ADAPTERS, EPISODES, EVENTS, PAUSES, RELEASER, RELEASES, ROUTES, Topic
+from everloop.topics import (
+    ADAPTERS,
+    CHECKPOINTS,
+    EPISODES,
+    EVENTS,
+    PAUSES,
+    PINS,
+    RELEASER,
+    RELEASES,
+    ROUTES,
+    Topic,
+)
 from everloop.wire import BlobStore
 
 from services.releaser.state import Change
@@ -69,6 +81,8 @@ class Journal:
         self._append: Callable[[Sequence[NewRecord]], object]
         self._blobs = blobs
         self._adapters = Tail(log, ADAPTERS)
+        self._checkpoints = Tail(log, CHECKPOINTS)
+        self._pins = Tail(log, PINS)
 
     def open(self) -> None:
         """From here on nobody else writes: read after this. Raises LogError where the cluster does not let it."""
@@ -85,6 +99,14 @@ class Journal:
         """Adapters announced since the last time; all of them the first time."""
         return self._decoded(Adapter, self._adapters.all())
 
+    def new_checkpoints(self) -> Iterator[Checkpoints]:
+        """As :meth:`new_adapters`."""
+        return self._decoded(Checkpoints, self._checkpoints.all())
+
+    def new_pins(self) -> Iterator[Pin]:
+        """Wishes and answers, as :meth:`new_adapters`."""
+        return self._decoded(Pin, self._pins.all())
+
     def pauses(self) -> Iterator[Command]:
         """The newest pause or resume, freeze or unfreeze of each policy, and perhaps some before it, oldest first."""
         return self._decoded(Command, Tail(self.log, PAUSES).all())
@@ -99,6 +121,9 @@ class Journal:
 
     def announce(self, adapter: Adapter) -> None:
         self._append([self._record(ADAPTERS, adapter, adapter.key, adapter.hash)])
+
+    def answer(self, pin: Pin) -> None:
+        self._append([self._record(PINS, pin, pin.key, f"{pin.id}-{pin.state}")])
 
     def traffic_begins(self) -> dict[str, dict[str, int]]:
         """Where a canary's traffic begins: the present ends of the topics that tell of it."""
@@ -123,7 +148,7 @@ class Journal:
             logger.warning("%s/%d@%d is passed over: %s", record.topic, record.partition, record.offset, error)
             return None
 
-    def _record(self, topic: Topic, contract: Release | Route | Adapter, key: str, id: str) -> NewRecord:
+    def _record(self, topic: Topic, contract: Release | Route | Adapter | Pin, key: str, id: str) -> NewRecord:
         headers = {"schema": type(contract).__name__, "id": id}
         return NewRecord(topic.name, key, wire.encode(contract, self._blobs), headers, contract.time)
 

@@ -36,12 +36,17 @@ def recent(journal: Journal, tenant: str, policy: str, now: float) -> Recent:
     newest: dict[str, Episode] = {}
     for record in Tail(journal.log, EPISODES, _near_the_end(journal)).all():
         episode = journal.decode(Episode, record)
-        if episode is None or (episode.tenant, episode.policy) != (tenant, policy) or episode.synthetic:
+        if episode is None or (episode.tenant, episode.policy) != (tenant, policy) or not _of_users(episode):
             continue
         held = newest.get(episode.id)
         if held is None or episode.version > held.version:
             newest[episode.id] = episode
     return summed(list(newest.values()), now)
+
+
+def _of_users(episode: Episode) -> bool:
+    """Not those that were made for training, nor those in which somebody named the version that was to answer."""
+    return not episode.synthetic and not any(turn.call.pinned for turn in episode.turns)
 
 
 def _near_the_end(journal: Journal) -> dict[int, int]:

@@ -4,6 +4,8 @@
 
     adapters ─▶ candidate ─▶ Examiner (own thread): files, engine, gold ─▶ gated ─▶ canary ◀─ episodes, calls
                              Examiner: recent prompts, in the shadow ─────────┘     │ └─▶ its next, larger share
+    pins ─▶ adapters that are asked for by name: checked, loaded (pins.py)          │
+    MLflow's aliases ◀─▶ requests to examine, and what is live (aliases.py)         │
     commands ─▶ orders, before anything else                                        │ verdict or guard
                                                                                     ▼
                                               live, retired, rolled back ─▶ route ─▶ gateways
@@ -36,10 +38,12 @@ from prometheus_client import Counter, Gauge
 
 from pipelines.gate import Decision
 from pipelines.sequential import Verdict, bounds, judge, stage_lacks
+from services.releaser.aliases import Aliases
 from services.releaser.examiner import Examiner, Ready
 from services.releaser.history import History
 from services.releaser.journal import Journal, Tail
 from services.releaser.office import Office
+from services.releaser.pins import Pins
 from services.releaser.power import forecast, told
 from services.releaser.recent import recent
 from services.releaser.state import (
@@ -106,11 +110,10 @@ class Releaser:
         self.states = {f"{t}/{p}": PolicyState(t, p) for t, p in config.policies()}
         self.work = {key: Work(config.policy(s.tenant, s.policy)) for key, s in self.states.items()}
         self.office = Office(self)
+        self.pins = Pins(config, self.journal, examiner)
+        self.aliases = Aliases(config, examiner, self.journal.announce, clock())
         self.rounds = 0
         self._clock = clock
-        self._mirror_at = clock() + 30.0
-        self._mirrored: dict[str, str | None] = {}
-        self._mirroring: dict[str, tuple[str | None, Future[None]]] = {}
 
     def run(self, stop: threading.Event, after_round: Callable[[Releaser], None]) -> None:
         """Until ``stop``. Raises LogError where the log does not take a change: start anew, nothing is lost."""
@@ -119,6 +122,7 @@ class Releaser:
         try:
             while not stop.is_set():
                 self.office.receive(consumer, wait=ROUND)
+                self.pins.take(self._clock())
                 self._take_adapters(self._clock())  # first, so that an order can be about the newest candidate
                 self.office.carry_out(consumer)
                 self.round()
@@ -145,7 +149,9 @@ class Releaser:
         now = self._clock()
         for key, state in self.states.items():
             self._advance(state, self.work[key], now)
-        self._mirror(now)
+        if self.pins.look(self.states, self._serving(), now):
+            self._keep()
+        self.aliases.look(self.states, now)
         self.rounds += 1
 
     def now(self) -> float:
@@ -167,14 +173,16 @@ class Releaser:
             logger.info("%s: release %s is %s: %s", state_key(state), release.id, release.state, release.reason)
         self._keep()
 
+    def _serving(self) -> dict[str, Release]:
+        """By adapter, what releases need resident."""
+        return {adapter: release for state in self.states.values() for adapter, release in state.resident.items()}
+
     def _keep(self) -> None:
-        wanted: dict[str, Release] = {}
-        for state in self.states.values():
-            wanted |= state.resident
         CANARIES.set(sum(state.canary is not None for state in self.states.values()))
         WAITING.set(sum(state.waiting is not None for state in self.states.values()))
+        wanted = self._serving()
         known = {r.adapter for state in self.states.values() for r in state.releases.values()}
-        self.examiner.residents.keep(wanted, known)
+        self.examiner.residents.keep(wanted, known | self.pins.known, self.pins.wanted(wanted))
 
     def _take_adapters(self, now: float) -> None:
         for adapter in self.journal.new_adapters():
@@ -355,22 +363,6 @@ class Releaser:
         if canary.verdict is not None:
             numbers |= canary.verdict.numbers()
         return {"canary": numbers}
-
-    def _mirror(self, now: float) -> None:
-        """The registry's alias follows what is live, a little later, and again until it has."""
-        if now < self._mirror_at:
-            return
-        for key, state in self.states.items():
-            uri = None if state.live is None else state.live.uri or None
-            under_way = self._mirroring.get(key)
-            if under_way is not None and under_way[1].done():
-                del self._mirroring[key]
-                if under_way[1].exception() is None:
-                    self._mirrored[key] = under_way[0]
-                else:
-                    self._mirror_at = now + LATER
-            elif under_way is None and self._mirrored.get(key) != uri:
-                self._mirroring[key] = uri, self.examiner.mirror(state.tenant, state.policy, uri)
 
 
 def state_key(state: PolicyState) -> str:

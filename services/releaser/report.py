@@ -66,6 +66,8 @@ def _policy(releaser: Releaser, state: PolicyState, work: Work) -> dict[str, Any
         "waiting": [_brief(release, work) for release in state.among(S.CANDIDATE)],
         "last_decision": None if decided is None else _brief(decided, work),
         "gold": {"items": gold, "needed": work.config.gate.min_gold, "enough": gold >= work.config.gate.min_gold},
+        "registry": list(releaser.aliases.said(state_key(state))),
+        "pinned": releaser.pins.described(state_key(state)),
         "paused": releaser.office.paused(state_key(state)),
         "frozen": releaser.office.frozen(state_key(state)),
         "epoch": state.route.epoch if state.route else 0,

@@ -79,6 +79,7 @@ class Residents:
         self._room = room
         self._files = files
         self._wanted: dict[str, Release] = {}
+        self._pinned: dict[str, Release] = {}
         self._known: frozenset[str] = frozenset()
         self._in_use: Counter[str] = Counter()
         self._used: dict[str, float] = {}
@@ -100,14 +101,15 @@ class Residents:
         """Each replica, for ``/status``."""
         return [seat.described() for seat in self._seats]
 
-    def keep(self, wanted: dict[str, Release], known: set[str]) -> None:
+    def keep(self, wanted: dict[str, Release], known: set[str], pinned: dict[str, Release]) -> None:
         """``wanted``: by adapter, the releases that engines must hold. ``known``: all that they may be told to drop:
-        adapters of releases; others were loaded by somebody else, and stay.
+        adapters of releases and pins; others were loaded by somebody else, and stay. ``pinned``: what they should hold
+        beside the wanted, what matters most first; from the last on they give way.
         """
         now = time.monotonic()
         used = {adapter: at for adapter, at in self._used.items() if adapter in known}
         self._used = used | dict.fromkeys((*self._wanted, *wanted), now)
-        self._wanted, self._known = dict(wanted), frozenset(known)
+        self._wanted, self._known, self._pinned = dict(wanted), frozenset(known), dict(pinned)
 
     @contextmanager
     def using(self, adapter: str) -> Iterator[None]:
@@ -152,7 +154,8 @@ class Residents:
             if not await seat.look():
                 return seat.replica.trouble
         trouble = None
-        for release in [release for adapter, release in self._wanted.items() if adapter not in seat.warm]:
+        beside = {adapter: release for adapter, release in self._pinned.items() if adapter not in self._wanted}
+        for release in [one for adapter, one in (self._wanted | beside).items() if adapter not in seat.warm]:
             try:
                 await self._give(seat, release)
                 logger.info("%s holds adapter %s", seat.replica.name, release.adapter)
@@ -191,10 +194,13 @@ class Residents:
         seat.replica.held |= {adapter}
 
     async def _make_room(self, seat: Seat, coming: str) -> None:
-        """Engines hold few adapters at once: drop those that were wanted longest ago before one too many comes."""
+        """Engines hold few adapters at once: drop those that were wanted longest ago before one too many comes, and
+        pinned ones after all others.
+        """
         held = await seat.replica.serving.adapters()
-        free = (adapter for adapter in held & self._known if adapter not in self._wanted and not self._in_use[adapter])
-        for adapter in sorted(free, key=lambda adapter: (self._used.get(adapter, 0.0), adapter)):
+        free = [adapter for adapter in held & self._known if adapter not in self._wanted and not self._in_use[adapter]]
+        last = {adapter: at for at, adapter in enumerate(reversed(self._pinned), 1)}
+        for adapter in sorted(free, key=lambda one: (last.get(one, 0), self._used.get(one, 0.0), one)):
             if coming in held or len(held) < self._room:
                 return
             await seat.replica.serving.unload(adapter)

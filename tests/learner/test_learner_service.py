@@ -18,10 +18,11 @@ from everloop.config import Config
 from everloop.home import Home
 from everloop.log import open_log
 from everloop.log.base import NewRecord
+from everloop.names import Checkpoints
 from everloop.registry import Registry
 from everloop.release import Adapter
 from everloop.run import Command, CommandKind, Run, RunState
-from everloop.topics import ADAPTERS, COMMANDS, RUNS
+from everloop.topics import ADAPTERS, CHECKPOINTS, COMMANDS, RUNS
 
 pytestmark = [pytest.mark.processes, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.models]
 
@@ -101,6 +102,10 @@ def test_a_run_survives_the_kill_of_its_service_and_can_be_repeated(
     (adapter,) = service.records(ADAPTERS, Adapter)
     assert (adapter.hash, adapter.run, adapter.parent) == (published.adapter, run, "base")
     assert sorted(path.name for path in (service.home.root / "adapters").iterdir()) == [adapter.hash]
+    kept = service.records(CHECKPOINTS, Checkpoints)
+    assert {(one.run, one.running) for one in kept[:-1]} == {(run, True)}
+    assert (kept[-1].run, kept[-1].running, len(kept[-1].kept)) == (run, False, 3)
+    assert kept[-1].kept[-1].adapter == adapter.hash
     until(lambda: "verdict on adapter" in service.policy().get("waits_for", ""), deadline=20)
     assert service.policy()["last_run"]["metrics"]["steps"] == published.metrics["steps"]
 

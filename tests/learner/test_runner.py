@@ -13,6 +13,7 @@ from everloop.home import Home
 from everloop.run import Run, RunState
 
 from services.learner.board import Board
+from services.learner.mismatches import Mismatches
 from services.learner.runner import Runner
 from trainer.request import Request
 
@@ -51,7 +52,7 @@ class Broken:
     def warm(self, *_: Any) -> int:
         return 0
 
-    def train(self, request: Request, stop: threading.Event) -> None:
+    def train(self, request: Request, stop: threading.Event, meanwhile: Any) -> None:
         self.trained += 1
         if self.trained == 2:
             self.stop.set()
@@ -69,7 +70,9 @@ def runner(home: Home, kept: Any) -> Runner:
     noted = SimpleNamespace(known=lambda key: SimpleNamespace(run={"id": kept.failed[-1][0], "step": 9}))
     registry = SimpleNamespace(open=lambda: None)
     config = Config(home=home.root)
-    return Runner(config, noted, kept, registry, Broken(stop), Board(home), stop, lag=lambda: 0)  # type: ignore[arg-type]
+    return Runner(
+        config, noted, kept, registry, Broken(stop), Board(home, Mismatches(lambda *_: 1.0)), stop, lag=lambda: 0
+    )  # type: ignore[arg-type]
 
 
 def test_a_run_whose_own_code_is_broken_fails_with_its_reason_and_the_next_goes_on(home: Home):

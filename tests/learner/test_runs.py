@@ -11,20 +11,21 @@ from typing import Any
 import pytest
 from everloop import wire
 from everloop.config import Config
-from everloop.errors import ConfigError, NotEnoughData, RegistryError
+from everloop.errors import ConfigError, LogError, NotEnoughData, RegistryError
 from everloop.home import Home
 from everloop.log import open_log
 from everloop.log.base import Log
+from everloop.names import Checkpoints
 from everloop.registry import Point
 from everloop.release import Adapter
 from everloop.run import Run, RunState
-from everloop.topics import ADAPTERS, RUNS
+from everloop.topics import ADAPTERS, CHECKPOINTS, RUNS
 
 from services.learner.facts import Facts
 from services.learner.repeats import earlier
 from services.learner.runs import Runs
 from services.learner.triggers import Due
-from trainer.request import VALUE_HEAD, Request, Trained
+from trainer.request import VALUE_HEAD, Request, Trained, write_json
 
 ADAPTER = "b" * 32
 
@@ -155,6 +156,40 @@ def test_announcing_again_after_a_kill_writes_the_same(installation: Config, cap
     first, second = records(log, ADAPTERS, Adapter)
     assert first == second
     assert [r.headers["id"] for r in log.read(ADAPTERS.name, 0)] == [first.hash] * 2
+
+
+def test_checkpoints_are_announced_as_they_come_and_once_the_run_is_over(
+    installation: Config, capture: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+):
+    capture(24)
+    log = open_log(installation)
+    mine = runs(installation, log, Mlflow())
+    run = mine.begin("bank", "desk", Due("now"), Facts(), 10.0, nobody)
+    folder = Home(installation.home).root / "runs" / run.id
+    assert Request.load(folder).samples == 3
+    mine.note_checkpoints(run, 11.0)
+    (folder / "adapters").mkdir()
+    with monkeypatch.context() as away:
+        away.setattr(mine._log, "append", unanswered)
+        write_json(folder / "adapters" / "sampled.json", {"kept": [[10, "a" * 32]]})
+        mine.note_checkpoints(run, 12.0)
+    assert records(log, CHECKPOINTS, Checkpoints) == []
+    for now in (13.0, 14.0):
+        mine.note_checkpoints(run, now)
+    write_json(folder / "adapters" / "sampled.json", {"kept": [[10, "a" * 32], [20, "b" * 32]]})
+    mine.note_checkpoints(run, 15.0)
+    mine.fail(run, "TrainingDiverged: loss nan", 16.0)
+    said = records(log, CHECKPOINTS, Checkpoints)
+    assert [([one.step for one in its.kept], its.running, its.time) for its in said] == [
+        ([10], True, 13.0),
+        ([10, 20], True, 15.0),
+        ([10, 20], False, 16.0),
+    ]
+    assert {(its.run, its.key) for its in said} == {(run.id, f"bank/desk/{run.id}")}
+
+
+def unanswered(*_: Any) -> None:
+    raise LogError("nobody answers")
 
 
 def test_a_failed_run_announces_nothing(installation: Config, capture: Callable[[int], None]):

@@ -160,7 +160,7 @@ class World:
             "home": home.root,
             "cache": home.root / "cache",
             "serving": {"url": f"http://127.0.0.1:{engine.port}"},
-            "mlflow": {"uri": "http://127.0.0.1:9"},  # nobody answers there
+            "mlflow": {"uri": "http://127.0.0.1:9", "poll": 0},  # nobody answers there
             "tenants": {TENANT: {"policies": {POLICY: {"base": "tiny-k2", "max_tokens": 8, **policy}}}},
         }
         self.fields = fields

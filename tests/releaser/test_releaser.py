@@ -300,7 +300,7 @@ def test_the_registry_s_alias_follows_what_is_live(
 ) -> None:
     w = world()
     running = start(w)
-    running.releaser._mirror_at = 0.0
+    running.releaser.aliases._begins = running.releaser.aliases._mirror_at = 0.0
     adapter = w.announce("a")
     w.order(CommandKind.PROMOTE, release="a", without_evidence=True)
     until(lambda: {"do": "mirror", "tenant": "default", "policy": "assistant", "uri": adapter.uri} in brought)

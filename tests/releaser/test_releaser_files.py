@@ -87,6 +87,26 @@ def test_an_adapter_that_another_base_serves_is_refused_and_stays(
     assert sorted((path.name, path.read_bytes()) for path in (folder / name).iterdir()) == held
 
 
+def test_a_checkpoint_s_files_are_copied_from_its_run_and_stay_when_that_lets_go(
+    files: Any, home: Home, adapters: Adapters
+) -> None:
+    kept = home.folder("runs", "run_1", "adapters")
+    (name,) = adapters(kept, 1)
+    uri = "everloop://run_1/checkpoints/10"
+    damage_poison(kept / name)
+    with pytest.raises(AdapterRefused):
+        files.bring(name, uri, "default", "assistant")
+    assert not (home.root / "adapters" / name).exists()
+    shutil.rmtree(kept / name)
+    with pytest.raises(AdapterRefused, match=r"files of this checkpoint are gone.*train\.keep_checkpoints"):
+        files.bring(name, uri, "default", "assistant")
+    adapters(kept, 1)
+    files.bring(name, uri, "default", "assistant")
+    shutil.rmtree(kept)
+    files.bring(name, uri, "default", "assistant")
+    assert sorted(os.listdir(home.root / "adapters")) == [name]
+
+
 def test_files_under_another_hash_are_refused(files: Any, home: Home, adapters: Adapters) -> None:
     folder = home.folder("adapters")
     (name,) = adapters(folder, 1)
@@ -130,6 +150,7 @@ async def test_the_process_adopts_brings_mirrors_and_ends_with_its_input(
     await porter.ask("bring", adapter=name, uri=adopted["uri"], **where)
     assert sorted(os.listdir(home.root / "adapters" / name)) == ["adapter_config.json", WEIGHTS]
     await porter.ask("mirror", uri=adopted["uri"], **where)
+    assert await porter.ask("aliases", policies=[["default", "assistant"]]) == {"default/assistant": {"live": "1"}}
     with pytest.raises(AdapterRefused, match="should hold adapter"):
         await porter.ask("bring", adapter="2" * 32, uri=adopted["uri"], **where)
 

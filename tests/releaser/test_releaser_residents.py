@@ -36,7 +36,7 @@ class Manager:
         return Path("/adapters") / release.adapter
 
     def want(self, *adapters: str, known: str = "abcdefgh") -> None:
-        self.residents.keep({name: release(name) for name in adapters}, set(known))
+        self.residents.keep({name: release(name) for name in adapters}, set(known), {})
 
     async def hold(self, adapter: str) -> None:
         await self.residents.hold(release(adapter))

@@ -15,8 +15,9 @@ import pytest
 
 from pipelines.batch import Batch, BatchItem
 from trainer import recipe
+from trainer.policy import lora
 from trainer.policy.base import Policy
-from trainer.request import Request, Trained
+from trainer.request import Request, Trained, sampled
 
 pytestmark = pytest.mark.models
 TRAIN = """
@@ -89,6 +90,7 @@ def request(policy: Policy, folder: Path, name: str) -> Request:
         batch=str(batch(policy, folder)),
         recipe=recipe.parse(fields, "test").model_dump(),
         seed=5,
+        samples=2,
     )
     asked.save()
     return asked
@@ -118,6 +120,15 @@ def test_killed_in_a_step_it_goes_on_to_the_same_weights(policy: Policy, tmp_pat
     assert done[0].curves == done[1].curves
     assert done[0].metrics["steps"] == 6
     assert (Path(asked.adapters) / names[0]).is_dir()
+    kept = [sampled(Path(one.folder)) for one in (asked, left_alone)]
+    assert kept[0] == kept[1]
+    assert [step for step, _ in kept[0]] == [4, 6], "the newest two, of one each second step"
+    assert kept[0][-1][1] == names[0]
+    for one in (asked, left_alone):
+        folders = [path for path in (Path(one.folder) / "adapters").iterdir() if path.is_dir()]
+        assert {path.name for path in folders} == {adapter for _, adapter in kept[0]}
+        for path in folders:
+            lora.check(path, policy, expected_hash=path.name)
 
 
 def test_a_run_that_is_done_gives_its_result_again(policy: Policy, tmp_path: Path):
@@ -128,6 +139,8 @@ def test_a_run_that_is_done_gives_its_result_again(policy: Policy, tmp_path: Pat
     done = learner.train(asked)
     (Path(asked.folder) / "round-0.parquet").unlink()
     assert learner.train(asked) == done
+    assert done.metrics["mismatch_calls_tokens"] > 0
+    assert done.metrics["mismatch_calls_mean"] > 0.01, "this batch's log-probabilities are made up"
     other = learner.train(replace(request(policy, tmp_path, "other"), seed=6))
     assert other.adapter != done.adapter
 

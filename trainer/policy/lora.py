@@ -37,7 +37,15 @@ MAX_CONFIG_BYTES = 65_536
 FIELDS = ("r", "lora_alpha", "target_modules", "target_parameters", "base_model_name_or_path")
 """What an adapter's configuration says; every other of PEFT's options is off, and refused where it is on."""
 HARMLESS = frozenset(
-    {"inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "megatron_core", "revision"}
+    {
+        "inference_mode",
+        "init_lora_weights",
+        "lora_dropout",
+        "peft_version",
+        "megatron_core",
+        "revision",
+        "qalora_group_size",  # PEFT writes it whether use_qalora is on or off; that one is looked at
+    }
 )
 """Options that change nothing about the weights as they are served."""
 
@@ -169,7 +177,9 @@ def check(folder: Path, policy: Policy, expected_hash: str | None = None) -> Non
     fields = _read_config(folder)
     if fields["base_model_name_or_path"] != policy.identity:
         raise AdapterRefused(
-            f"the adapter in {folder} belongs to base {fields['base_model_name_or_path']!r}, not to {policy.identity!r}"
+            f"the adapter in {folder} belongs to base {fields['base_model_name_or_path']!r}, not to "
+            f"{policy.identity!r}: where it was trained on these very weights, say so in its {CONFIG}, as "
+            "base_model_name_or_path"
         )
     expected: dict[str, tuple[int, int]] = {}
     for slot in slots(policy.model, fields):
