@@ -225,7 +225,7 @@ class Turns:
         return made
 
     def _pinned(self, key: Key, ask: Ask) -> str:
-        """The one version that 'policy@…' or a checkpoint's name means: base, provider, or an adapter of this policy."""
+        """The one version that a pin or a checkpoint's name means: base, provider, or an adapter of this policy."""
         if not key.may("pin"):
             raise Refused(
                 403,
