@@ -54,7 +54,7 @@ class Examiner:
     def __init__(self, config: Config, serving: Serving) -> None:
         home = Home(config.home)
         self.held: frozenset[str] = frozenset()
-        self.examined: set[str] = set()
+        self.examined: frozenset[str] = frozenset()
         self.trouble: str | None = "the engine was not asked yet"
         self._config = config
         self._serving = serving
@@ -210,11 +210,11 @@ class Examiner:
         await self._hold(release)
 
     async def _examine(self, release: Release) -> Decision:
-        self.examined.add(release.adapter)
+        self.examined |= {release.adapter}
         try:
             return await self._examination(release)
         finally:
-            self.examined.discard(release.adapter)
+            self.examined -= {release.adapter}
 
     async def _examination(self, release: Release) -> Decision:
         try:
