@@ -25,7 +25,7 @@ class Home:
     ``store/<table>/…``       Parquet: episodes, trajectories, scores, feedback, …
     ``batches/<id>.parquet``  pinned training batches
     ``rewards/<t>/<p>/<v>/``  reward-model snapshots
-    ``runs/<run>/``           checkpoints of training runs
+    ``runs/<run>/``           checkpoints of training runs, the newest with adapter files
     ``adapters/<hash>/``      adapter files fetched from the registry, checked
     ``vllm-adapters/<hash>/`` those in vLLM's layout, where it differs
     ``gold/<t>/<p>.jsonl``    gold items

@@ -84,15 +84,18 @@ class Pins:
         pin = unique("pin_")
         self._names.awaited.add(pin)
         try:
-            await asyncio.wrap_future(self._append(wanted, pin))
             async with asyncio.timeout(self._longest):
+                await asyncio.shield(
+                    asyncio.wrap_future(self._append(wanted, pin))
+                )  # its writer is not to be disturbed
                 while pin not in self._names.said:
                     await asyncio.sleep(EVERY)
         except TimeoutError:
             return None
         finally:
             self._names.awaited.discard(pin)
-        return self._names.said.pop(pin)
+            answer = self._names.said.pop(pin, None)
+        return answer
 
     def _append(self, wanted: Wanted, id: str = "") -> Future[list[Position]]:
         tenant, policy, adapter = wanted

@@ -121,9 +121,9 @@ class Routes:
         """Read what is new. Called before the gateway is ready, then by follow."""
         if not self._offsets:
             topics = (ROUTES.name, ADAPTERS.name, CHECKPOINTS.name)
-            self._offsets = {(t, partition): 0 for t in topics for partition in range(self._log.partitions(t))}
+            begins = {(t, partition): 0 for t in topics for partition in range(self._log.partitions(t))}
             ends = self._log.end_offsets(PINS.name)  # nobody here waits for what was said before
-            self._offsets |= {(PINS.name, partition): end for partition, end in enumerate(ends)}
+            self._offsets = begins | {(PINS.name, partition): end for partition, end in enumerate(ends)}
         news = self._read_at == -math.inf  # that there is no route is worth keeping too
         for (topic, partition), offset in self._offsets.items():
             if topic == PINS.name and not self.names.awaited:

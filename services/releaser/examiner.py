@@ -57,7 +57,7 @@ class Examiner:
     def __init__(self, config: Config, replicas: Replicas) -> None:
         home = Home(config.home)
         self.residents = Residents(replicas, config.serving.resident_adapters, self._folder)
-        self.examined: set[str] = set()
+        self.examined: frozenset[str] = frozenset()
         self._config = config
         self._replicas = replicas
         self._gold = GoldSet(home.root / "gold")
@@ -184,7 +184,7 @@ class Examiner:
         await self.residents.hold(release)
 
     async def _examine(self, release: Release) -> Decision:
-        self.examined.add(release.adapter)
+        self.examined |= {release.adapter}
         try:
             with self.residents.using(release.adapter), self._blaming(release.adapter):
                 await self.prepared(release)
@@ -192,7 +192,7 @@ class Examiner:
         except AdapterRefused as error:
             return refused(str(error))
         finally:
-            self.examined.discard(release.adapter)
+            self.examined -= {release.adapter}
 
     async def _compared(self, release: Release) -> Decision:
         config = self._config.policy(release.tenant, release.policy)

@@ -6,13 +6,20 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from everloop.errors import LogError
+from everloop.home import Home
+from everloop.log.base import NewRecord
+from everloop.log.embedded import EmbeddedLog
 from everloop.names import Checkpoint, Checkpoints, Pin, PinState, checkpoint_name
 from everloop.release import Adapter
 from everloop.wire import decode, encode
+
+from services.gateway.routes import Routes
 
 A, B, C = "7aaa" + "1" * 28, "7bbb" + "2" * 28, "cccc" + "3" * 28
 RUN = "run_4711"
@@ -27,8 +34,6 @@ def announce(bench: Any, hash: str, version: int | str = "", tenant: str = "bank
 
 
 def append(bench: Any, topic: str, contract: Any) -> None:
-    from everloop.log.base import NewRecord
-
     bench.log.append([NewRecord(topic, contract.key, encode(contract))])
     bench.gateway.routes.catch_up()
 
@@ -73,8 +78,6 @@ class Releaser:
 
     @staticmethod
     def _record(pin: Pin, state: PinState, reason: str) -> Any:
-        from everloop.log.base import NewRecord
-
         answer = pin.model_copy(update={"state": state, "reason": reason, "time": time.time()})
         return NewRecord("pins", pin.key, encode(answer))
 
@@ -225,3 +228,21 @@ async def test_an_adapter_in_use_is_asked_for_again(
     async with asyncio.timeout(30):  # once more, after a tenth of a second
         while len(asked()) == len(seen):
             assert await version(bench, "assistant@7", key) == A
+
+
+def test_pins_are_followed_also_where_the_log_was_away_at_the_start(home: Home, tmp_path: Path) -> None:
+    log = EmbeddedLog(tmp_path / "log.db")
+    routes = Routes(log, home.blobs)
+    with pytest.MonkeyPatch.context() as away:
+        away.setattr(log, "end_offsets", lambda topic: (_ for _ in ()).throw(LogError("nobody answers")))
+        with pytest.raises(LogError):
+            routes.catch_up()
+    routes.catch_up()
+    routes.names.awaited.add("pin_1")
+    its = {"tenant": "bank", "policy": "assistant", "adapter": A, "time": 1.0}
+    for id, state in (("pin_1", "asked"), ("pin_2", "held"), ("pin_1", "held")):
+        pin = Pin(id=id, state=PinState(state), **its)
+        log.append([NewRecord("pins", pin.key, encode(pin))])
+    routes.catch_up()
+    assert {id: pin.state for id, pin in routes.names.said.items()} == {"pin_1": PinState.HELD}
+    log.close()

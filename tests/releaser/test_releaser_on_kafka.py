@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everloop import wire
 from everloop.home import Home
+from everloop.log.base import NewRecord
 from everloop.log.kafka.clients import Fenced
 from everloop.log.kafka.log import KafkaLog
+from everloop.names import Pin, PinState
 from everloop.release import Release, ReleaseState, Route
-from everloop.topics import ADAPTERS, RELEASES, ROUTES
+from everloop.topics import ADAPTERS, PINS, RELEASES, ROUTES
 
+from services.gateway.routes import Routes
 from services.releaser.journal import Journal
 from services.releaser.state import Change
 
@@ -148,3 +152,16 @@ def test_a_releaser_that_was_paused_while_another_took_over_cannot_write(
         for process in running.values():
             process.kill()
             process.wait()
+
+
+def test_a_pin_is_asked_for_and_answered_over_the_broker(log: KafkaLog, home: Home, until: Until) -> None:
+    journal, routes = Journal(log, home.blobs), Routes(log, home.blobs)
+    journal.open()
+    routes.catch_up()
+    routes.names.awaited.add("pin_1")
+    asked = Pin(id="pin_1", tenant="default", policy="assistant", adapter="a1", time=1.0)
+    log.append([NewRecord(PINS.name, asked.key, wire.encode(asked))])
+    assert until(lambda: list(journal.new_pins())) == [asked]
+    journal.answer(asked.model_copy(update={"state": PinState.HELD, "time": 2.0}))
+    until(lambda: routes.catch_up() or routes.names.said)
+    assert routes.names.said["pin_1"].state is PinState.HELD
