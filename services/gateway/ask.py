@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from everloop.config import PolicyConfig
+from everloop.ids import OBJECT, RESPONSE
 from everloop.serving.base import Route
 
 from services.gateway.refusals import Refused
@@ -24,6 +25,7 @@ DEEPEST = 64  # levels of nesting
 MOST_CHOICES = 16
 MOST_STOPS = 16
 WHOLE = 2**63 - 1
+JSON_TYPES = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
 
 
 @dataclass(slots=True)
@@ -31,7 +33,8 @@ class Ask:
     """One request to a policy.
 
     ``body`` is what the engine gets, but for ``model`` and the capture's own fields; ``sampling`` are the fields
-    of ``everloop.event.Sampling`` as the engine will use them.
+    of ``everloop.event.Sampling`` as the engine will use them. ``echo`` is what an answer of ``/v1/responses`` repeats
+    of its request; None: it was asked in another form.
     """
 
     route: Route
@@ -46,56 +49,96 @@ class Ask:
     wants_usage: bool
     wants_logprobs: bool
     user: str | None
+    echo: dict[str, Any] | None = None
+
+    @property
+    def prefix(self) -> str:
+        """Of the answer's id."""
+        return RESPONSE if self.echo is None else OBJECT
 
 
 def bad(message: str, param: str | None = None, code: str | None = "invalid_value") -> Refused:
     return Refused(400, message, code, param)
 
 
-def _number(low: float, high: float) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise bad(f"'{name}' must be a number from {low:g} to {high:g}, not {_shown(value)}", name)
+class Check(NamedTuple):
+    """What a parameter's value must be. ``schema`` says the same in JSON Schema, for the description of the API."""
 
-    return check
+    fits: Callable[[Any], bool]
+    words: str
+    schema: dict[str, Any]
 
-
-def _whole(low: int, high: int) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise bad(f"'{name}' must be a whole number from {low} to {high}, not {_shown(value)}", name)
-
-    return check
+    def __call__(self, name: str, value: Any) -> None:
+        """Raises Refused (400) where ``value`` is not so."""
+        if not self.fits(value):
+            inside = isinstance(value, list) and "array" in self.schema["type"]  # it is what is in it that does not fit
+            raise bad(f"'{name}' must be {self.words}" + ("" if inside else f", not {shown(value)}"), name)
 
 
-def _kind(kinds: type | tuple[type, ...], words: str) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, kinds):
-            raise bad(f"'{name}' must be {words}, not {_shown(value)}", name)
+def _number(low: float, high: float) -> Check:
+    def fits(value: Any) -> bool:
+        return not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= high
 
-    return check
+    schema = {"type": "number", "minimum": low, "maximum": high}
+    return Check(fits, f"a number from {low:g} to {high:g}", schema)
 
 
-def _stops(name: str, value: Any) -> None:
+def _whole(low: int, high: int) -> Check:
+    def fits(value: Any) -> bool:
+        return not isinstance(value, bool) and isinstance(value, int) and low <= value <= high
+
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    return Check(fits, f"a whole number from {low} to {high}", schema)
+
+
+def kind(kinds: type | tuple[type, ...], words: str) -> Check:
+    """A value of one of these types, said in ``words``."""
+    each = kinds if isinstance(kinds, tuple) else (kinds,)
+    return Check(lambda value: isinstance(value, kinds), words, {"type": [JSON_TYPES[kind] for kind in each]})
+
+
+def _are_stops(value: Any) -> bool:
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise bad(f"'{name}' must be a text or a list of at most {MOST_STOPS} texts, none of them empty", name)
+    return isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(s, str) and s for s in stops)
 
 
-def _tools(name: str, value: Any) -> None:
-    for tool in value if isinstance(value, list) else [None]:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad(f"'{name}' must be a list of {{'type': 'function', 'function': {{'name': …}}}}", name)
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-_flag = _kind(bool, "true or false")
-_text = _kind(str, "a text")
-_table = _kind(dict, "an object")
-_any_list = _kind(list, "a list")
+_flag = kind(bool, "true or false")
+_text = kind(str, "a text")
+_table = kind(dict, "an object")
+_any_list = kind(list, "a list")
+_stops = Check(
+    _are_stops,
+    f"a text or a list of at most {MOST_STOPS} texts, none of them empty",
+    {
+        "type": ["string", "array"],
+        "minLength": 1,
+        "items": {"type": "string", "minLength": 1},
+        "maxItems": MOST_STOPS,
+    },
+)
+_tools = Check(
+    lambda value: isinstance(value, list) and all(map(_is_tool, value)),
+    "a list of {'type': 'function', 'function': {'name': …}}",
+    {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            },
+        },
+    },
+)
 
 # What goes on to the engine, with the check that each value must pass.
-PASSED: dict[str, Callable[[str, Any], None]] = {
+PASSED: dict[str, Check] = {
     "temperature": _number(0, 2),
     "top_p": _number(1e-6, 1),
     "top_k": _whole(-1, 1_000_000),
@@ -112,11 +155,11 @@ PASSED: dict[str, Callable[[str, Any], None]] = {
     "stop_token_ids": _any_list,
     "ignore_eos": _flag,
     "tools": _tools,
-    "tool_choice": _kind((str, dict), "'none', 'auto', 'required' or an object"),
+    "tool_choice": kind((str, dict), "'none', 'auto', 'required' or an object"),
     "parallel_tool_calls": _flag,
     "response_format": _table,
     "structured_outputs": _table,
-    "guided_json": _kind((dict, str), "a JSON schema"),
+    "guided_json": kind((dict, str), "a JSON schema"),
     "guided_regex": _text,
     "guided_choice": _any_list,
     "guided_grammar": _text,
@@ -127,13 +170,13 @@ PASSED: dict[str, Callable[[str, Any], None]] = {
     "suffix": _text,
 }
 # What the gateway uses itself, or what changes no answer.
-KEPT: dict[str, Callable[[str, Any], None]] = {
+KEPT: dict[str, Check] = {
     "model": _text,
     "messages": _any_list,
-    "prompt": _kind((str, list), "a text"),
+    "prompt": kind((str, list), "a text"),
     "stream": _flag,
     "stream_options": _table,
-    "logprobs": _kind((bool, int), "true, false or a number"),
+    "logprobs": kind((bool, int), "true, false or a number"),
     "top_logprobs": _whole(0, 20),
     "user": _text,
     "echo": _flag,
@@ -167,7 +210,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise bad(f"the body is not JSON: {error}. Send a JSON object, in UTF-8", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise bad(f"the body must be a JSON object, not {_shown(body)}", code="invalid_json")
+        raise bad(f"the body must be a JSON object, not {shown(body)}", code="invalid_json")
     if raw.count(b"{") + raw.count(b"[") > DEEPEST and _deeper(body, DEEPEST):
         raise bad(f"the body nests deeper than {DEEPEST} levels; send a flatter one", code="invalid_json")
     return body
@@ -179,7 +222,7 @@ def read(route: Route, body: dict[str, Any], policies: dict[str, PolicyConfig]) 
     for name, value in present.items():
         check = CHECKS.get(name)
         if check is None:
-            raise _unknown(name)
+            raise unknown(name, CHECKS)
         check(name, value)
     model = present.get("model")
     if not model:
@@ -226,8 +269,8 @@ def explore(ask: Ask) -> None:
     }
 
 
-def _unknown(name: str) -> Refused:
-    near = difflib.get_close_matches(name[:64], CHECKS, n=1)
+def unknown(name: str, known: Iterable[str]) -> Refused:
+    near = difflib.get_close_matches(name[:64], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
     return bad(f"unknown parameter {name[:64]!r}: it would have no effect here; {hint}", name[:64], "unknown_parameter")
 
@@ -241,11 +284,11 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
             raise bad(f"messages[{at}] must be an object with 'role' and 'content'", "messages")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise bad(f"messages[{at}] has role {_shown(role)}; roles are: {', '.join(sorted(ROLES))}", "messages")
+            raise bad(f"messages[{at}] has role {shown(role)}; roles are: {', '.join(sorted(ROLES))}", "messages")
         if isinstance(content, list):
             _parts(at, content)
         elif not (isinstance(content, str) or (content is None and role == "assistant")):
-            raise bad(f"messages[{at}].content must be a text or a list of parts, not {_shown(content)}", "messages")
+            raise bad(f"messages[{at}].content must be a text or a list of parts, not {shown(content)}", "messages")
         _optional(at, message)
     return messages
 
@@ -355,7 +398,7 @@ def _deeper(value: Any, levels: int) -> bool:
     return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as an error message may show it: short, whatever was sent."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
