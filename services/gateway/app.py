@@ -18,7 +18,7 @@ from everloop.log.embedded import EmbeddedLog
 from everloop.serving.base import Serving
 from prometheus_client import CollectorRegistry
 
-from services.gateway import ask, responses, unserved
+from services.gateway import ask, openapi, responses, unserved
 from services.gateway.calls import CODE, Answered, Calls, Reader
 from services.gateway.capture import Capture, load_hook
 from services.gateway.conversations import Conversations
@@ -109,6 +109,7 @@ class Gateway:
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
+        router.add_get("/openapi.json", self._guarded("/openapi.json", _describe))
         router.add_route("*", "/{rest:.*}", self._guarded("other", unserved.refuse), name=unserved.REST)
         app.on_shutdown.append(self._end)
 
@@ -202,6 +203,10 @@ class Gateway:
 
 async def _allowed(request: web.Request) -> web.Response:
     return web.Response(status=204)
+
+
+async def _describe(request: web.Request) -> web.Response:
+    return web.Response(text=openapi.written(), content_type="application/json")
 
 
 def _model(name: str, tenant: str) -> dict[str, Any]:

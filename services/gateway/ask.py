@@ -7,25 +7,23 @@ the gateway's own business or has no effect on an answer (``KEPT``), or the requ
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from everloop.config import PolicyConfig
 from everloop.ids import OBJECT, RESPONSE
 from everloop.serving.base import Route
 
+from services.gateway.checks import Check, any_list, bad, flag, kind, number, shown, stops, table, text, tools, whole
 from services.gateway.refusals import Refused
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "audio_url", "video_url", "file"})
 DEEPEST = 64  # levels of nesting
 MOST_CHOICES = 16
-MOST_STOPS = 16
 WHOLE = 2**63 - 1
-JSON_TYPES = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
 
 
 @dataclass(slots=True)
@@ -57,138 +55,63 @@ class Ask:
         return RESPONSE if self.echo is None else OBJECT
 
 
-def bad(message: str, param: str | None = None, code: str | None = "invalid_value") -> Refused:
-    return Refused(400, message, code, param)
-
-
-class Check(NamedTuple):
-    """What a parameter's value must be. ``schema`` says the same in JSON Schema, for the description of the API."""
-
-    fits: Callable[[Any], bool]
-    words: str
-    schema: dict[str, Any]
-
-    def __call__(self, name: str, value: Any) -> None:
-        """Raises Refused (400) where ``value`` is not so."""
-        if not self.fits(value):
-            inside = isinstance(value, list) and "array" in self.schema["type"]  # it is what is in it that does not fit
-            raise bad(f"'{name}' must be {self.words}" + ("" if inside else f", not {shown(value)}"), name)
-
-
-def _number(low: float, high: float) -> Check:
-    def fits(value: Any) -> bool:
-        return not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= high
-
-    schema = {"type": "number", "minimum": low, "maximum": high}
-    return Check(fits, f"a number from {low:g} to {high:g}", schema)
-
-
-def _whole(low: int, high: int) -> Check:
-    def fits(value: Any) -> bool:
-        return not isinstance(value, bool) and isinstance(value, int) and low <= value <= high
-
-    schema = {"type": "integer", "minimum": low, "maximum": high}
-    return Check(fits, f"a whole number from {low} to {high}", schema)
-
-
-def kind(kinds: type | tuple[type, ...], words: str) -> Check:
-    """A value of one of these types, said in ``words``."""
-    each = kinds if isinstance(kinds, tuple) else (kinds,)
-    return Check(lambda value: isinstance(value, kinds), words, {"type": [JSON_TYPES[kind] for kind in each]})
-
-
-def _are_stops(value: Any) -> bool:
-    stops = [value] if isinstance(value, str) else value
-    return isinstance(stops, list) and len(stops) <= MOST_STOPS and all(isinstance(s, str) and s for s in stops)
-
-
-def _is_tool(tool: Any) -> bool:
-    function = tool.get("function") if isinstance(tool, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
-_flag = kind(bool, "true or false")
-_text = kind(str, "a text")
-_table = kind(dict, "an object")
-_any_list = kind(list, "a list")
-_stops = Check(
-    _are_stops,
-    f"a text or a list of at most {MOST_STOPS} texts, none of them empty",
-    {
-        "type": ["string", "array"],
-        "minLength": 1,
-        "items": {"type": "string", "minLength": 1},
-        "maxItems": MOST_STOPS,
-    },
-)
-_tools = Check(
-    lambda value: isinstance(value, list) and all(map(_is_tool, value)),
-    "a list of {'type': 'function', 'function': {'name': …}}",
-    {
-        "type": "array",
-        "items": {
-            "type": "object",
-            "required": ["function"],
-            "properties": {
-                "type": {"const": "function"},
-                "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
-            },
-        },
-    },
-)
-
 # What goes on to the engine, with the check that each value must pass.
 PASSED: dict[str, Check] = {
-    "temperature": _number(0, 2),
-    "top_p": _number(1e-6, 1),
-    "top_k": _whole(-1, 1_000_000),
-    "min_p": _number(0, 1),
-    "frequency_penalty": _number(-2, 2),
-    "presence_penalty": _number(-2, 2),
-    "repetition_penalty": _number(1e-6, 10),
-    "seed": _whole(-WHOLE, WHOLE),
-    "n": _whole(1, MOST_CHOICES),
-    "max_tokens": _whole(1, 10_000_000),
-    "max_completion_tokens": _whole(1, 10_000_000),
-    "min_tokens": _whole(0, 10_000_000),
-    "stop": _stops,
-    "stop_token_ids": _any_list,
-    "ignore_eos": _flag,
-    "tools": _tools,
+    "temperature": number(0, 2),
+    "top_p": number(1e-6, 1),
+    "top_k": whole(-1, 1_000_000),
+    "min_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": number(1e-6, 10),
+    "seed": whole(-WHOLE, WHOLE),
+    "n": whole(1, MOST_CHOICES),
+    "max_tokens": whole(1, 10_000_000),
+    "max_completion_tokens": whole(1, 10_000_000),
+    "min_tokens": whole(0, 10_000_000),
+    "stop": stops,
+    "stop_token_ids": any_list,
+    "ignore_eos": flag,
+    "tools": tools,
     "tool_choice": kind((str, dict), "'none', 'auto', 'required' or an object"),
-    "parallel_tool_calls": _flag,
-    "response_format": _table,
-    "structured_outputs": _table,
+    "parallel_tool_calls": flag,
+    "response_format": table,
+    "structured_outputs": table,
     "guided_json": kind((dict, str), "a JSON schema"),
-    "guided_regex": _text,
-    "guided_choice": _any_list,
-    "guided_grammar": _text,
-    "logit_bias": _table,
-    "reasoning_effort": _text,
-    "verbosity": _text,
-    "chat_template_kwargs": _table,
-    "suffix": _text,
+    "guided_regex": text,
+    "guided_choice": any_list,
+    "guided_grammar": text,
+    "logit_bias": table,
+    "reasoning_effort": text,
+    "verbosity": text,
+    "chat_template_kwargs": table,
+    "suffix": text,
 }
 # What the gateway uses itself, or what changes no answer.
 KEPT: dict[str, Check] = {
-    "model": _text,
-    "messages": _any_list,
+    "model": text,
+    "messages": any_list,
     "prompt": kind((str, list), "a text"),
-    "stream": _flag,
-    "stream_options": _table,
+    "stream": flag,
+    "stream_options": table,
     "logprobs": kind((bool, int), "true, false or a number"),
-    "top_logprobs": _whole(0, 20),
-    "user": _text,
-    "echo": _flag,
-    "best_of": _whole(1, MOST_CHOICES),
-    "store": _flag,
-    "metadata": _table,
-    "service_tier": _text,
-    "safety_identifier": _text,
-    "prompt_cache_key": _text,
-    "prompt_cache_retention": _text,
+    "top_logprobs": whole(0, 20),
+    "user": text,
+    "echo": flag,
+    "best_of": whole(1, MOST_CHOICES),
+    "store": flag,
+    "metadata": table,
+    "service_tier": text,
+    "safety_identifier": text,
+    "prompt_cache_key": text,
+    "prompt_cache_retention": text,
 }
 CHECKS = {**PASSED, **KEPT}
+# What each route does not have, of what the other has.
+FOREIGN: dict[Route, frozenset[str]] = {
+    "chat/completions": frozenset(("prompt", "suffix", "echo", "best_of")),
+    "completions": frozenset(("messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens")),
+}
 CONSTRAINS = frozenset(
     (
         "structured_outputs",
@@ -221,8 +144,8 @@ def read(route: Route, body: dict[str, Any], policies: dict[str, PolicyConfig]) 
     present = {name: value for name, value in body.items() if value is not None}
     for name, value in present.items():
         check = CHECKS.get(name)
-        if check is None:
-            raise unknown(name, CHECKS)
+        if check is None or name in FOREIGN[route]:
+            raise unknown(name, CHECKS.keys() - FOREIGN[route])
         check(name, value)
     model = present.get("model")
     if not model:
@@ -270,7 +193,7 @@ def explore(ask: Ask) -> None:
 
 
 def unknown(name: str, known: Iterable[str]) -> Refused:
-    near = difflib.get_close_matches(name[:64], known, n=1)
+    near = difflib.get_close_matches(name[:64], sorted(known), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
     return bad(f"unknown parameter {name[:64]!r}: it would have no effect here; {hint}", name[:64], "unknown_parameter")
 
@@ -396,13 +319,3 @@ def _deeper(value: Any, levels: int) -> bool:
     if levels == 0:
         return True
     return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
-
-
-def shown(value: Any) -> str:
-    """A value as an error message may show it: short, whatever was sent."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number that is not finite"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"

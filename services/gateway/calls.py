@@ -30,8 +30,9 @@ from everloop.event import BASE
 from everloop.serving.base import Serving
 
 from services.gateway.answer import Answer, Choice, Listener, read_whole, show_whole
-from services.gateway.ask import Ask, bad, parse
+from services.gateway.ask import Ask, parse
 from services.gateway.capture import Capture
+from services.gateway.checks import bad
 from services.gateway.chunks import spelled
 from services.gateway.door import Door
 from services.gateway.metrics import Metrics

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.gateway.ask import bad, shown
+from services.gateway.checks import bad, shown
 
 ROLES = ("user", "assistant", "system", "developer")
 TAKEN = ("message", "function_call", "function_call_output", "reasoning")

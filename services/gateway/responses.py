@@ -11,13 +11,13 @@ from typing import Any
 from everloop.config import PolicyConfig
 
 from services.gateway import ask
-from services.gateway.ask import CHECKS, Ask, Check, bad, kind, shown, unknown
+from services.gateway.ask import CHECKS, Ask, unknown
+from services.gateway.checks import Check, any_list, bad, flag, kind, shown, table, text
 from services.gateway.items import messages
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDES = (LOGPROBS, "reasoning.encrypted_content")
 CHOICES = ("none", "auto", "required")
-_text, _table, _flag = CHECKS["user"], CHECKS["metadata"], CHECKS["stream"]
 
 # What goes to the engine under its name in chat.
 SAME: dict[str, Check] = {
@@ -48,17 +48,17 @@ SAME: dict[str, Check] = {
 # What has another name or form there.
 TURNED: dict[str, Check] = {
     "input": kind((str, list), "a text or a list of items"),
-    "instructions": _text,
+    "instructions": text,
     "max_output_tokens": CHECKS["max_tokens"],
     "top_logprobs": CHECKS["top_logprobs"],
-    "include": kind(list, "a list"),
-    "tools": kind(list, "a list"),
+    "include": any_list,
+    "tools": any_list,
     "tool_choice": CHECKS["tool_choice"],
-    "text": _table,
-    "reasoning": _table,
-    "stream_options": _table,
-    "truncation": _text,
-    "background": _flag,
+    "text": table,
+    "reasoning": table,
+    "stream_options": table,
+    "truncation": text,
+    "background": flag,
 }
 # What is not done here, and what to do instead.
 NOT_HERE: dict[str, str] = {
@@ -146,16 +146,16 @@ def _logprobs(given: dict[str, Any]) -> dict[str, Any]:
     return {"logprobs": True, "top_logprobs": most} if most or LOGPROBS in given.get("include", ()) else {}
 
 
-def _format(text: dict[str, Any]) -> dict[str, Any]:
+def _format(given: dict[str, Any]) -> dict[str, Any]:
     """``text`` as chat's ``response_format`` and ``verbosity``."""
     asked: dict[str, Any] = {}
-    for name, value in text.items():
+    for name, value in given.items():
         if name not in ("format", "verbosity"):
             raise bad(f"'text' has 'format' and 'verbosity', not {shown(name)}", "text", "unknown_parameter")
         if name == "verbosity" and value is not None:
             CHECKS["verbosity"]("text.verbosity", value)
             asked["verbosity"] = value
-    form = text.get("format") or {"type": "text"}
+    form = given.get("format") or {"type": "text"}
     kind = form.get("type") if isinstance(form, dict) else None
     if kind == "json_schema":
         inner = {name: form[name] for name in ("name", "description", "schema", "strict") if form.get(name) is not None}
