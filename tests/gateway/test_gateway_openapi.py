@@ -32,7 +32,7 @@ from services.gateway.unserved import REST
 from services.service import Service
 from tests.gateway.conftest import Engine, config_for
 
-EXAMPLES = 30
+EXAMPLES = 20
 
 
 def of_the_tests_tenant() -> dict[str, Any]:
