@@ -17,7 +17,8 @@ from everloop.ids import Ids
 from everloop.release import point
 
 from services.gateway.answer import capture_fields
-from services.gateway.ask import Ask, bad, explore
+from services.gateway.ask import Ask, explore
+from services.gateway.checks import bad
 from services.gateway.conversations import Conversation, Conversations
 from services.gateway.door import header
 from services.gateway.keys import Key
@@ -121,7 +122,7 @@ class Turns:
             assignment=assignment,
             served=assignment.version,
             pinned=ask.pin is not None,
-            response=self._ids.response(key.tenant, episode, unique),
+            response=self._ids.response(key.tenant, episode, unique, ask.prefix),
             episode=episode,
             call=call,
             subject=subject,
@@ -144,7 +145,7 @@ class Turns:
             assignment=Assignment(version),
             served=version,
             pinned=ask.pin is not None,
-            response="chatcmpl-unrecorded-" + secrets.token_hex(12),
+            response=f"{ask.prefix}unrecorded-{secrets.token_hex(12)}",
             began=time.monotonic(),
             aside=self._aside(key, ask, version),
         )
