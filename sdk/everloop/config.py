@@ -20,6 +20,7 @@ from everloop.log_config import LogConfig
 from everloop.refusal import explain
 from everloop.release import CanaryPlan
 from everloop.section import Section, check_name, check_url, seconds
+from everloop.telemetry_config import TelemetryConfig
 
 
 class GatewayConfig(Section):
@@ -332,6 +333,7 @@ class Config(Section):
     assemble: AssembleConfig = AssembleConfig()
     mlflow: MlflowConfig = MlflowConfig()
     ray: RayConfig = RayConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from everloop.contract import Contract, Float32Array, Int32Array
 from everloop.feedback import Feedback
 
 BASE = "base"  # the policy version of a policy without an adapter
+ELSEWHERE = "elsewhere"  # the policy version of a call that no policy here answered
 
 
 class Message(Contract):
@@ -104,7 +105,9 @@ class Call(Contract):
     tools: tuple[dict[str, Any], ...] = ()
     finish_reason: str | None = None
     choice: int = Field(default=0, description="index among the n answers to one request")
-    policy_version: str = Field(default=BASE, description="adapter content hash, or 'base'")
+    policy_version: str = Field(
+        default=BASE, description="adapter content hash, 'base', or 'elsewhere': no policy here answered it"
+    )
     model: str = Field(default="", description="the base model's name")
     sampling: Sampling = Sampling()
     tokens: CallTokens | None = None
@@ -114,6 +117,7 @@ class Call(Contract):
     latency: float = Field(default=0.0, description="seconds, request to last token")
     error: str | None = Field(default=None, description="why the call failed; None: it did not")
     error_code: str | None = Field(default=None, description="the kind of failure, as the client was told it")
+    trace: str | None = Field(default=None, description="W3C trace id that it happened in, 32 hex digits; None: none")
 
 
 class ToolResult(Contract):

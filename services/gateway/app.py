@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from aiohttp import web
@@ -32,13 +32,19 @@ from services.gateway.scribe import Appends
 from services.gateway.sealing import sealed_log
 from services.gateway.spool import waiting
 from services.gateway.tokens import Tokens
+from services.gateway.traces import TraceDesk
 from services.gateway.turns import Turns
+
+if TYPE_CHECKING:
+    from services.gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[Any]]  # what aiohttp can send
 UNDER_WAY = 0.85  # of the drain: for answers under way; the rest is for their events to become durable
 REST = "rest"  # the route that has what no other has
-ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
+ENDPOINTS = (
+    "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens, /v1/events and /v1/traces"
+)
 
 
 class Gateway:
@@ -59,6 +65,7 @@ class Gateway:
         self.config = config
         self.serving = serving
         self.metrics = Metrics(registry or CollectorRegistry())
+        self._tracing = _tracing(config, self.metrics)
         self.keys = Keys(home.root / "keys.db")
         self._home = home
         away = not isinstance(log, EmbeddedLog)  # it may be
@@ -76,11 +83,19 @@ class Gateway:
         self.capture = Capture(appends or sealed_log(config, home, log), hook, self.metrics)
         turns = Turns(config, ids, self.routes, self.conversations)
         self._calls = Calls(
-            config, self._door, turns, serving, self.capture, Retries(secret), self._recovered, self.metrics
+            config,
+            self._door,
+            turns,
+            self._asked(serving),
+            self.capture,
+            Retries(secret),
+            self._recovered,
+            self.metrics,
         )
         desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)
         self._events = EventDesk(*desk)
+        self._traces = TraceDesk(*desk)
 
     def prepare(self) -> None:
         """What must be known before the first request: routes, and answers that may be asked for again. Blocks."""
@@ -104,6 +119,7 @@ class Gateway:
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
+        router.add_post("/v1/traces", self._guarded("/v1/traces", self._traces.take))
         router.add_route("*", "/v1/{rest:.*}", self._guarded("other", _refuse_endpoint), name=REST)
         app.on_shutdown.append(self._end)
 
@@ -119,8 +135,18 @@ class Gateway:
         }
 
     def close(self) -> None:
+        if self._tracing is not None:
+            self._tracing.close()
         self.keys.close()
         self._log.close()
+
+    def _asked(self, serving: Serving) -> Serving:
+        """The engine as calls ask it."""
+        if self._tracing is None:
+            return serving
+        from services.gateway.tracing import TracedServing
+
+        return cast(Serving, TracedServing(serving))
 
     def _calling(self, path: Any) -> Handler:
         async def call(request: web.Request) -> Answered:
@@ -130,7 +156,7 @@ class Gateway:
             finally:
                 self.metrics.under_way -= 1
 
-        return call
+        return call if self._tracing is None else self._tracing.traced(path, call)
 
     async def _models(self, request: web.Request) -> web.Response:
         key = self._door.key(request, "call")
@@ -193,6 +219,15 @@ class Gateway:
             return response
 
         return answered
+
+
+def _tracing(config: Config, metrics: Metrics) -> Tracing | None:
+    """None where it is off: then nothing of OpenTelemetry's is even loaded."""
+    if config.telemetry.otlp_endpoint is None:
+        return None
+    from services.gateway.tracing import Tracing
+
+    return Tracing(config.telemetry, metrics.spans_sent)
 
 
 async def _allowed(request: web.Request) -> web.Response:

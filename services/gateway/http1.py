@@ -297,14 +297,16 @@ class Client:
         self._idle: list[Connection] = []
         self._closed = False
 
-    async def ask(self, method: str, path: str, body: bytes, request_id: str) -> Connection:
+    async def ask(self, method: str, path: str, body: bytes, request_id: str, more: str = "") -> Connection:
         """Send a request; returns the connection once the answer's head is there. Give it back afterwards.
+
+        ``more``: further header lines, each with its line end.
 
         A kept connection may be closed by the server just as it is used: then once more, on a new one.
 
         Raises Broken (Expired), or OSError where nobody listens.
         """
-        head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._fields}X-Request-Id: {request_id}\r\n"
+        head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._fields}X-Request-Id: {request_id}\r\n{more}"
         request = b"%bContent-Length: %d\r\n\r\n%b" % (head.encode(), len(body), body)
         kept = self._kept()
         if kept is not None:
