@@ -82,15 +82,9 @@ class Gateway:
         self._replays = hook is None  # what was redacted cannot be given again
         self.capture = Capture(appends or sealed_log(config, home, log), hook, self.metrics)
         turns = Turns(config, ids, self.routes, self.conversations)
+        serving = self._asked(serving)
         self._calls = Calls(
-            config,
-            self._door,
-            turns,
-            self._asked(serving),
-            self.capture,
-            Retries(secret),
-            self._recovered,
-            self.metrics,
+            config, self._door, turns, serving, self.capture, Retries(secret), self._recovered, self.metrics
         )
         desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)

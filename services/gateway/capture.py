@@ -214,6 +214,7 @@ def call_event(
             "latency": latency,
             "error": error,
             "error_code": code,
+            "trace": None,
         },
         subject=turn.subject,
         seq=turn.seq,

@@ -47,10 +47,14 @@ SHOWN = 3  # reasons in an answer
 
 
 class Of(NamedTuple):
-    """What a trace's spans say together: a tool's span may lack what its call's has. Empty: none says it."""
+    """What a trace's spans say together: a tool's span may lack what its call's has. Empty: none says it.
 
-    episode: str
-    subject: str
+    ``own`` is the episode of an answer that was given here, ``named`` what the agent calls its episode.
+    """
+
+    own: str = ""
+    named: str = ""
+    subject: str = ""
 
 
 class TraceDesk(Desk):
@@ -72,7 +76,7 @@ class TraceDesk(Desk):
         form = otlp.form(request)
         raw = await self.door.body(request)
         given = await asyncio.to_thread(otlp.read, raw, form)
-        told = {span.trace: Of("", "") for span in given}
+        told = {span.trace: Of() for span in given}
         for span in given:
             told[span.trace] = self._told(key.tenant, span, told[span.trace])
         events: list[Unsealed] = []
@@ -87,7 +91,7 @@ class TraceDesk(Desk):
                 taken += bool(made)
             if at % AT_ONCE == AT_ONCE - 1:
                 await asyncio.sleep(0)
-        self.door.limits.charge(key.tenant, len(events) - 1)
+        self.door.limits.charge(key.tenant, max(0, len(events) - 1))
         for at in range(0, len(events), TOGETHER):
             part = events[at : at + TOGETHER]
             await self.capture.stored(await self.capture.redacted(part, len(raw)))
@@ -104,13 +108,14 @@ class TraceDesk(Desk):
         return otlp.answer(form, rejected, why)
 
     def _told(self, tenant: str, span: SpanRead, of: Of) -> Of:
-        """What this span adds to what its trace is known to be of; an answer that was given here says most."""
+        """What is known of its trace with this span; the first that says something is believed."""
         its = span.attributes
         response = spans.response_of(span) if spans.kind(span) == "call" else ""
-        own = self._episode_of(tenant, response)
-        if own:
-            return Of(own, of.subject or _first(its, SUBJECTS))
-        return Of(of.episode or _first(its, EPISODES), of.subject or _first(its, SUBJECTS))
+        return Of(
+            of.own or self._episode_of(tenant, response),
+            of.named or _first(its, EPISODES),
+            of.subject or _first(its, SUBJECTS),
+        )
 
     def _episode_of(self, tenant: str, response: str) -> str:
         """The episode of an answer that a gateway here gave; empty for any other's."""
@@ -134,7 +139,8 @@ class TraceDesk(Desk):
         if not _is_id(span.trace, 32) or not _is_id(span.id, 16):
             raise Unreadable("its ids are none: a trace's has 16 bytes, a span's 8, and not all are 0")
         policy = self._policy_of(tenant, span, needed=kind == "call")
-        episode = named_episode(self.ids, tenant, _first(span.attributes, EPISODES) or of.episode or span.trace)
+        name = of.own or _first(span.attributes, EPISODES) or of.named or span.trace
+        episode = named_episode(self.ids, tenant, name)
         payloads = _calls(span) if kind == "call" else [spans.tool(span)]
         subject = _first(span.attributes, SUBJECTS) or of.subject
         for at, payload in enumerate(payloads):
