@@ -92,7 +92,10 @@ def _parsed(raw: bytes, form: str) -> ExportTraceServiceRequest:
     request = ExportTraceServiceRequest()
     try:
         if form == JSON:
-            ParseDict(orjson.loads(raw), request, ignore_unknown_fields=True)
+            given = orjson.loads(raw)
+            if not isinstance(given, dict):
+                raise ParseError("it must be an object")
+            ParseDict(given, request, ignore_unknown_fields=True)
         else:
             request.ParseFromString(raw)
     except (DecodeError, ParseError, orjson.JSONDecodeError, TypeError, AttributeError, RecursionError) as error:

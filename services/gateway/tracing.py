@@ -118,6 +118,7 @@ class CallTrace:
         self._operation = operation
         self._span = tracer.start_span(operation, context, SpanKind.SERVER)
         self._innermost = self._span
+        self._code: str | None = None
         own = self._span.get_span_context()
         self.id = format_trace_id(own.trace_id) if parent.is_valid or own.trace_flags.sampled else None
         """The trace id, as the call's record has it; None where nobody will ever see that trace."""
@@ -154,7 +155,8 @@ class CallTrace:
             span.end()
 
     def captured(self, turn: Turn, ask: Ask, answer: Answer, code: str | None) -> None:
-        """Say what the call was, as it is recorded."""
+        """Say what the call was, as it is recorded. ``code``: the kind of failure; None: none that has one."""
+        self._code = code
         if not self._span.is_recording():
             return
         self._span.update_name(f"{self._operation} {ask.policy}")
@@ -177,8 +179,6 @@ class CallTrace:
                 "everloop.arm": turn.assignment.arm,
             }
         )
-        if code is not None:
-            _fail(self._span, code)
 
     def storing(self, stored: asyncio.Future[None]) -> None:
         """A span until that promise is kept."""
@@ -195,7 +195,7 @@ class CallTrace:
     def answered(self, status: int) -> None:
         self._span.set_attribute("http.response.status_code", status)
         if status >= 500:
-            _fail(self._span, str(status))
+            _fail(self._span, self._code or str(status))
 
     def failed(self, error: BaseException) -> None:
         if isinstance(error, Refused) and error.status < 500:  # the agent's own fault is no failure of the gateway

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,14 +15,9 @@ from typing import Any
 import pytest
 from everloop.log.base import Log, Record
 from everloop.topics import EPISODES, EVENTS, TRAJECTORIES
-from opentelemetry.exporter.otlp.proto.http import Compression
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 from pipelines.archive import Archive
 from pipelines.assemble import Assembler
@@ -120,35 +114,6 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture
 def attributes_of() -> Any:
     return attributes
-
-
-@pytest.fixture
-def agent() -> Iterator[Any]:
-    """Makes an agent's own tracing, by the real SDK and exporter: ``agent(bench)`` is its provider.
-
-    Each span is sent when it ends, in a thread: the gateway answers in the test's event loop.
-    """
-    made: list[TracerProvider] = []
-    pool = ThreadPoolExecutor(1)
-
-    class Elsewhere(SimpleSpanProcessor):
-        def on_end(self, span: Any) -> None:
-            self.sent.append(pool.submit(super().on_end, span))
-
-    def make(bench: Any, key: str | None = None, compression: Any = Compression.Gzip, **resource: str) -> Any:
-        headers = {"authorization": f"Bearer {key or bench.key}"}
-        exporter = OTLPSpanExporter(f"{bench.url}/v1/traces", headers=headers, compression=compression, timeout=5)
-        provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
-        processor = Elsewhere(exporter)
-        processor.sent = provider.sent = []
-        provider.add_span_processor(processor)
-        made.append(provider)
-        return provider
-
-    yield make
-    pool.shutdown()
-    for provider in made:
-        provider.shutdown()
 
 
 class Kept:
