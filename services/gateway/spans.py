@@ -138,7 +138,7 @@ def _prompt(its: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     elif rows := _rows(its, "gen_ai.prompt"):
         yield from (_of_fields(row) for row in rows)
     elif rows := _rows(its, "llm.input_messages"):
-        yield from (_of_fields(_flat(row)) for row in rows)
+        yield from (_of_inference(row) for row in rows)
     else:
         for row in _rows(its, "llm.prompts"):
             yield _message("user", _text(_tree(row.get("prompt")).get("text")))
@@ -160,7 +160,8 @@ def _answers(its: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
     elif rows := _rows(its, "gen_ai.completion"):
         yield from ((_of_fields({"role": "assistant", **row}), row.get("finish_reason")) for row in rows)
     elif rows := _rows(its, "llm.output_messages"):
-        yield from ((_of_fields({"role": "assistant", **_flat(row)}), None) for row in rows)
+        said = [{"message": {"role": "assistant", **_tree(row.get("message"))}} for row in rows]
+        yield from ((_of_inference(row), None) for row in said)
     else:
         for row in _rows(its, "llm.choices"):
             yield _message("assistant", _text(_tree(row.get("completion")).get("text"))), None
@@ -200,25 +201,31 @@ def _part(part: Tree) -> dict[str, Any] | None:
 
 
 def _of_fields(row: Tree) -> dict[str, Any]:
-    """A message of OpenLLMetry's, whose content may be a JSON list of OpenAI's parts."""
-    content = row.get("content")
-    parts = _list(content) if isinstance(content, str) and content.startswith('[{"') else []
-    if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        content = [{"type": "text", "text": _text(part.get("text"))} for part in parts]
-    elif content is not None and not isinstance(content, list):
-        content = _text(content)
+    """A message of OpenLLMetry's."""
     calls = [_called(call) for call in _numbered(row.get("tool_calls"))]
-    return _message(row.get("role"), content, calls, _word(row.get("tool_call_id")), _word(row.get("name")))
+    return _named(row, _words(row.get("content")), calls)
 
 
-def _flat(row: Tree) -> Tree:
-    """A message of OpenInference's as OpenLLMetry would write it."""
+def _of_inference(row: Tree) -> dict[str, Any]:
+    """A message of OpenInference's."""
     its = _tree(row.get("message"))
     calls = [_tree(call.get("tool_call")) for call in _numbered(its.get("tool_calls"))]
-    named = [{"id": call.get("id"), **_tree(call.get("function"))} for call in calls]
     parts = [_tree(part.get("message_content")) for part in _numbered(its.get("contents"))]
-    content = [made for part in parts if (made := _shown(part)) is not None] if parts else its.get("content")
-    return {**its, "content": content, "tool_calls": {str(at): call for at, call in enumerate(named)}}
+    content = [made for part in parts if (made := _shown(part)) is not None]
+    functions = [_called({"id": call.get("id"), **_tree(call.get("function"))}) for call in calls]
+    return _named(its, content or _words(its.get("content")), functions)
+
+
+def _named(its: Tree, content: Any, calls: list[Tree]) -> dict[str, Any]:
+    return _message(its.get("role"), content, calls, _word(its.get("tool_call_id")), _word(its.get("name")))
+
+
+def _words(content: Any) -> str | list[dict[str, Any]] | None:
+    """Text; of a JSON list of OpenAI's parts, the parts where all are text. None: there is no content."""
+    parts = _list(content) if isinstance(content, str) and content.startswith('[{"') else []
+    if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return [{"type": "text", "text": _text(part.get("text"))} for part in parts]
+    return None if content is None else _text(content)
 
 
 def _shown(part: Tree) -> dict[str, Any] | None:

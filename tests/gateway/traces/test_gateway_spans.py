@@ -236,7 +236,7 @@ ANY = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     base=st.sampled_from(sorted(CONVENTIONS)),
     changes=st.dictionaries(st.sampled_from([*NAMES, "gen_ai.prompt.0", "llm.tools.0", "error.type"]), ANY, max_size=4),

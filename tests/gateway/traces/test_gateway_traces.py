@@ -108,7 +108,7 @@ async def test_in_whatever_batches_and_order_it_is_the_same_episode(start: Any, 
     spans = [call(0), tool(1), call(2, "And now?", "Soon."), tool(3)]
     query = "SELECT episode, call, prompt, answer, tools, policy_version, complete FROM turns ORDER BY turn"
     found = []
-    for order in itertools.islice(itertools.permutations(spans), 0, None, 5):
+    for order in itertools.islice(itertools.permutations(spans), 0, None, 9):
         bench = await start()
         for span in order:
             await taken(bench, span)
@@ -351,10 +351,6 @@ async def test_ten_thousand_spans_in_one_batch(bench: Any) -> None:
     await taken(bench, *spans)
     assert counted(bench) == {"taken": 1000, "dropped": 9000, "rejected": 0}
     assert len({event.episode for event in bench.events()}) == 1000
-    many = batch(*[call(at) for at in range(10_000)], service__name="writer")
-    assert (await send(bench, gzip.compress(many), Content_Encoding="gzip"))[0] == (
-        413 if len(many) > 4_194_304 else 200
-    )
 
 
 def masked(event: dict[str, Any]) -> dict[str, Any]:
