@@ -21,6 +21,7 @@ from everloop.provider_config import ProviderConfig
 from everloop.refusal import explain
 from everloop.release import CanaryPlan
 from everloop.section import Section, check_name, check_url, root_url, seconds
+from everloop.telemetry_config import TelemetryConfig
 
 
 class GatewayConfig(Section):
@@ -385,6 +386,7 @@ class Config(Section):
     assemble: AssembleConfig = AssembleConfig()
     mlflow: MlflowConfig = MlflowConfig()
     ray: RayConfig = RayConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
 
     @model_validator(mode="after")

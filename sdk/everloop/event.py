@@ -16,6 +16,7 @@ from everloop.feedback import Feedback
 
 BASE = "base"  # the policy version of a policy without an adapter
 PROVIDER = "provider"  # and of an answer that a provider gave
+ELSEWHERE = "elsewhere"  # and of a call that no policy here answered
 
 
 class Message(Contract):
@@ -105,7 +106,10 @@ class Call(Contract):
     tools: tuple[dict[str, Any], ...] = ()
     finish_reason: str | None = None
     choice: int = Field(default=0, description="index among the n answers to one request")
-    policy_version: str = Field(default=BASE, description="adapter content hash, 'base', or 'provider'")
+    policy_version: str = Field(
+        default=BASE,
+        description="adapter content hash, 'base', 'provider', or 'elsewhere': no policy here answered it",
+    )
     instead_of: str | None = Field(default=None, description="version assigned, where another answered; None: it did")
     model: str = Field(default="", description="the base model's name; of a provider's answer, its model's")
     sampling: Sampling = Sampling()
@@ -119,6 +123,7 @@ class Call(Contract):
     latency: float = Field(default=0.0, description="seconds, request to last token")
     error: str | None = Field(default=None, description="why the call failed; None: it did not")
     error_code: str | None = Field(default=None, description="the kind of failure, as the client was told it")
+    trace: str | None = Field(default=None, description="W3C trace id that it happened in, 32 hex digits; None: none")
 
 
 class ToolResult(Contract):

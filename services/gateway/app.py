@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
@@ -37,7 +37,11 @@ from services.gateway.scribe import Appends
 from services.gateway.sealing import sealed_log
 from services.gateway.spool import waiting
 from services.gateway.tokens import Tokens
+from services.gateway.traces import TraceDesk
 from services.gateway.turns import Turns
+
+if TYPE_CHECKING:
+    from services.gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[Any]]  # what aiohttp can send
@@ -67,6 +71,7 @@ class Gateway:
         self.config = config
         self.serving = serving
         self.metrics = Metrics(registry or CollectorRegistry())
+        self._tracing = _tracing(config, self.metrics)
         self.keys = Keys(home.root / "keys.db")
         self._home = home
         away = not isinstance(log, EmbeddedLog)  # it may be
@@ -86,10 +91,11 @@ class Gateway:
         turns = Turns(config, ids, self.routes, self.conversations, self.providers)
         pins = Pins(config, log, self.routes.names)
         about = (Retries(secret), self._recovered, self.metrics, self.providers.slowest)
-        self._calls = Calls(config, self._door, turns, pins, serving, self.capture, *about)
+        self._calls = Calls(config, self._door, turns, pins, self._asked(serving), self.capture, *about)
         desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)
         self._events = EventDesk(*desk)
+        self._traces = TraceDesk(*desk)
 
     def prepare(self) -> None:
         """What must be known before the first request: routes, and answers that may be asked for again. Blocks."""
@@ -106,13 +112,14 @@ class Gateway:
         """Add every endpoint of the API to an application."""
         router = app.router
         for path, read in READERS.items():
-            router.add_post(path, self._guarded(path, self._calling(read)))
+            router.add_post(path, self._guarded(path, self._calling(path, read)))
         router.add_get("/v1/models", self._guarded("/v1/models", self._models))
         router.add_get("/v1/models/{model:.+}", self._guarded("/v1/models", self._model))
         router.add_post("/v1/feedback", self._guarded("/v1/feedback", self._cross_origin(self._feedback.give)))
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
+        router.add_post("/v1/traces", self._guarded("/v1/traces", self._traces.take))
         router.add_get("/openapi.json", self._guarded("/openapi.json", _describe))
         router.add_route("*", "/{rest:.*}", self._guarded("other", unserved.refuse), name=unserved.REST)
         app.on_shutdown.append(self._end)
@@ -136,10 +143,20 @@ class Gateway:
         }
 
     def close(self) -> None:
+        if self._tracing is not None:
+            self._tracing.close()
         self.keys.close()
         self._log.close()
 
-    def _calling(self, read: Reader) -> Handler:
+    def _asked(self, serving: Answering) -> Answering:
+        """What answers, as calls ask it."""
+        if self._tracing is None:
+            return serving
+        from services.gateway.tracing import TracedServing
+
+        return TracedServing(serving)
+
+    def _calling(self, path: str, read: Reader) -> Handler:
         async def call(request: web.Request) -> Answered:
             self.metrics.under_way += 1
             try:
@@ -147,7 +164,7 @@ class Gateway:
             finally:
                 self.metrics.under_way -= 1
 
-        return call
+        return call if self._tracing is None else self._tracing.traced(path.removeprefix("/v1/"), call)
 
     async def _models(self, request: web.Request) -> web.Response:
         key = self._door.key(request, "call")
@@ -219,6 +236,15 @@ class Gateway:
             return response
 
         return answered
+
+
+def _tracing(config: Config, metrics: Metrics) -> Tracing | None:
+    """None where it is off: then nothing of OpenTelemetry's is even loaded."""
+    if config.telemetry.otlp_endpoint is None:
+        return None
+    from services.gateway.tracing import Tracing
+
+    return Tracing(config.telemetry, metrics.spans_sent)
 
 
 async def _allowed(request: web.Request) -> web.Response:

@@ -7,7 +7,7 @@ the gateway's own business or has no effect on an answer (``KEPT``), or the requ
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise bad(f"the body is not JSON: {error}. Send a JSON object, in UTF-8", code="invalid_json") from None
     if not isinstance(body, dict):
         raise bad(f"the body must be a JSON object, not {shown(body)}", code="invalid_json")
-    if raw.count(b"{") + raw.count(b"[") > DEEPEST and _deeper(body, DEEPEST):
+    if raw.count(b"{") + raw.count(b"[") > DEEPEST and deeper(body, DEEPEST):
         raise bad(f"the body nests deeper than {DEEPEST} levels; send a flatter one", code="invalid_json")
     return body
 
@@ -340,9 +340,10 @@ def _constrained(body: dict[str, Any]) -> bool:
     )
 
 
-def _deeper(value: Any, levels: int) -> bool:
+def deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value nests deeper than that."""
     if not isinstance(value, dict | list):
         return False
     if levels == 0:
         return True
-    return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
+    return any(deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))

@@ -32,6 +32,8 @@ class Metrics:
         self.feedback = counter("feedback_total", "Feedback accepted.", "kind")
         self.tokens = counter("tokens_total", "Tokens of captured calls.", "kind")
         self.disconnects = counter("disconnects_total", "Clients that left before their answer.")
+        self.spans_sent = counter("spans_sent_total", "Own spans: exported, failed or dropped.", "outcome")
+        self.spans_received = counter("spans_received_total", "Spans of agents: taken, dropped or rejected.", "outcome")
         self.under_way = 0
         in_flight = Gauge("everloop_gateway_in_flight_requests", "Calls under way.", registry=registry)
         in_flight.set_function(lambda: self.under_way)

@@ -24,6 +24,7 @@ WORDS = {
     404: "There is no such thing of yours.",
     408: "The body came too slowly; the connection ends.",
     413: "The body is larger than gateway.max_body_bytes; the connection ends.",
+    415: "The body is in no form that is read here.",
     422: "What was sent does not fit, or an Idempotency-Key came again with another body.",
     429: "The tenant sends, or the engine has, too much; see Retry-After.",
     500: "The gateway failed, or its redaction hook did.",
@@ -60,6 +61,7 @@ def document() -> Fields:
                 "post": _told("grantToken", "A token that a browser may hold", "TokenAsked", 200, "Token", KEYED)
             },
             "/v1/events": {"post": _told("sendEvents", "What an SDK saw", "Events", 202, "Taken", (*KEYED, *STORED))},
+            "/v1/traces": {"post": _traces()},
             "/healthz": {"get": _health("alive", "Whether the process works; if not, start it anew")},
             "/readyz": {"get": _health("ready", "Whether requests should come")},
             "/status": {"get": _status()},
@@ -98,6 +100,20 @@ def _feedback() -> Fields:
     codes = (*KEYED, *STORED, 404)
     return _told("giveFeedback", "What somebody says of an answer", "FeedbackGiven", 202, "FeedbackTaken", codes) | {
         "parameters": [schemas.IDEMPOTENCY_KEY]
+    }
+
+
+def _traces() -> Fields:
+    """As JSON; in protobuf the same messages, answers and refusals alike."""
+    spans = {"type": "object", "properties": {"resourceSpans": {"type": "array", "items": {"type": "object"}}}}
+    words = {code: WORDS[code] for code in WORDS if code in (*BODY, *KEYED, *STORED, 415)}
+    said = {str(code): {"description": word, "content": _json({"type": "object"})} for code, word in words.items()}
+    taken = {"description": "Durable, but for what partialSuccess tells.", "content": _json({"type": "object"})}
+    return {
+        "operationId": "sendTraces",
+        "summary": "Spans of calls and tools by OTLP, as JSON or as application/x-protobuf",
+        "requestBody": {"required": True, "content": _json(spans)},
+        "responses": {"200": taken, **said},
     }
 
 

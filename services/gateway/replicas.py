@@ -127,6 +127,11 @@ class Replicas:
     def __init__(self, urls: Sequence[str], *, timeout: float = 300.0, brief: bool = False) -> None:
         self.each = tuple(Replica(HttpServing(url, timeout=timeout, brief=brief)) for url in urls)
 
+    @property
+    def url(self) -> str:
+        """Where the only one answers; of several "": which of them is known when it is asked."""
+        return self.each[0].serving.url if len(self.each) == 1 else ""
+
     async def complete(self, route: Route, body: dict[str, Any]) -> dict[str, Any]:
         tries = _Tries(self.each, body["model"])
         while True:

@@ -10,8 +10,8 @@ from services.gateway.refusals import Refused
 
 REST = "rest"  # the route that has what no other has
 ENDPOINTS = (
-    "/v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /v1/feedback, /v1/feedback/tokens, /v1/events "
-    "and /openapi.json"
+    "/v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /v1/feedback, /v1/feedback/tokens, /v1/events, "
+    "/v1/traces and /openapi.json"
 )
 # What OpenAI's clients ask for as well, by the first part of the path.
 PROVIDERS = {

@@ -16,6 +16,7 @@ from everloop.serving.base import Route
 
 from services.gateway import brief
 from services.gateway.http1 import CONNECT, Broken, Client, Connection, Expired, Framing
+from services.gateway.trace import CURRENT
 
 AFTERWARDS = 1.0  # seconds after [DONE] in which the engine may end its stream, so that the connection can be kept
 PROCESS = os.urandom(8).hex()
@@ -104,7 +105,7 @@ def _alone(body: dict[str, Any]) -> bool:
 class _asked:
     """One request to the engine, as a context: errors of the wire become ServingError, wherever they come up.
 
-    Headers of the agent's request never go on; the request id is our own.
+    Headers of the agent's request never go on; the request id is our own, and so is the trace context.
     """
 
     __slots__ = ("_body", "_connection", "_method", "_path", "_serving")
@@ -120,8 +121,10 @@ class _asked:
 
     async def __aenter__(self) -> Connection:
         request_id = f"{PROCESS}-{next(REQUESTS):x}"
+        trace = CURRENT.get()
+        more = "" if trace is None else trace.headers
         try:
-            self._connection = await self._serving.client.ask(self._method, self._path, self._body, request_id)
+            self._connection = await self._serving.client.ask(self._method, self._path, self._body, request_id, more)
         except OSError as error:
             raise self._failed(error) from error
         return self._connection
