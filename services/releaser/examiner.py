@@ -26,7 +26,6 @@ from everloop.errors import AdapterRefused, ContractError, ServingError
 from everloop.event import BASE
 from everloop.home import Home
 from everloop.release import Adapter, Release
-from everloop.serving.base import LOST
 
 from pipelines.gate import Answers, Decision, Evidence, decide, judge_answers, refused
 from pipelines.gold import GoldItem, GoldSet
@@ -36,6 +35,7 @@ from services.releaser.questions import Measure, Questions, Scored, Tokens, Told
 from services.releaser.recent import Recent
 from services.releaser.residents import ENDS, Residents
 from services.releaser.shadow import Shadow, shadow
+from services.releaser.traffic import AWAY
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -112,13 +112,15 @@ class Examiner:
 
     @contextmanager
     def _blaming(self, adapter: str) -> Iterator[None]:
-        """Raises AdapterRefused where engines end at its questions again and again, and never answer them all."""
+        """Its questions, asked of engines that were up. Raises AdapterRefused where these were away before all were
+        answered, again and again.
+        """
         if self._ends[adapter] >= ENDS:
             raise AdapterRefused(f"engines ended while it answered, {ENDS} times")
         try:
             yield
         except ServingError as error:
-            self._ends[adapter] += error.code == LOST
+            self._ends[adapter] += error.code in AWAY
             raise
         self._ends.pop(adapter, None)
 
@@ -178,7 +180,7 @@ class Examiner:
 
     async def _examine(self, release: Release) -> Decision:
         try:
-            with self.residents.using(release.adapter), self._blaming(release.adapter):
+            with self.residents.using(release.adapter):
                 await self.prepared(release)
                 return await self._compared(release)
         except AdapterRefused as error:
@@ -188,7 +190,8 @@ class Examiner:
         config = self._config.policy(release.tenant, release.policy)
         items = await asyncio.to_thread(self._gold.items, release.tenant, release.policy, "gate")
         incumbent = await self.answers(release.incumbent, release.tenant, release.policy, items)
-        candidate = await self.answers(release.adapter, release.tenant, release.policy, items)
+        with self._blaming(release.adapter):
+            candidate = await self.answers(release.adapter, release.tenant, release.policy, items)
         evidence = Evidence(tuple(item.slice for item in items), incumbent, candidate)
         return await asyncio.to_thread(decide, evidence, config.gate)
 
