@@ -26,7 +26,6 @@ from everloop.errors import AdapterRefused, ContractError, ServingError
 from everloop.event import BASE, PROVIDER
 from everloop.home import Home
 from everloop.release import Adapter, Release
-from everloop.serving.base import LOST
 
 from pipelines.gate import Answers, Decision, Evidence, Given, decide, judge_answers, refused
 from pipelines.gold import GoldItem, GoldSet
@@ -38,6 +37,7 @@ from services.releaser.questions import Measure, Questions, Scored, Tokens, Told
 from services.releaser.recent import Recent
 from services.releaser.residents import ENDS, Residents
 from services.releaser.shadow import Shadow, shadow
+from services.releaser.traffic import AWAY
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -119,13 +119,15 @@ class Examiner:
 
     @contextmanager
     def _blaming(self, adapter: str) -> Iterator[None]:
-        """Raises AdapterRefused where engines end at its questions again and again, and never answer them all."""
+        """Its questions, asked of engines that were up. Raises AdapterRefused where these were away before all were
+        answered, again and again.
+        """
         if self._ends[adapter] >= ENDS:
             raise AdapterRefused(f"engines ended while it answered, {ENDS} times")
         try:
             yield
         except ServingError as error:
-            self._ends[adapter] += error.code == LOST
+            self._ends[adapter] += error.code in AWAY
             raise
         self._ends.pop(adapter, None)
 
@@ -186,7 +188,7 @@ class Examiner:
     async def _examine(self, release: Release) -> Decision:
         self.examined |= {release.adapter}
         try:
-            with self.residents.using(release.adapter), self._blaming(release.adapter):
+            with self.residents.using(release.adapter):
                 await self.prepared(release)
                 return await self._compared(release)
         except AdapterRefused as error:
@@ -200,7 +202,8 @@ class Examiner:
         bought = release.incumbent == BASE and config.incumbent is not None
         before = PROVIDER if bought else release.incumbent
         incumbent = await self.answers(before, release.tenant, release.policy, items, by_letters=bought)
-        candidate = await self.answers(release.adapter, release.tenant, release.policy, items, by_letters=bought)
+        with self._blaming(release.adapter):
+            candidate = await self.answers(release.adapter, release.tenant, release.policy, items, by_letters=bought)
         unit = "characters" if bought else "tokens"
         evidence = Evidence(tuple(item.slice for item in items), incumbent, candidate, unit=unit)
         return await asyncio.to_thread(decide, evidence, config.gate)

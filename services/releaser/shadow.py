@@ -43,7 +43,12 @@ async def shadow(serving: Answering, adapter: str, calls: Sequence[Call], config
     """Ask, and compare. Raises ServingError where no engine answers: that says nothing of the candidate."""
     gate = asyncio.Semaphore(AT_ONCE)
     asked = [call for call in calls if not call.error][: config.canary.shadow]
-    outputs = await asyncio.gather(*(_answer(serving, gate, adapter, call, config.max_tokens) for call in asked))
+    try:
+        async with asyncio.TaskGroup() as group:  # where one fails the others are not asked: they may end engines too
+            tasks = [group.create_task(_answer(serving, gate, adapter, call, config.max_tokens)) for call in asked]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    outputs = [task.result() for task in tasks]
     pairs = [(call, output) for call, output in zip(asked, outputs, strict=True) if output != REFUSED]
     return judged(pairs, config.canary)
 

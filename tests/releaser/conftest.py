@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -137,7 +138,8 @@ class Engine:
 
     async def _end(self, request: web.Request) -> None:
         """As a process that dies of a request."""
-        await self._site.stop()
+        with contextlib.suppress(RuntimeError):  # another request has ended it
+            await self._site.stop()
         self.adapters.clear()
         assert request.transport is not None
         request.transport.abort()
