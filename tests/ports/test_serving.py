@@ -51,8 +51,8 @@ def embedded(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @contextmanager
 def over_http(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with running(EngineProcess(new_folder(request), request.getfixturevalue("untrained"))) as engine:
-        yield Backend(engine.opened, engine.home)
+    engine = request.getfixturevalue("engine_process")
+    yield Backend(engine.opened, engine.home)
 
 
 @contextmanager
@@ -63,17 +63,23 @@ def vllm(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @contextmanager
 def provider(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    with running(EngineProcess(new_folder(request), request.getfixturevalue("untrained"))) as engine:
-        strict = StrictProvider((f"http://127.0.0.1:{engine.port}", str(engine.base)))
-        config = ProviderConfig.model_validate(strict.config() | {"key_env": None, "key_file": engine.home / "key"})
-        (engine.home / "key").write_text(KEY)
+    engine, home = request.getfixturevalue("engine_process"), new_folder(request)
+    strict = StrictProvider((f"http://127.0.0.1:{engine.port}", str(engine.base)))
+    config = ProviderConfig.model_validate(strict.config() | {"key_env": None, "key_file": home / "key"})
+    (home / "key").write_text(KEY)
 
-        async def opened() -> Serving:
-            return Provider(config, "bank/assistant")
+    async def opened() -> Serving:
+        return Provider(config, "bank/assistant")
 
-        yield Backend(opened, engine.home)
-        assert not [why for why in strict.refused if "Unrecognized" in why]
-        strict.close()
+    yield Backend(opened, home)
+    assert not [why for why in strict.refused if "Unrecognized" in why]
+    strict.close()
+
+
+@pytest.fixture(scope="module")
+def engine_process(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    with running(EngineProcess(tmp_path_factory.mktemp("engine"), untrained)) as engine:
+        yield engine
 
 
 def new_folder(request: pytest.FixtureRequest) -> Path:
