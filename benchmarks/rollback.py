@@ -108,17 +108,17 @@ class Traffic:
             time.sleep(0.02)
 
 
-def make_adapters(base: Path, folder: Path, count: int) -> list[str]:
-    """Adapters that change every answer's numbers a little; their hashes."""
+def make_adapters(base: Path, folder: Path, count: int, groups: Sequence[str] = ()) -> list[str]:
+    """Adapters that change every answer's numbers a little; their hashes. ``groups``: of weights; none named: all."""
     import torch
 
     from trainer.policy import base as bases
-    from trainer.policy import lora
+    from trainer.policy import lora, targets
 
     policy = bases.load(str(base), base.parent)
     made = []
     for seed in range(count):
-        model = lora.attach(policy, 2, 4.0, seed=seed)
+        model = lora.attach(policy, 2, 4.0, groups or targets.GROUPS, seed=seed)
         chance = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weights in model.named_parameters():

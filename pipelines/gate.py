@@ -50,8 +50,8 @@ Floats = NDArray[np.float64]
 class Answers:
     """What one adapter answered to the gold items, in their order. All arrays have shape (items,).
 
-    ``right``: 0 to 1. ``length`` in tokens. ``kl``: mean over the answer's tokens of log p - log p_base, in nats;
-    nan where it is not known. ``flags``: 0 or 1, by name in ``BEHAVIOURS``.
+    ``right``: 0 to 1. ``length`` in tokens, or another unit. ``kl``: mean over the answer's tokens of
+    log p - log p_base, in nats; nan where it is not known. ``flags``: 0 or 1, by name in ``BEHAVIOURS``.
     """
 
     right: Floats
@@ -62,13 +62,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that the decision rests on. ``skills``: each item's slice; '' is none."""
+    """Everything that the decision rests on. ``skills``: each item's slice; '' is none. ``unit``: of lengths."""
 
     skills: tuple[str, ...]
     incumbent: Answers
     candidate: Answers
     files: str | None = None
     """Why the files were refused; None: they were not."""
+    unit: str = "tokens"
 
 
 class Check(NamedTuple):
@@ -257,7 +258,7 @@ def _behaviour(evidence: Evidence, config: GateConfig, seed: int) -> Check:
     numbers["length"] = [float(before.mean()), float(after.mean()), low, high]
     change = float(after.mean()) / max(float(before.mean()), 1e-9) - 1
     if abs(change) > config.max_length_change and (low > 0 or high < 0):
-        says.append(f"answers went from {before.mean():.1f} to {after.mean():.1f} tokens")
+        says.append(f"answers went from {before.mean():.1f} to {after.mean():.1f} {evidence.unit}")
     return Check("behaviour", not says, "; ".join(says) or "behaviour as before", numbers)
 
 

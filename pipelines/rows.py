@@ -108,6 +108,7 @@ TURN = {
     "outcome": number,
     "correction": text,
     "raters": pa.list_(text),
+    "trace": text,
 }
 FEEDBACK = {
     "id": text,
@@ -194,6 +195,7 @@ def _turn_row(episode: Episode, at: int, turn: Turn) -> Row:
         "outcome": said.get(FeedbackKind.OUTCOME),
         "correction": said.get(FeedbackKind.CORRECTION),
         "raters": sorted({word.rater for word in (*turn.feedback, *episode.feedback) if word.rater}),
+        "trace": call.trace,
     }
 
 

@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Sequence as Ordered
 
-from everloop.event import Call, CallTokens
+from everloop.event import PROVIDER, Call, CallTokens
 from everloop.trajectory import Sequence, Span
 
 HIGHEST_LOGPROB = 1e-3  # a logarithm of a probability, with room for the engine's rounding
@@ -56,13 +56,15 @@ def trainable(call: Call) -> bool:
 def sequences(calls: Ordered[Call]) -> tuple[Sequence, ...]:
     """Token sequences of calls in turn order; calls without tokens, or with arrays that do not match, are left out.
 
+    So is what a provider answered, whatever tokens somebody sent with it: they are another model's.
+
     Example: a call with prompt ``[1]`` and completion ``[2]``, then one with prompt ``[1, 2, 3]`` and completion
     ``[4]``, give one sequence ``[1, 2, 3, 4]`` with spans 1 to 2 and 3 to 4.
     """
     made: list[_Open] = []
     for call in calls:
         tokens = call.tokens
-        if tokens is None or _mismatch(tokens) is not None:
+        if tokens is None or call.policy_version == PROVIDER or _mismatch(tokens) is not None:
             continue
         longest = max((one for one in made if one.begins(tokens.prompt)), key=_Open.length, default=None)
         if longest is None:

@@ -81,8 +81,9 @@ class Installation:
         """Raises ConfigError where this home, or the platform that runs here, has another one: orders would reach
         nobody."""
         belongs.check(self.config)
+        ours = belongs.place(self.config.log.url, self.config)
         for service in self.running().values():
-            if service.log is not None and self._place(service.log) != self._place(self.config.log.url):
+            if service.log is not None and belongs.place(service.log, self.config) != ours:
                 raise ConfigError(
                     f"the {service.name} of this home runs on the log {service.log}, and this command would take "
                     f"{self.config.log.url}: give it --log {service.log}, or set EVERLOOP_LOG__URL, or log.url in "
@@ -90,9 +91,6 @@ class Installation:
                 )
         self._log = open_log(self.config)
         return self._log
-
-    def _place(self, url: str) -> tuple[frozenset[str], str]:
-        return belongs.place(url, self.config)
 
     def expected(self) -> list[str]:
         """The services that 'everloop up' starts here: all, less the engine where another one answers."""
@@ -187,13 +185,13 @@ class Installation:
                         except ContractError:
                             continue
 
-    def engine_url(self) -> str:
-        """Where the engine answers now. Raises NothingRuns where it is our own and does not run."""
+    def engine_urls(self) -> tuple[str, ...]:
+        """Where the engines answer now. Raises NothingRuns where it is our own and does not run."""
         if not self.config.serving.ours:
-            return self.config.serving.url
+            return self.config.serving.urls
         keeper = self.need("engine", "adapters are asked through it").url
         said = (status_at(keeper) or {}).get("engine", {})
-        return str(said.get("url", keeper))  # a vLLM answers elsewhere than the process that looks after it
+        return (str(said.get("url", keeper)),)  # a vLLM answers elsewhere than the process that looks after it
 
     def need(self, service: str, why: str) -> Running:
         """Raises NothingRuns where the service does not run."""

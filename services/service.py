@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -39,6 +41,9 @@ from services.state import owned
 disable_created_metrics()  # one more series for each counter, which nobody reads
 logger = logging.getLogger(__name__)
 USAGE_ERROR = 2
+IDLE = 75.0  # seconds for which a connection may ask nothing: more than the 60 that proxies usually keep one
+UNREAD = 60.0
+BACKLOG = 512
 Trouble = Callable[[], str | None]
 """None where all is well, else one sentence that says what is wrong."""
 
@@ -115,8 +120,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             event_loop.add_signal_handler(number, self._signalled, woken)
         half = 0.5 * self.config.services.drain  # aiohttp waits for it twice before it cancels a handler
-        runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=half, handler_cancellation=True)
-        await runner.setup()
+        runner = await runner_of(self.app, half)
         try:
             if not await self._listen(runner):
                 return 1
@@ -136,9 +140,8 @@ class Service:
         woken.set()
 
     async def _listen(self, runner: web.AppRunner) -> bool:
-        site = web.TCPSite(runner, self._host, self._port)
         try:
-            await site.start()
+            await listen(runner, self._host, self._port)
         except OSError as error:
             logger.error("cannot listen on %s:%d: %s; is it running already?", self._host, self._port, error)
             return False
@@ -215,6 +218,10 @@ class Service:
         return _health(await asyncio.to_thread(self._trouble, self._alive | self._ready))
 
     async def _get_status(self, request: web.Request) -> web.Response:
+        if not from_this_machine(request):
+            message = "/status tells of tenants and policies: it answers this machine alone; ask it here"
+            fields = {"message": message, "type": "permission_error", "code": "not_this_machine", "param": None}
+            return web.json_response({"error": fields}, status=403)
         return web.json_response(await asyncio.to_thread(self._whole_status))
 
     def _whole_status(self) -> dict[str, Any]:
@@ -231,6 +238,41 @@ class Service:
                 logger.exception("status of %s", name)
                 status[name] = {"error": repr(error)}
         return status
+
+
+async def runner_of(app: web.Application, shutdown: float) -> web.AppRunner:
+    """An application ready to listen. A connection without a whole request's head for ``IDLE`` seconds is closed,
+    also one that sends its head byte by byte."""
+    runner = web.AppRunner(
+        app, access_log=None, shutdown_timeout=shutdown, handler_cancellation=True, keepalive_timeout=IDLE
+    )
+    await runner.setup()
+    return runner
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    """Listen at an address; port 0: a free one. Raises OSError where that cannot be.
+
+    The kernel ends a connection whose client takes nothing for ``UNREAD`` seconds: what is written to it would stay.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; every connection that is taken up here inherits it
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD))
+    await web.SockSite(runner, listening, backlog=BACKLOG).start()
+
+
+FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+
+
+def from_this_machine(request: web.Request) -> bool:
+    """Whether a request comes from a process of this machine, and no proxy on it asks for somebody elsewhere."""
+    transport = request.transport
+    if transport is None or any(name in request.headers for name in FORWARDED):
+        return False
+    peer, own = (ipaddress.ip_address(transport.get_extra_info(name)[0]) for name in ("peername", "sockname"))
+    inner = getattr(peer, "ipv4_mapped", None) or peer
+    return inner.is_loopback or peer == own
 
 
 def collect_seldom() -> None:

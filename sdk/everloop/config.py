@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from everloop.environment import overlay
 from everloop.errors import ConfigError
 from everloop.log_config import LogConfig
+from everloop.provider_config import ProviderConfig
 from everloop.refusal import explain
 from everloop.release import CanaryPlan
-from everloop.section import Section, check_name, check_url, seconds
+from everloop.section import Section, check_name, check_url, root_url, seconds
+from everloop.telemetry_config import TelemetryConfig
 
 
 class GatewayConfig(Section):
@@ -64,7 +66,9 @@ class VllmConfig(Section):
 
 
 class ServingConfig(Section):
-    url: str = Field(default="embedded", description="'embedded', 'vllm', or the base URL of an engine that runs")
+    url: str | tuple[str, ...] = Field(
+        default="embedded", description="'embedded', 'vllm', or the base URL of an engine that runs, or of several"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8081, ge=0, le=65535)
     max_batch: int = Field(default=64, ge=1)
@@ -79,12 +83,12 @@ class ServingConfig(Section):
     )
     vllm: VllmConfig = VllmConfig()
 
-    @field_validator("url")
+    @field_validator("url", mode="before")
     @classmethod
-    def _reachable(cls, url: str) -> str:
-        if url in OURS:
-            return url
-        return check_url(url, ("http://", "https://"), "'embedded', 'vllm', or http://<host>:<port> of an engine")
+    def _reachable(cls, url: Any) -> str | tuple[str, ...]:
+        if isinstance(url, list | tuple):
+            return _several(url)
+        return url if url in OURS else _engine_url(url)
 
     @field_validator("keep_pinned")
     @classmethod
@@ -98,12 +102,37 @@ class ServingConfig(Section):
         return self.url in OURS
 
     @property
-    def base_url(self) -> str:
-        """Where the engine answers, seen from this machine."""
+    def urls(self) -> tuple[str, ...]:
+        """Where the engines answer, seen from this machine: one, or the replicas."""
         if not self.ours:
-            return self.url
+            return (self.url,) if isinstance(self.url, str) else self.url
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return (f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}",)
+
+
+def _engine_url(url: Any) -> str:
+    instead = "'embedded', 'vllm', or http://<host>:<port> of an engine, or a list of such URLs"
+    if not isinstance(url, str):
+        raise ValueError(f"{url!r} is not a URL: use {instead}")
+    return check_url(url, ("http://", "https://"), instead)
+
+
+def _several(urls: Sequence[Any]) -> str | tuple[str, ...]:
+    """The URLs of replicas; of a single one, it alone."""
+    if not urls:
+        raise ValueError("it names no engine: write one URL or several, or leave it out for 'embedded'")
+    seen: dict[str, str] = {}
+    for url in urls:
+        if url in OURS:
+            raise ValueError(
+                f"{url!r} cannot stand in a list: 'everloop up' starts one engine. Start replicas yourself, and "
+                "list the http://<host>:<port> of each"
+            )
+        root = root_url(_engine_url(url)).lower()
+        if root in seen:
+            raise ValueError(f"{url!r} and {seen[root]!r} are the same engine: list each replica once")
+        seen[root] = url
+    return urls[0] if len(urls) == 1 else tuple(urls)
 
 
 class ServicesConfig(Section):
@@ -321,6 +350,14 @@ class PolicyConfig(Section):
     holdout: HoldoutConfig = HoldoutConfig()
     canary: CanaryConfig = CanaryConfig()
     reward: RewardConfig = RewardConfig()
+    provider: ProviderConfig | None = Field(
+        default=None, description="an OpenAI-compatible endpoint that answers beside the engine"
+    )
+
+    @property
+    def incumbent(self) -> ProviderConfig | None:
+        """The provider that answers until an adapter is live; None: the base model does."""
+        return self.provider if self.provider is not None and self.provider.role == "incumbent" else None
 
 
 class TenantConfig(Section):
@@ -349,6 +386,7 @@ class Config(Section):
     assemble: AssembleConfig = AssembleConfig()
     mlflow: MlflowConfig = MlflowConfig()
     ray: RayConfig = RayConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     tenants: dict[str, TenantConfig] = {"default": TenantConfig()}
 
     @model_validator(mode="after")

@@ -15,6 +15,8 @@ from everloop.contract import Contract, Float32Array, Int32Array
 from everloop.feedback import Feedback
 
 BASE = "base"  # the policy version of a policy without an adapter
+PROVIDER = "provider"  # and of an answer that a provider gave
+ELSEWHERE = "elsewhere"  # and of a call that no policy here answered
 
 
 class Message(Contract):
@@ -104,8 +106,12 @@ class Call(Contract):
     tools: tuple[dict[str, Any], ...] = ()
     finish_reason: str | None = None
     choice: int = Field(default=0, description="index among the n answers to one request")
-    policy_version: str = Field(default=BASE, description="adapter content hash, or 'base'")
-    model: str = Field(default="", description="the base model's name")
+    policy_version: str = Field(
+        default=BASE,
+        description="adapter content hash, 'base', 'provider', or 'elsewhere': no policy here answered it",
+    )
+    instead_of: str | None = Field(default=None, description="version assigned, where another answered; None: it did")
+    model: str = Field(default="", description="the base model's name; of a provider's answer, its model's")
     sampling: Sampling = Sampling()
     tokens: CallTokens | None = None
     release: str | None = Field(default=None, description="release in progress when it was assigned; None: none")
@@ -117,6 +123,7 @@ class Call(Contract):
     latency: float = Field(default=0.0, description="seconds, request to last token")
     error: str | None = Field(default=None, description="why the call failed; None: it did not")
     error_code: str | None = Field(default=None, description="the kind of failure, as the client was told it")
+    trace: str | None = Field(default=None, description="W3C trace id that it happened in, 32 hex digits; None: none")
 
 
 class ToolResult(Contract):

@@ -30,3 +30,8 @@ def check_url(url: str, schemes: tuple[str, ...], instead: str) -> str:
     if not any(url.startswith(scheme) and len(url) > len(scheme) for scheme in schemes):
         raise ValueError(f"{url!r} is not a URL that this release knows: use {instead}")
     return url
+
+
+def root_url(url: str) -> str:
+    """The URL of a server whose OpenAI API lies below ``/v1``, however it was written."""
+    return url.rstrip("/").removesuffix("/v1")

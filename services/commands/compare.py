@@ -1,6 +1,8 @@
-"""Two adapters (or 'base') on the gold set, side by side: accuracy with the paired difference's bounds, slices, KL.
+"""Two adapters (or 'base', or 'provider') on the gold set, side by side: accuracy with the paired difference's bounds,
+slices, KL.
 
-Asks the engine that runs. An adapter is named by its hash or the beginning of it; 'live' is what is live now.
+Asks the engine that runs. An adapter is named by its hash or the beginning of it; 'live' is what is live now. Beside a
+provider lengths are in characters, since its tokens are others.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from everloop.errors import ConfigError, NotEnoughData
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.release import Adapter
 from everloop.topics import ADAPTERS
 
@@ -25,8 +28,8 @@ EVERY = 2.0  # seconds between two lines of progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", help="adapter, 'base' or 'live'")
-    parser.add_argument("b", metavar="B", help="adapter, 'base' or 'live'")
+    parser.add_argument("a", metavar="A", help="adapter, 'base', 'provider' or 'live'")
+    parser.add_argument("b", metavar="B", help="adapter, 'base', 'provider' or 'live'")
     parser.add_argument("--split", choices=("gate", "report"), default="gate")
     parser.add_argument("--json", action="store_true")
     add_policy(parser)
@@ -35,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         tenant, policy = here.policy(options.policy)
-        engine = here.engine_url()
+        engines = here.engine_urls()
         adapters = {a.hash: a for a in here.records(ADAPTERS, Adapter) if a.key == f"{tenant}/{policy}"}
         pair = [_named(here, name, adapters, f"{tenant}/{policy}") for name in (options.a, options.b)]
-        result = asyncio.run(_compare(here, engine, tenant, policy, pair, adapters, options.split))
+        result = asyncio.run(_compare(here, engines, tenant, policy, pair, adapters, options.split))
     if options.json:
         print(json.dumps(result))
         return 0
@@ -52,8 +55,10 @@ def _named(here: Installation, name: str, adapters: dict[str, Adapter], key: str
         if not live:
             raise ConfigError("the releaser does not say what is live; is the platform up? (everloop status)")
         return str(live["adapter"])
-    if name == BASE:
-        return BASE
+    if name == PROVIDER and here.config.policy(*key.split("/")).provider is None:
+        raise ConfigError(f"{key} has no provider; name an adapter, 'base' or 'live'")
+    if name in (BASE, PROVIDER):
+        return name
     fits = [adapter for adapter in adapters if adapter.startswith(name)]
     if len(fits) != 1:
         raise ConfigError(f"{len(fits)} adapters of {key} begin with {name!r}; 'everloop release list' shows them")
@@ -61,33 +66,42 @@ def _named(here: Installation, name: str, adapters: dict[str, Adapter], key: str
 
 
 async def _compare(
-    here: Installation, engine: str, tenant: str, policy: str, pair: list[str], adapters: dict[str, Adapter], split: Any
+    here: Installation,
+    engines: Sequence[str],
+    tenant: str,
+    policy: str,
+    pair: list[str],
+    adapters: dict[str, Adapter],
+    split: Any,
 ) -> dict[str, Any]:
     from pipelines.gate import gain_bounds
     from pipelines.gold import GoldSet
-    from services.gateway.upstream import HttpServing
+    from services.gateway.replicas import Replicas
     from services.releaser.examiner import Examiner
     from services.releaser.state import PolicyState, candidate
 
     items = GoldSet(here.home.root / "gold").items(tenant, policy, split)
     if not items:
         raise NotEnoughData(f"{tenant}/{policy} has no gold items in split {split}: everloop gold import")
-    examiner = Examiner(here.config, HttpServing(engine))
+    replicas = Replicas(engines)
+    examiner = Examiner(here.config, replicas)
     try:
+        await replicas.look()
         answers = []
         for number, name in enumerate(pair, 1):
             told = Progress(f"{number} of {len(pair)}, {name[:12]}")
-            if name != BASE:
+            if name not in (BASE, PROVIDER):
                 told.say("fetching, checking and loading the adapter")
                 release = candidate(PolicyState(tenant, policy), adapters[name], 0.0).releases[0]
                 await examiner.prepared(release)
             told.say(f"asking {len(items)} {split} items")
-            answers.append(await examiner.answers(name, tenant, policy, items, told))
+            answers.append(await examiner.answers(name, tenant, policy, items, told, by_letters=PROVIDER in pair))
             told.say("done")
     finally:
         await examiner.let_go()
     a, b = answers
     confidence = here.config.policy(tenant, policy).gate.confidence
+    unit = "characters" if PROVIDER in pair else "tokens"
     gain, low, high = gain_bounds(b.right - a.right, confidence)
     return {
         "items": len(items),
@@ -96,7 +110,7 @@ async def _compare(
         "gain": gain,
         "low": low,
         "high": high,
-        "adapters": [_row(name, one) for name, one in zip(pair, answers, strict=True)],
+        "adapters": [_row(name, one, unit) for name, one in zip(pair, answers, strict=True)],
         "slices": _slices([item.slice for item in items], a.right, b.right),
     }
 
@@ -119,12 +133,12 @@ class Progress:
         print(f"{self._name}: {what} ({self._said - self._begun:.0f} s)", file=sys.stderr, flush=True)
 
 
-def _row(name: str, answers: Any) -> dict[str, Any]:
+def _row(name: str, answers: Any, unit: str) -> dict[str, Any]:
     known = answers.kl[answers.kl == answers.kl]
     return {
         "adapter": name,
         "accuracy": float(answers.right.mean()),
-        "tokens": float(answers.length.mean()),
+        unit: float(answers.length.mean()),
         "kl": float(known.mean()) if known.size else None,
         **{flag: float(values.mean()) for flag, values in answers.flags.items()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
 import json
 import os
@@ -16,12 +17,13 @@ from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from everloop.config import Config, load
-from everloop.errors import ConfigError, EverloopError, LogError
+from everloop.errors import ConfigError, EverloopError, LogError, ServingError
 from everloop.home import Home
 from everloop.log import belongs, open_log
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import Plan
 
+from services.gateway.provider import Provider
 from services.installation import Installation, holder, options
 from services.reach import BrokerAway, check
 from services.starting import not_ready
@@ -131,6 +133,32 @@ def _weights(config: Config) -> Iterator[Finding]:
             yield Finding(
                 "note", f"{name} (of {user}) is not here: it comes from the Hugging Face hub at the first start"
             )
+
+
+def _providers(config: Config) -> Iterator[Finding]:
+    """Each provider is asked once, for its models or for a few tokens: its key, its address, its model."""
+    for tenant, policy in config.policies():
+        its = config.policy(tenant, policy).provider
+        if its is None:
+            continue
+        provider, table = Provider(its, f"{tenant}/{policy}"), f"[tenants.{tenant}.policies.{policy}.provider]"
+        try:
+            note = asyncio.run(_asked(provider))
+        except ServingError as error:
+            level = "wrong" if provider.incumbent else "note"
+            yield Finding(level, f"{tenant}/{policy}: {error}", f"mend {table}, or what it names")
+            continue
+        if note is not None:
+            yield Finding("note", f"{tenant}/{policy}: {note}", f"see {table} model")
+        else:
+            yield Finding("ok", f"the provider of {tenant}/{policy} at {its.host} answers ({its.role}: {its.model})")
+
+
+async def _asked(provider: Provider) -> str | None:
+    try:
+        return await provider.check()
+    finally:
+        await provider.close()
 
 
 def _carried(name: str, package: str) -> Iterator[Finding]:
@@ -289,6 +317,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _packages,
     _recipes,
     _weights,
+    _providers,
     _ports,
     _services,
     _log,

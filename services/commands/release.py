@@ -102,7 +102,7 @@ def _list(options: argparse.Namespace, here: Installation) -> int:
             print(json.dumps(release.model_dump(mode="json")))
         return 0
     if not shown:
-        print("No releases yet: the base model answers. A training run makes the first candidate.")
+        print("No releases yet: no adapter answers. A training run makes the first candidate.")
         return 0
     print(_told(shown))
     return 0

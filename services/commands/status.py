@@ -50,19 +50,44 @@ def run(options: argparse.Namespace) -> int:
     for key in keys:
         print("\n".join([key, *_policy(key, said)]), end="\n\n")
     print(_services(expected, whole, {one.name: one for one in unready}))
+    replicas = _replicas(said)
+    if replicas:
+        print(f"\n{replicas}")
     if "releaser" in running:
         print(f"\nEvidence of every release: {running['releaser'].url}/releases")
     spool = _spool((said.get("gateway") or {}).get("spool") or {})
     if spool and away is None:
         print(spool)
-    told = [f"{one.name} is not ready{_since(one)}: {one.why}" for one in unready]
+    told = _without_engine(said.get("gateway") or {})
+    told += [f"{one.name} is not ready{_since(one)}: {one.why}" for one in unready]
     print("\n".join(["", *told]) if told else "", end="\n" if told else "")
     return int(away is not None)
+
+
+def _without_engine(gateway: dict[str, Any]) -> list[str]:
+    """That the gateway is ready although no engine answers it, where it is."""
+    its = gateway.get("gateway") or {}
+    if not its.get("engine_trouble") or not its.get("ready_without_engine"):
+        return []
+    return [f"{its['engine_trouble']}: until one does, every policy is answered by its provider"]
 
 
 def _sentence(error: Exception) -> str:
     text = str(error)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _replicas(said: dict[str, Any]) -> str:
+    """The engines, where there are several: who takes calls, and what each holds; empty where there is one."""
+    seen = (said.get("gateway") or {}).get("replicas") or []
+    kept = {its["url"]: its for its in (said.get("releaser") or {}).get("replicas") or []}
+    rows = []
+    for its in seen if len(seen) > 1 else []:
+        state = "takes calls" if its["complete"] else "waits for its adapters"
+        state = state if its["up"] else f"away for {_ago(its['since'])}"
+        held = [adapter[:12] for adapter in kept.get(its["url"], {}).get("holds", [])]
+        rows.append([its["url"], state, its["in_flight"], ", ".join(held) or "-"])
+    return table(["engine", "state", "calls", "adapters"], rows) if rows else ""
 
 
 def _spool(its: dict[str, Any]) -> str:
@@ -84,6 +109,8 @@ def _policy(key: str, said: dict[str, Any]) -> Iterator[str]:
         yield from _release(released)
     else:
         yield "  live          unknown: the releaser does not answer"
+    asked = (said.get("gateway") or {}).get("gateway") or {}
+    yield from _provider((released or {}).get("provider") or {}, (asked.get("providers") or {}).get(key) or {})
     yield from _reward(_of(said, "scorer", "rewards", key))
     yield from _learning(_of(said, "learner", "policies", key), "learner" in said)
 
@@ -100,7 +127,7 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
         if live["lacks"]:
             yield f"                on a person's word: it has {' and '.join(live['lacks'])}"
     else:
-        yield "  live          the base model"
+        yield f"  live          {_unadapted(its.get('provider'))}"
     progress = its.get("in_progress")
     if progress:
         yield f"  {progress['state']:<13} {progress['adapter'][:12]}: {progress['reason']}"
@@ -126,6 +153,21 @@ def _release(its: dict[str, Any]) -> Iterator[str]:
         yield f"  frozen        {its['frozen']}"
     if its["paused"]:
         yield "  paused        no new runs and canaries: everloop resume"
+
+
+def _unadapted(provider: dict[str, Any] | None) -> str:
+    """Who answers while no adapter is live."""
+    if provider is None or provider["role"] != "incumbent":
+        return "the base model"
+    return f"the provider: {provider['model']} at {provider['host']}"
+
+
+def _provider(its: dict[str, Any], gateway: dict[str, Any]) -> Iterator[str]:
+    """Of a provider that stands by, or that had trouble when it was asked last; and that no engine answers."""
+    if its and its["role"] == "fallback":
+        yield f"  stands by     where no engine answers, {its['model']} at {its['host']} does"
+    if gateway.get("trouble"):
+        yield f"  provider      {gateway['trouble']}"
 
 
 def _canary(progress: dict[str, Any]) -> Iterator[str]:

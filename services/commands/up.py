@@ -19,6 +19,7 @@ from everloop.log import belongs, open_log
 from everloop.topics import EVENTS
 
 from services.gateway.keys import Keys
+from services.gateway.provider import Providers
 from services.installation import options
 from services.supervisor import Stop, Supervisor, only_one, services
 from trainer import recipe as recipes
@@ -54,6 +55,7 @@ def run(given: argparse.Namespace) -> int:
         belongs.check(config)
         _check_log(config)
         _check_recipes(config)
+        Providers(config).check_keys()
         belongs.bind(config)
         wanted = services(config)
         urls = {service.name: service.url for service in wanted}
@@ -130,7 +132,18 @@ def _welcome(config: Config, urls: dict[str, str], keys: dict[str, str], seconds
     text = TRY.format(
         base=f"{urls['gateway']}/v1", shown=shown, key=key or "$EVERLOOP_API_KEY", policy=policy, options=options()
     )
-    return f"Everloop is ready after {seconds:.0f} s.{others}\n{text}"
+    return f"Everloop is ready after {seconds:.0f} s.{_who_answers(config)}{others}\n{text}"
+
+
+def _who_answers(config: Config) -> str:
+    """A line for each policy that has a provider; empty where none has."""
+    lines = []
+    for tenant, policy in config.policies():
+        its = config.policy(tenant, policy).provider
+        if its is not None:
+            when = "until an adapter is live" if its.role == "incumbent" else "where no engine does"
+            lines.append(f"\n  {tenant}/{policy} is answered by {its.model} at {its.host} {when}")
+    return "".join(lines)
 
 
 def _say(line: str) -> None:

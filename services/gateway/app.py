@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
 from everloop.config import Config
 from everloop.errors import LogError
+from everloop.event import BASE
 from everloop.home import Home
 from everloop.log.base import Log
 from everloop.log.embedded import EmbeddedLog
-from everloop.serving.base import Serving
+from everloop.serving.base import Answering
 from prometheus_client import CollectorRegistry
 
-from services.gateway.calls import CODE, Answered, Calls
+from services.gateway import ask, openapi, responses, unserved
+from services.gateway.calls import CODE, Answered, Calls, Reader
 from services.gateway.capture import Capture, load_hook
 from services.gateway.conversations import Conversations
 from services.gateway.door import Door
@@ -26,6 +29,7 @@ from services.gateway.feedback import FeedbackDesk
 from services.gateway.keys import Key, Keys
 from services.gateway.metrics import Metrics
 from services.gateway.pins import Pins
+from services.gateway.provider import Providers
 from services.gateway.refusals import Refused, from_log
 from services.gateway.retries import Recovered, Retries
 from services.gateway.routes import Routes
@@ -33,17 +37,24 @@ from services.gateway.scribe import Appends
 from services.gateway.sealing import sealed_log
 from services.gateway.spool import waiting
 from services.gateway.tokens import Tokens
+from services.gateway.traces import TraceDesk
 from services.gateway.turns import Turns
+
+if TYPE_CHECKING:
+    from services.gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[Any]]  # what aiohttp can send
 UNDER_WAY = 0.85  # of the drain: for answers under way; the rest is for their events to become durable
-REST = "rest"  # the route that has what no other has
-ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
+READERS: dict[str, Reader] = {
+    "/v1/chat/completions": partial(ask.read, "chat/completions"),
+    "/v1/completions": partial(ask.read, "completions"),
+    "/v1/responses": responses.read,
+}
 
 
 class Gateway:
-    """Everything that answers, wired to one log and one engine.
+    """Everything that answers, wired to one log and what answers.
 
     ``appends`` writes events where the log itself does not. ``serving`` and ``appends`` belong to the event loop.
     """
@@ -53,13 +64,14 @@ class Gateway:
         config: Config,
         home: Home,
         log: Log,
-        serving: Serving,
+        serving: Answering,
         appends: Appends | None = None,
         registry: CollectorRegistry | None = None,
     ) -> None:
         self.config = config
         self.serving = serving
         self.metrics = Metrics(registry or CollectorRegistry())
+        self._tracing = _tracing(config, self.metrics)
         self.keys = Keys(home.root / "keys.db")
         self._home = home
         away = not isinstance(log, EmbeddedLog)  # it may be
@@ -75,14 +87,15 @@ class Gateway:
         self._log = log
         self._replays = hook is None  # what was redacted cannot be given again
         self.capture = Capture(appends or sealed_log(config, home, log), hook, self.metrics)
-        turns = Turns(config, ids, self.routes, self.conversations)
+        self.providers = Providers(config)
+        turns = Turns(config, ids, self.routes, self.conversations, self.providers)
         pins = Pins(config, log, self.routes.names)
-        self._calls = Calls(
-            config, self._door, turns, pins, serving, self.capture, Retries(secret), self._recovered, self.metrics
-        )
+        about = (Retries(secret), self._recovered, self.metrics, self.providers.slowest)
+        self._calls = Calls(config, self._door, turns, pins, self._asked(serving), self.capture, *about)
         desk = (config, self._door, ids, self.conversations, self.capture, self.metrics)
         self._feedback = FeedbackDesk(*desk, tokens)
         self._events = EventDesk(*desk)
+        self._traces = TraceDesk(*desk)
 
     def prepare(self) -> None:
         """What must be known before the first request: routes, and answers that may be asked for again. Blocks."""
@@ -98,41 +111,60 @@ class Gateway:
     def add_to(self, app: web.Application) -> None:
         """Add every endpoint of the API to an application."""
         router = app.router
-        for path in ("chat/completions", "completions"):
-            router.add_post(f"/v1/{path}", self._guarded(f"/v1/{path}", self._calling(path)))
+        for path, read in READERS.items():
+            router.add_post(path, self._guarded(path, self._calling(path, read)))
         router.add_get("/v1/models", self._guarded("/v1/models", self._models))
         router.add_get("/v1/models/{model:.+}", self._guarded("/v1/models", self._model))
         router.add_post("/v1/feedback", self._guarded("/v1/feedback", self._cross_origin(self._feedback.give)))
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
-        router.add_route("*", "/v1/{rest:.*}", self._guarded("other", _refuse_endpoint), name=REST)
+        router.add_post("/v1/traces", self._guarded("/v1/traces", self._traces.take))
+        router.add_get("/openapi.json", self._guarded("/openapi.json", _describe))
+        router.add_route("*", "/{rest:.*}", self._guarded("other", unserved.refuse), name=unserved.REST)
         app.on_shutdown.append(self._end)
 
     async def _end(self, app: web.Application) -> None:
         self._calls.end_within(UNDER_WAY * self.config.services.drain)
+
+    def routed(self) -> frozenset[str]:
+        """The adapters that agents may be given now, by the routes of what is configured."""
+        routes = (self.routes.get(*unit) for unit in self.config.policies())
+        named = (version for route in routes if route is not None for version in (route.live, route.canary))
+        return frozenset(version for version in named if version not in (None, BASE))
 
     def status(self) -> dict[str, Any]:
         """For ``everloop status``: what answers, and how it goes."""
         return {
             "routes": self.routes.described(),
             "routes_trouble": self.routes.trouble,
-            "engine": getattr(self.serving, "url", "in this process"),
+            "providers": self.providers.status(),
+            "ready_without_engine": self.providers.everywhere,
         }
 
     def close(self) -> None:
+        if self._tracing is not None:
+            self._tracing.close()
         self.keys.close()
         self._log.close()
 
-    def _calling(self, path: Any) -> Handler:
+    def _asked(self, serving: Answering) -> Answering:
+        """What answers, as calls ask it."""
+        if self._tracing is None:
+            return serving
+        from services.gateway.tracing import TracedServing
+
+        return TracedServing(serving)
+
+    def _calling(self, path: str, read: Reader) -> Handler:
         async def call(request: web.Request) -> Answered:
             self.metrics.under_way += 1
             try:
-                return await self._calls.answer(request, path)
+                return await self._calls.answer(request, read)
             finally:
                 self.metrics.under_way -= 1
 
-        return call
+        return call if self._tracing is None else self._tracing.traced(path.removeprefix("/v1/"), call)
 
     async def _models(self, request: web.Request) -> web.Response:
         key = self._door.key(request, "call")
@@ -206,19 +238,21 @@ class Gateway:
         return answered
 
 
+def _tracing(config: Config, metrics: Metrics) -> Tracing | None:
+    """None where it is off: then nothing of OpenTelemetry's is even loaded."""
+    if config.telemetry.otlp_endpoint is None:
+        return None
+    from services.gateway.tracing import Tracing
+
+    return Tracing(config.telemetry, metrics.spans_sent)
+
+
 async def _allowed(request: web.Request) -> web.Response:
     return web.Response(status=204)
 
 
-async def _refuse_endpoint(request: web.Request) -> web.Response:
-    """405 where the path is known and the method is not, else 404."""
-    others = (resource for resource in request.app.router.resources() if resource.name != REST)
-    methods = sorted({method for resource in others for method in (await resource.resolve(request))[1]})
-    asked = f"{request.method} {request.path[:100]}"
-    if methods:
-        takes = ", ".join(methods)
-        raise Refused(405, f"{asked} is not served: it takes {takes}", "method_not_allowed", headers={"Allow": takes})
-    raise Refused(404, f"there is no {asked} here; the gateway has {ENDPOINTS}", "unknown_endpoint")
+async def _describe(request: web.Request) -> web.Response:
+    return web.Response(text=openapi.written(), content_type="application/json")
 
 
 def _model(name: str, tenant: str) -> dict[str, Any]:

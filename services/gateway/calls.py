@@ -18,44 +18,46 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import orjson
 from aiohttp import web
-from everloop.config import Config
-from everloop.errors import LogError, ServingError, UnknownAdapter
-from everloop.event import BASE
-from everloop.serving.base import Route as Path
-from everloop.serving.base import Serving
+from everloop.config import Config, PolicyConfig
+from everloop.errors import LogError, ServingError
+from everloop.event import BASE, PROVIDER
+from everloop.serving.base import Answering
 
 from services.gateway.answer import Answer, Choice, Listener, read_whole, show_whole
-from services.gateway.ask import Ask, bad, parse, read
+from services.gateway.ask import Ask, Trained, parse
 from services.gateway.capture import Capture
+from services.gateway.checks import bad
+from services.gateway.chunks import spelled
 from services.gateway.door import Door
 from services.gateway.metrics import Metrics
 from services.gateway.pins import Pins
-from services.gateway.refusals import Refused, error_fields, from_engine, from_log
+from services.gateway.refusals import SOON, Refused, from_engine, from_log
+from services.gateway.response_object import from_chat
 from services.gateway.retries import Finished, Promise, Recovered, Retries
+from services.gateway.tries import Patient, Tries
 from services.gateway.turns import Turn, Turns
 from services.gateway.whole import Whole
 
-DONE = b"data: [DONE]\n\n"
 JSON = "application/json"
 STREAM = "text/event-stream"
 SLOWEST_CLIENT = 30.0  # seconds beyond the engine's time that a client may take to read its stream
 LEFT = "client disconnected"
 SLOW = "the answer, or the client that reads it, took too long"
 STOPPED = "the gateway stopped before the answer was whole"
-SOON = {"Retry-After": "1"}
 Answered = web.StreamResponse | Whole
+Reader = Callable[[dict[str, Any], dict[str, PolicyConfig], Trained], Ask]
 CODE = web.RequestKey("code", int)
 """The status that counts, where it is known only after another one was sent: a stream that broke."""
 
 
 class Calls:
-    """Answers ``/v1/chat/completions`` and ``/v1/completions``. Used by the event loop alone."""
+    """Answers requests to a policy, in any of their forms. Used by the event loop alone."""
 
     def __init__(
         self,
@@ -63,14 +65,15 @@ class Calls:
         door: Door,
         turns: Turns,
         pins: Pins,
-        serving: Serving,
+        serving: Answering,
         capture: Capture,
         retries: Retries,
         recovered: Recovered,
         metrics: Metrics,
+        slowest_provider: float = 0.0,
     ) -> None:
         self._tenants = config.tenants
-        self._longest = config.gateway.timeout + SLOWEST_CLIENT
+        self._longest = max(config.gateway.timeout, slowest_provider) + SLOWEST_CLIENT
         self._limits: set[asyncio.Timeout] = set()  # of the answers under way
         self._ends: float | None = None  # when what is then under way is broken off, in the loop's time
         self._door = door
@@ -82,10 +85,11 @@ class Calls:
         self._recovered = recovered
         self._metrics = metrics
 
-    async def answer(self, request: web.Request, path: Path) -> Answered:
+    async def answer(self, request: web.Request, read: Reader) -> Answered:
+        """``read`` makes an Ask of a body, the tenant's policies and its checkpoints' names; it may refuse."""
         key = self._door.key(request, "call")
         raw = await self._door.body(request)
-        ask = read(path, parse(raw), self._tenants[key.tenant].policies, self._turns.trained(key))
+        ask = read(parse(raw), self._tenants[key.tenant].policies, self._turns.trained(key))
         if _unrecorded(request):
             return await self._answer(request, ask, self._turns.begin_unrecorded(key, ask), _nothing)
         mark = self._retries.mark(request, key.tenant, raw)
@@ -146,7 +150,8 @@ class Calls:
         answer = read_whole(body)
         stored = await self._record(ask, turn, answer)
         show_whole(body, turn.response, ask.model, ask.wants_logprobs)
-        finished = Finished(orjson.dumps(body), JSON, turn.headers)
+        shown = body if ask.echo is None else from_chat(ask, body)
+        finished = Finished(orjson.dumps(shown), JSON, turn.headers)
         if stored is not None:
             promise(finished, stored)
             await asyncio.shield(stored)
@@ -195,35 +200,54 @@ class Calls:
             self._metrics.dropped.inc(len(answer.choices))
 
     async def _complete(self, ask: Ask, turn: Turn) -> dict[str, Any]:
-        for again, version in enumerate(self._turns.versions(turn)):
+        tries = Tries(self._turns.versions(turn))
+        for again, version in enumerate(tries):
             if again and turn.pinned:
                 await self._pins.resident(turn, ask.model)
             try:
-                answer = await self._serving.complete(ask.route, _for(ask, turn, version))
-            except UnknownAdapter:
+                answer = await self._serving_of(turn, version).complete(ask.route, _for(ask, turn, version))
+            except ServingError as error:
+                tries.failed(error)
                 continue
-            self._served(turn, version)
+            self._served(ask, turn, version)
             return answer
         raise self._nobody(ask, turn)
 
     async def _chunks(self, ask: Ask, turn: Turn) -> AsyncGenerator[dict[str, Any]]:
-        for again, version in enumerate(self._turns.versions(turn)):
+        tries = Tries(self._turns.versions(turn))
+        for again, version in enumerate(tries):
             if again and turn.pinned:
                 await self._pins.resident(turn, ask.model)
-            stream = self._serving.stream(ask.route, _for(ask, turn, version))
+            stream = self._serving_of(turn, version).stream(ask.route, _for(ask, turn, version))
+            begun = False
             try:
                 async for chunk in stream:
-                    self._served(turn, version)
+                    if not begun:
+                        begun = True
+                        self._served(ask, turn, version)
                     yield chunk
                 return
-            except UnknownAdapter:
-                continue
+            except ServingError as error:
+                if begun:
+                    raise
+                tries.failed(error)
             finally:
                 await stream.aclose()  # type: ignore[attr-defined]
         raise self._nobody(ask, turn)
 
-    def _served(self, turn: Turn, version: str) -> None:
-        if turn.pinned and version != BASE:
+    def _serving_of(self, turn: Turn, version: str) -> Answering | Patient:
+        aside = turn.aside
+        if aside is not None and version == PROVIDER:
+            return aside.provider
+        if aside is None or aside.unfit is not None or turn.pinned:  # nobody else would answer
+            return self._serving
+        return Patient(self._serving, aside.provider.config.patience)
+
+    def _served(self, ask: Ask, turn: Turn, version: str) -> None:
+        if version == PROVIDER and turn.aside is not None:
+            ask.sampling = turn.aside.sampling
+            self._metrics.provider_calls.labels(turn.aside.provider.config.role).inc()
+        elif turn.pinned and version != BASE:
             self._pins.used(turn)
         if turn.served != version:
             turn.served = version
@@ -245,6 +269,7 @@ class _Stream:
         self.listener = Listener(turn.response, ask.model, ask.wants_logprobs)
         self.response: web.StreamResponse | None = None
         self._request = request
+        self._spelled = spelled(ask, turn.response)
         self._sent: list[bytes] = []
         self._held: list[bytes] = []
 
@@ -254,18 +279,16 @@ class _Stream:
             return
         ending = [choice for choice in shown["choices"] if choice.get("finish_reason")]
         if ending:
-            self._held.append(_frame({**shown, "choices": ending}))
+            self._held.append(self._spelled.chunk({**shown, "choices": ending}))
             shown["choices"] = [choice for choice in shown["choices"] if not choice.get("finish_reason")]
         if shown["choices"]:  # of several answers, those that go on go out in their order
-            frame = _frame(shown)
+            frame = self._spelled.chunk(shown)
             self._sent.append(frame)
             await self._write(frame)
 
     def to_the_end(self) -> bytes:
         """Take what comes last; returns the whole stream, as it will have been sent."""
-        if self.ask.wants_usage:
-            self._held.append(_frame(self.listener.usage_chunk()))
-        self._held.append(DONE)
+        self._held.append(self._spelled.last(self.listener.usage_chunk()))
         return b"".join(self._sent) + b"".join(self._held)
 
     async def end(self) -> web.StreamResponse:
@@ -273,9 +296,8 @@ class _Stream:
 
     async def break_off(self, refused: Refused) -> web.StreamResponse:
         """An error event and no [DONE]: clients raise, where a bare end would look like an answer."""
-        fields = error_fields(refused.status, refused.message, refused.code, refused.param)
         self._request[CODE] = refused.status
-        return await self._close(_frame({"error": fields}))
+        return await self._close(self._spelled.failed(refused))
 
     async def _close(self, last: bytes) -> web.StreamResponse:
         await self._write(last)
@@ -298,11 +320,9 @@ async def _break_off(stream: _Stream | None, refused: Refused) -> web.StreamResp
     return await stream.break_off(refused)
 
 
-def _frame(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"
-
-
 def _for(ask: Ask, turn: Turn, version: str) -> dict[str, Any]:
+    if version == PROVIDER and turn.aside is not None:
+        return turn.aside.body
     return {**ask.body, "model": turn.base if version == BASE else version}
 
 

@@ -27,6 +27,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.refusals import Refused
 from services.gateway.scribe import STALLED, Appends
 from services.gateway.sealing import Fields, Unsealed
+from services.gateway.trace import CURRENT
 from services.gateway.turns import Turn
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,11 @@ class Capture:
             )
             for choice in answer.choices
         ]
+        trace = CURRENT.get()
+        if trace is not None:
+            trace.captured(turn, ask, answer, code)
+            for event in events:
+                event.event["payload"]["trace"] = trace.id
         return await self.redacted(events, turn.size)
 
     async def redacted(self, events: list[Unsealed], size: int) -> list[Unsealed]:
@@ -110,6 +116,9 @@ class Capture:
             stored.set_exception(LogError(f"the log has given no answer for {STALLED:g} s; nothing was written"))
             return stored
         self._waiting.append((events, stored))
+        trace = CURRENT.get()
+        if trace is not None:
+            trace.storing(stored)
         if not self._due and len(self._under_way) < AHEAD:
             self._due = True
             loop.call_soon(self._hand_over)  # what else comes in this round of the loop goes with it
@@ -196,7 +205,8 @@ def call_event(
             "finish_reason": choice.finish_reason,
             "choice": choice.index,
             "policy_version": turn.served,
-            "model": turn.base,
+            "instead_of": turn.instead_of,
+            "model": turn.model,
             "sampling": ask.sampling,
             "tokens": None,
             "release": assignment.release,
@@ -206,6 +216,7 @@ def call_event(
             "latency": latency,
             "error": error,
             "error_code": code,
+            "trace": None,
         },
         subject=turn.subject,
         seq=turn.seq,

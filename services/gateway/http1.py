@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import ssl
 import time
 from typing import cast
 from urllib.parse import urlsplit
@@ -283,28 +284,37 @@ class Connection(asyncio.Protocol):
             waiter.set_result(None)
 
 
+def _checking() -> ssl.SSLContext:
+    """TLS with certificates and names checked. Made once: it reads the whole list of authorities."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 class Client:
     """Connections to one server, kept for a few seconds. Made and used inside one event loop."""
 
     def __init__(self, url: str, seconds: float) -> None:
         parts = urlsplit(url)
         self._host = parts.hostname or "127.0.0.1"
-        self._secure = parts.scheme == "https"
-        self._port = parts.port or (443 if self._secure else 80)
+        self._tls = _checking() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
         self._path = parts.path.rstrip("/")
         self._fields = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
         self._seconds = seconds
         self._idle: list[Connection] = []
         self._closed = False
 
-    async def ask(self, method: str, path: str, body: bytes, request_id: str) -> Connection:
+    async def ask(self, method: str, path: str, body: bytes, request_id: str, fields: str = "") -> Connection:
         """Send a request; returns the connection once the answer's head is there. Give it back afterwards.
+
+        ``fields``: more header lines, each with its end.
 
         A kept connection may be closed by the server just as it is used: then once more, on a new one.
 
-        Raises Broken (Expired), or OSError where nobody listens.
+        Raises Broken (Expired), or another OSError where nobody takes the connection.
         """
-        head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._fields}X-Request-Id: {request_id}\r\n"
+        head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._fields}{fields}X-Request-Id: {request_id}\r\n"
         request = b"%bContent-Length: %d\r\n\r\n%b" % (head.encode(), len(body), body)
         kept = self._kept()
         if kept is not None:
@@ -313,6 +323,7 @@ class Client:
             except Broken as broken:
                 if not broken.fresh:
                     raise
+                return await self._answered(await self._connected(broken), request)
         return await self._answered(await self._connected(), request)
 
     def give_back(self, connection: Connection) -> None:
@@ -338,13 +349,16 @@ class Client:
             raise
         return connection
 
-    async def _connected(self) -> Connection:
+    async def _connected(self, broken: Broken | None = None) -> Connection:
+        """A new connection. Raises OSError where there is none; after ``broken`` that: the server ended meanwhile."""
         loop = asyncio.get_running_loop()
-        making = loop.create_connection(Connection, self._host, self._port, ssl=self._secure or None)
+        making = loop.create_connection(Connection, self._host, self._port, ssl=self._tls)
         try:
             return (await asyncio.wait_for(making, CONNECT))[1]
         except TimeoutError:
-            raise Expired(f"no connection within {CONNECT:g} s") from None
+            raise broken or ConnectionError(f"no connection within {CONNECT:g} s") from None
+        except OSError as error:
+            raise broken or error from None
 
     def _kept(self) -> Connection | None:
         while self._idle:

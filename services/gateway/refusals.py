@@ -8,6 +8,7 @@ import orjson
 from aiohttp import web
 from everloop.errors import LogError, LogFull, Overloaded, ServingError
 
+SOON = {"Retry-After": "1"}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -47,7 +48,7 @@ def from_engine(error: ServingError) -> Refused:
     if isinstance(error, Overloaded):
         wait = {"Retry-After": str(max(1, round(error.retry_after)))}
         return Refused(429, f"{error}. Try again after {wait['Retry-After']} s.", error.code, headers=wait)
-    return Refused(error.status, str(error), error.code)
+    return Refused(error.status, str(error), error.code, headers=SOON if error.status == 503 else None)
 
 
 def from_log(error: LogError) -> Refused:

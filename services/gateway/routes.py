@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import orjson
 from everloop.errors import ContractError, LogError, LogRefused
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.log.base import Log, Record
 from everloop.names import Checkpoints, Pin
 from everloop.release import Adapter, Route
@@ -40,7 +40,7 @@ EVERY_AFAR = 0.25  # on a cluster, where a look is two questions over the networ
 
 
 class Assignment(NamedTuple):
-    """Who answers a unit: ``version`` is an adapter's hash or 'base'; ``live`` is what to fall back on."""
+    """Who answers a unit: ``version`` is an adapter's hash, 'base' or 'provider'; ``live`` is what to fall back on."""
 
     version: str = BASE
     arm: str = "live"
@@ -98,8 +98,8 @@ class Routes:
         """Whether this version may still answer: nothing has been withdrawn since it was assigned."""
         route = self._table.get((tenant, policy))
         if route is None:
-            return version == BASE
-        return version in (BASE, route.live, route.canary) or version in route.uris
+            return version in (BASE, PROVIDER)
+        return version in (BASE, PROVIDER, route.live, route.canary) or version in route.uris
 
     def live(self, tenant: str, policy: str) -> str:
         route = self._table.get((tenant, policy))

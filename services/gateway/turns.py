@@ -12,17 +12,20 @@ from dataclasses import dataclass
 
 from aiohttp import web
 from everloop.config import Config, PolicyConfig
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.ids import Ids
 from everloop.release import point
 
 from services.gateway.answer import capture_fields
 from services.gateway.ask import Ask, explore
+from services.gateway.checks import bad
 from services.gateway.conversations import Conversation, Conversations
 from services.gateway.door import header
 from services.gateway.keys import Key
+from services.gateway.provider import Providers
 from services.gateway.refusals import Refused
 from services.gateway.routes import Assignment, Routes
+from services.gateway.tries import Aside, aside
 
 LATEST = 2**53
 DIGITS = len(str(LATEST))
@@ -34,7 +37,8 @@ class Turn:
 
     ``call`` is the id of its first answer; ``served`` the version that answered, which differs from the assigned
     one where that was not loaded. ``started`` is in seconds since 1970, ``began`` the same on the monotonic clock.
-    ``conversation`` is None where nothing is recorded: then episode and call are empty.
+    ``conversation`` is None where nothing is recorded: then episode and call are empty. ``aside`` is what the
+    policy's provider would be asked; None: it has none.
     """
 
     tenant: str
@@ -54,6 +58,17 @@ class Turn:
     began: float = 0.0
     size: int = 0
     stored: bool = False
+    aside: Aside | None = None
+
+    @property
+    def model(self) -> str:
+        """The name of the model that answered, its adapter apart."""
+        return self.aside.provider.config.model if self.aside is not None and self.served == PROVIDER else self.base
+
+    @property
+    def instead_of(self) -> str | None:
+        """The version that was to answer, where another one did."""
+        return self.assignment.version if self.served != self.assignment.version else None
 
     @property
     def recorded(self) -> bool:
@@ -74,8 +89,11 @@ class Turn:
 class Turns:
     """Begins calls. Used by the event loop alone."""
 
-    def __init__(self, config: Config, ids: Ids, routes: Routes, conversations: Conversations) -> None:
+    def __init__(
+        self, config: Config, ids: Ids, routes: Routes, conversations: Conversations, providers: Providers
+    ) -> None:
         self._config = config
+        self._providers = providers
         self._ids = ids
         self._routes = routes
         self._conversations = conversations
@@ -92,7 +110,9 @@ class Turns:
         assignment = self._assignment(key, ask, episode, subject, config, began)
         unique = self._unique.randbytes(8)
         call = self._ids.call(unique)
-        if config.explore and ask.pin is None and point("explore", call) < config.explore:
+        beside = self._aside(key, ask, assignment.version)
+        own = ask.pin is None and assignment.version != PROVIDER
+        if config.explore and own and point("explore", call) < config.explore:
             explore(ask)
         capture_fields(ask.route, ask.body)
         return Turn(
@@ -102,7 +122,7 @@ class Turns:
             assignment=assignment,
             served=assignment.version,
             pinned=ask.pin is not None,
-            response=self._ids.response(key.tenant, episode, unique),
+            response=self._ids.response(key.tenant, episode, unique, ask.prefix),
             episode=episode,
             call=call,
             subject=subject,
@@ -112,11 +132,12 @@ class Turns:
             started=started,
             began=began,
             size=size,
+            aside=beside,
         )
 
     def begin_unrecorded(self, key: Key, ask: Ask) -> Turn:
         """A call that leaves nothing behind: it takes no part in a canary, and nobody can rate its response id."""
-        version = self._pinned(key, ask) if ask.pin else self._routes.live(key.tenant, ask.policy)
+        version = self._pinned(key, ask) if ask.pin else self._live(key.tenant, ask.policy)
         return Turn(
             tenant=key.tenant,
             policy=ask.policy,
@@ -124,8 +145,9 @@ class Turns:
             assignment=Assignment(version),
             served=version,
             pinned=ask.pin is not None,
-            response="chatcmpl-unrecorded-" + secrets.token_hex(12),
+            response=f"{ask.prefix}unrecorded-{secrets.token_hex(12)}",
             began=time.monotonic(),
+            aside=self._aside(key, ask, version),
         )
 
     def trained(self, key: Key) -> Callable[[str], str | None]:
@@ -133,11 +155,21 @@ class Turns:
         return functools.partial(self._routes.names.policy_of, key.tenant)
 
     def versions(self, turn: Turn) -> list[str]:
-        """Who may answer, in order: the assigned version; where an engine lacks it, the live one, then the base. A
-        pinned adapter alone, and once more after it was loaded."""
+        """Who may answer, in order: the assigned version; where an engine lacks it, the live one, then the base.
+
+        An incumbent provider stands where the base would; any provider stands last, for where no engine answers. A
+        pinned adapter stands alone, and once more after it was loaded.
+        """
+        version = turn.assignment.version
         if turn.pinned:
-            return [turn.assignment.version] * (1 if turn.assignment.version == BASE else 2)
-        return list(dict.fromkeys((turn.assignment.version, self._routes.live(turn.tenant, turn.policy), BASE)))
+            return [version] * (1 if version in (BASE, PROVIDER) else 2)
+        live, base = self._live(turn.tenant, turn.policy), self._who(turn.tenant, turn.policy, BASE)
+        order = dict.fromkeys((version, live, base))
+        if turn.aside is not None:
+            order[PROVIDER] = None
+            if turn.aside.unfit is not None:
+                del order[PROVIDER]
+        return list(order)
 
     def answered(self, turn: Turn, message: dict[str, object]) -> None:
         """Remember where this conversation stands: a request that goes on from here is the same episode."""
@@ -169,12 +201,32 @@ class Turns:
         ):
             assignment = known.assignment
         else:
-            assignment = self._routes.assign(key.tenant, ask.policy, subject or episode)
+            drawn = self._routes.assign(key.tenant, ask.policy, subject or episode)
+            assignment = drawn._replace(version=self._who(key.tenant, ask.policy, drawn.version))
         self._conversations.assigned(episode, ask.policy, assignment, now)
         return assignment
 
+    def _who(self, tenant: str, policy: str, version: str) -> str:
+        """Whom a route means: by 'base' the provider, where that is the incumbent."""
+        provider = self._providers.of(tenant, policy) if version == BASE else None
+        return PROVIDER if provider is not None and provider.incumbent else version
+
+    def _live(self, tenant: str, policy: str) -> str:
+        return self._who(tenant, policy, self._routes.live(tenant, policy))
+
+    def _aside(self, key: Key, ask: Ask, version: str) -> Aside | None:
+        """What the provider would be asked. Raises Refused (400) where it is to answer this and cannot.
+
+        While a canary runs against it, also for the canary's people: both arms take the same requests.
+        """
+        made = aside(self._providers.of(key.tenant, ask.policy), ask)
+        asked = version == PROVIDER or (ask.pin is None and self._live(key.tenant, ask.policy) == PROVIDER)
+        if made is not None and made.unfit is not None and asked:
+            raise bad(made.unfit, code="unsupported_parameter")
+        return made
+
     def _pinned(self, key: Key, ask: Ask) -> str:
-        """The one version that 'policy@…' or a checkpoint's name means: the base, or an adapter of this policy."""
+        """The one version that a pin or a checkpoint's name means: base, provider, or an adapter of this policy."""
         if not key.may("pin"):
             raise Refused(
                 403,
@@ -184,7 +236,9 @@ class Turns:
                 "model",
             )
         pin = ask.pin or BASE
-        return BASE if pin == BASE else self._routes.names.find(key.tenant, ask.policy, pin)
+        if pin == BASE or (pin == PROVIDER and self._providers.of(key.tenant, ask.policy) is not None):
+            return pin
+        return self._routes.names.find(key.tenant, ask.policy, pin)
 
 
 def named_episode(ids: Ids, tenant: str, name: str) -> str:

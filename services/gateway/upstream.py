@@ -11,10 +11,12 @@ from typing import Any
 
 import orjson
 from everloop.errors import AdapterRefused, Overloaded, ServingError, UnknownAdapter
+from everloop.section import root_url
 from everloop.serving.base import Route
 
 from services.gateway import brief
 from services.gateway.http1 import CONNECT, Broken, Client, Connection, Expired, Framing
+from services.gateway.trace import CURRENT
 
 AFTERWARDS = 1.0  # seconds after [DONE] in which the engine may end its stream, so that the connection can be kept
 PROCESS = os.urandom(8).hex()
@@ -29,7 +31,7 @@ class HttpServing:
     """
 
     def __init__(self, url: str, *, timeout: float = 300.0, brief: bool = False) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = root_url(url)
         self.client = Client(self.url, timeout)
         self._brief = brief
 
@@ -67,11 +69,18 @@ class HttpServing:
             raise ServingError(f"the engine could not unload adapter {name}: {said}")
 
     async def adapters(self) -> frozenset[str]:
+        return frozenset(name for name, parent in (await self.models()).items() if parent)
+
+    async def models(self) -> dict[str, str | None]:
+        """Everything that it can be asked for: bases (None), and adapters with their base."""
         async with _asked(self, "GET", "/v1/models", None) as answered:
             raw = await answered.body()
             if answered.framing.status != 200:
                 raise _refusal(answered.framing, raw)
-        return frozenset(model["id"] for model in orjson.loads(raw)["data"] if model.get("parent"))
+        try:
+            return {model["id"]: model.get("parent") for model in orjson.loads(raw)["data"]}
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ServingError(f"{self.url}/v1/models is no list of models", code="upstream_garbled") from None
 
     async def healthy(self) -> bool:
         try:
@@ -96,7 +105,7 @@ def _alone(body: dict[str, Any]) -> bool:
 class _asked:
     """One request to the engine, as a context: errors of the wire become ServingError, wherever they come up.
 
-    Headers of the agent's request never go on; the request id is our own.
+    Headers of the agent's request never go on; the request id is our own, and so is the trace context.
     """
 
     __slots__ = ("_body", "_connection", "_method", "_path", "_serving")
@@ -112,8 +121,10 @@ class _asked:
 
     async def __aenter__(self) -> Connection:
         request_id = f"{PROCESS}-{next(REQUESTS):x}"
+        trace = CURRENT.get()
+        more = "" if trace is None else trace.headers
         try:
-            self._connection = await self._serving.client.ask(self._method, self._path, self._body, request_id)
+            self._connection = await self._serving.client.ask(self._method, self._path, self._body, request_id, more)
         except OSError as error:
             raise self._failed(error) from error
         return self._connection

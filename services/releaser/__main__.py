@@ -3,7 +3,7 @@
 ::
 
     thread "releaser": adapters, commands, pauses, events, episodes ─▶ releases, routes      (releaser.py)
-    thread "examiner": registry, file checks, engine, gold questions                         (examiner.py)
+    thread "examiner": registry, file checks, engines, gold questions                        (examiner.py)
 
 Only one works on a home; a second one waits until the first has ended.
 """
@@ -17,7 +17,7 @@ from aiohttp import web
 from everloop.config import Config
 from everloop.log import open_log
 
-from services.gateway.upstream import HttpServing
+from services.gateway.replicas import Replicas
 from services.releaser import page
 from services.releaser.examiner import Examiner
 from services.releaser.releaser import Releaser
@@ -64,7 +64,7 @@ def serve(config: Config) -> int:
     """Run until stopped; returns the exit status."""
     log = open_log(config)
     service = Service("releaser", config, config.services.releaser_port)
-    examiner = Examiner(config, HttpServing(config.serving.base_url))
+    examiner = Examiner(config, Replicas(config.serving.urls))
     releaser = Releaser(config, log, examiner)
     board = Board()
 
@@ -81,7 +81,7 @@ def serve(config: Config) -> int:
     service.ready("recovered", lambda: None if releaser.rounds else "the log is being read")
     service.describe("policies", lambda: board.policies)
     service.describe("commands", lambda: board.commands)
-    service.describe("engine", lambda: {"holds": sorted(examiner.held), "trouble": examiner.trouble})
+    service.describe("replicas", examiner.residents.described)
     try:
         return service.run()
     finally:

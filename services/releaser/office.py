@@ -143,12 +143,18 @@ class Office:
 
     def _write(self, command: Command, state: PolicyState, change: Change) -> bool:
         self._releaser.write(state, change)
-        return self._answer(command, True, orders.described(state, change))
+        provider = self._releaser.work[command.key].config.incumbent
+        unadapted = "the base model" if provider is None else f"the provider ({provider.model})"
+        return self._answer(command, True, orders.described(state, change, unadapted))
 
     def _roll_back(self, order: Order, command: Command, state: PolicyState) -> bool:
         """A change of the route, at once where the engine holds what it leads to, as it should."""
         target, way_back = orders.to_roll_back(state, command), state.previous
-        if target.state is S.LIVE and way_back is not None and way_back.adapter not in self._releaser.examiner.held:
+        if (
+            target.state is S.LIVE
+            and way_back is not None
+            and way_back.adapter not in self._releaser.examiner.residents.held
+        ):
             if order.future is None:
                 order.future = self._releaser.examiner.hold(way_back)
                 order.given_up_at = time.monotonic() + PATIENCE

@@ -40,7 +40,8 @@ def to_roll_back(state: PolicyState, command: Command) -> Release:
     target = state.live if live_only else state.canary or state.live
     if target is None:
         raise TransitionRefused(
-            f"{state.tenant}/{state.policy} is on its base model, and no canary runs: nothing to do"
+            f"{state.tenant}/{state.policy} has no live adapter (its base model, or its provider, answers), and no "
+            "canary runs: nothing to do"
         )
     return target
 
@@ -85,10 +86,10 @@ def to_promote(state: PolicyState, command: Command, seen: Seen | None = None) -
     return release
 
 
-def described(state: PolicyState, change: Change) -> str:
-    """What an order did, for the person who gave it."""
+def described(state: PolicyState, change: Change, unadapted: str = "the base model") -> str:
+    """What an order did, for the person who gave it. ``unadapted``: who answers without an adapter."""
     moved = ", ".join(f"{r.id} ({r.adapter[:12]}) is {r.state}" for r in change.releases)
-    live = "the base model" if state.live_adapter == BASE else state.live_adapter[:12]
+    live = unadapted if state.live_adapter == BASE else state.live_adapter[:12]
     return f"{moved}; live is {live}"
 
 

@@ -51,7 +51,7 @@ def index(releases: Iterable[Release]) -> str:
         for r in sorted(releases, key=lambda one: -one.time)
     ]
     table = "<table><tr><th>release<th>policy<th>state<th>why</tr>" + "".join(rows) + "</table>"
-    nothing = "<p>No releases yet: the base model answers. A training run makes the first candidate.</p>"
+    nothing = "<p>No releases yet: no adapter answers. A training run makes the first candidate.</p>"
     return _page("Releases", f"<h1>Releases</h1><div class=scroll>{table}</div>" if rows else nothing)
 
 

@@ -114,7 +114,7 @@ class Pins:
             why = f"the engine has {self._places} places (serving.resident_adapters), all taken by what answers users"
             self._answer(pin, PinState.FULL, why, now)
             return
-        held = pin.adapter in self._examiner.held
+        held = pin.adapter in self._examiner.residents.held
         if held and (pinned.checked or pin.adapter in serving):
             self._answer(pin, PinState.HELD, "", now)
             return

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from everloop.errors import Overloaded, ServingError
 from everloop.event import Message
-from everloop.serving.base import Route, Serving
+from everloop.serving.base import Answering, Route
 
 from pipelines.gate import Given
 from pipelines.gold import GoldItem
@@ -47,9 +47,9 @@ def ignored(done: int, of: int) -> None:
 
 
 class Questions:
-    """Asks one engine. ``folder`` keeps the answers."""
+    """Asks the engines. ``folder`` keeps the answers."""
 
-    def __init__(self, serving: Serving, folder: Path) -> None:
+    def __init__(self, serving: Answering, folder: Path) -> None:
         self._serving = serving
         self._folder = folder
         self._asked: dict[str, list[Given]] = {}
@@ -141,7 +141,7 @@ class Scored:
     (Schulman, "Approximating KL Divergence", 2020).
     """
 
-    def __init__(self, serving: Serving, model: str, base: str) -> None:
+    def __init__(self, serving: Answering, model: str, base: str) -> None:
         self._serving, self._model, self._base = serving, model, base
 
     async def __call__(self, rows: list[Tokens]) -> list[float | None]:
@@ -171,7 +171,7 @@ class Scored:
         return [float(entry[str(token)]["logprob"]) for entry, token in pairs]
 
 
-async def patiently(serving: Serving, route: Route, body: dict[str, Any]) -> dict[str, Any]:
+async def patiently(serving: Answering, route: Route, body: dict[str, Any]) -> dict[str, Any]:
     """An answer, after patience with a full queue. Raises ServingError."""
     for attempt in range(TRIES):
         try:

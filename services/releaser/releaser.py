@@ -29,7 +29,7 @@ from typing import Any
 from everloop.config import Config, PolicyConfig
 from everloop.episode import Episode
 from everloop.errors import EverloopError
-from everloop.event import EventKind
+from everloop.event import BASE, PROVIDER, EventKind
 from everloop.home import Home
 from everloop.log.base import Log
 from everloop.release import CanaryPlan, Release
@@ -182,7 +182,7 @@ class Releaser:
         WAITING.set(sum(state.waiting is not None for state in self.states.values()))
         wanted = self._serving()
         known = {r.adapter for state in self.states.values() for r in state.releases.values()}
-        self.examiner.keep(wanted, known | self.pins.known, self.pins.wanted(wanted))
+        self.examiner.residents.keep(wanted, known | self.pins.known, self.pins.wanted(wanted))
 
     def _take_adapters(self, now: float) -> None:
         for adapter in self.journal.new_adapters():
@@ -224,10 +224,11 @@ class Releaser:
     def _decided(
         self, state: PolicyState, release: Release, work: Work, decision: Decision, gold: int, now: float
     ) -> None:
+        asked = {"against": PROVIDER} if release.incumbent == BASE and work.config.incumbent is not None else {}
         if decision.verdict == "pass":
-            self.write(state, gated(release, decision.reason, now, decision.numbers()))
+            self.write(state, gated(release, decision.reason, now, decision.numbers() | asked))
         elif decision.verdict == "fail":
-            self.write(state, rejected(release, decision.reason, now, decision.numbers()))
+            self.write(state, rejected(release, decision.reason, now, decision.numbers() | asked))
         else:
             work.undecided = release.id, gold, release.incumbent
             work.waits[release.id] = f"{BY_HAND.format(release.id)}: {decision.reason}"
@@ -251,7 +252,7 @@ class Releaser:
         if ready is not None and ready.shadow.breach:
             reason = f"Rejected before any user saw it: {ready.shadow.breach}."
             self.write(state, rejected_in_shadow(release, reason, now, {"shadow": ready.shadow.numbers()}))
-        elif ready is not None and release.adapter in self.examiner.held:
+        elif ready is not None and release.adapter in self.examiner.residents.held:
             self._start_canary(state, release, work, ready, now)
 
     def _start_canary(self, state: PolicyState, release: Release, work: Work, ready: Ready, now: float) -> None:
@@ -345,7 +346,8 @@ class Releaser:
             fields = self.journal.unsealed(record)
             payload = fields.get("payload") if fields and not fields.get("synthetic") else None
             if isinstance(payload, dict) and payload.get("kind") == EventKind.CALL:
-                canary.traffic.take_call(payload, str(fields.get("subject") or fields.get("episode")))
+                unit = str(fields.get("subject") or fields.get("episode"))
+                canary.traffic.take_call(payload, unit, float(fields.get("time") or 0.0))
         for record in canary.episodes.new(AT_ONCE):
             episode = self.journal.decode(Episode, record)
             if episode is not None:

@@ -6,7 +6,7 @@ import math
 import time
 from typing import Any
 
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.release import CanaryPlan, Release
 
 from pipelines.sequential import bounds, units_needed
@@ -51,12 +51,15 @@ def report(releaser: Releaser) -> dict[str, Any]:
 def _policy(releaser: Releaser, state: PolicyState, work: Work) -> dict[str, Any]:
     live, decided = state.live, last_decision(state)
     gold = releaser.examiner.gold_count(state.tenant, state.policy)
+    provider = work.config.provider
+    unadapted = BASE if work.config.incumbent is None else PROVIDER
     return {
+        "provider": provider and {"host": provider.host, "model": provider.model, "role": provider.role},
         "live": {
-            "adapter": BASE if live is None else live.adapter,
+            "adapter": unadapted if live is None else live.adapter,
             "release": None if live is None else live.id,
             "since": None if live is None else live.time,
-            "previous": state.previous.adapter if state.previous else BASE,
+            "previous": state.previous.adapter if state.previous else unadapted,
             "lacks": [] if live is None else lacking(live),
         },
         "in_progress": _in_progress(state, work, releaser.now()),

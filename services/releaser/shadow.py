@@ -16,7 +16,7 @@ import numpy as np
 from everloop.config import CanaryConfig, PolicyConfig
 from everloop.errors import ServingError, UnknownAdapter
 from everloop.event import Call
-from everloop.serving.base import Serving
+from everloop.serving.base import Answering
 from scipy import stats
 
 from services.releaser.answers import is_broken, is_empty, length
@@ -39,7 +39,7 @@ class Shadow(NamedTuple):
         return {"prompts": self.prompts, **self.counts}
 
 
-async def shadow(serving: Serving, adapter: str, calls: Sequence[Call], config: PolicyConfig) -> Shadow:
+async def shadow(serving: Answering, adapter: str, calls: Sequence[Call], config: PolicyConfig) -> Shadow:
     """Ask, and compare. Raises ServingError where no engine answers: that says nothing of the candidate."""
     gate = asyncio.Semaphore(AT_ONCE)
     asked = [call for call in calls if not call.error][: config.canary.shadow]
@@ -53,7 +53,7 @@ REFUSED: dict[str, Any] = {"refused": True}
 
 
 async def _answer(
-    serving: Serving, gate: asyncio.Semaphore, adapter: str, call: Call, longest: int
+    serving: Answering, gate: asyncio.Semaphore, adapter: str, call: Call, longest: int
 ) -> dict[str, Any] | None:
     """The message; None where the call failed."""
     sampling = call.sampling

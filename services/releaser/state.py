@@ -174,7 +174,7 @@ def rejected_in_shadow(release: Release, reason: str, now: float, evidence: dict
 
 
 def _examined(release: Release, state: ReleaseState, reason: str, now: float, evidence: dict[str, Any]) -> Release:
-    gate = {**evidence, "against": release.incumbent}
+    gate = {"against": release.incumbent, **evidence}
     return release.to(state, reason, now, evidence={**release.evidence, "gate": gate})
 
 

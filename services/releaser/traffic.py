@@ -2,7 +2,8 @@
 
 Everything is folded from the log since the canary began, so it is rebuilt by reading again; a record that is read
 twice counts once. Intention to treat: a unit counts for the arm that it was assigned to, whoever answered it. Its
-stage is the first that it was assigned in, by the probability logged with each call.
+stage is the first that it was assigned in, by the probability logged with each call. What a provider answered because
+no engine did says nothing of the adapter: it is counted in :meth:`Traffic.reached` alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 
 from everloop.config import CanaryConfig
 from everloop.episode import Episode
-from everloop.event import BASE
+from everloop.event import BASE, PROVIDER
 from everloop.feedback import Feedback, FeedbackKind
+from everloop.serving.base import LOST
 
 from pipelines.guards import Lengths, blamed, longer
 from pipelines.sequential import Arm, arm, over_all, variance_of
@@ -24,13 +26,16 @@ from services.releaser.answers import is_broken, is_empty, length
 ARMS = ("canary", "control")
 RATINGS = frozenset({FeedbackKind.THUMB, FeedbackKind.RATING, FeedbackKind.OUTCOME})
 CANCELLED = "cancelled"  # the client left: nobody's failure
-AWAY = frozenset({"engine_unavailable"})  # no engine answered: no adapter did this
+AWAY = frozenset({"engine_unavailable", "provider_unavailable", LOST})  # nobody answered: no adapter did this
+TOGETHER = 10.0  # seconds between answers that the end of one engine broke off
 AT_ONCE = 4  # calls of each arm after which a canary that answered none of them well is ended
 TOLD = {"failed": "calls failed", "empty": "answers were empty", "broken": "answers had broken tool calls"}
 
 
 class Seen(NamedTuple):
-    """One episode's part in the canary. ``success``: mean of its ratings, 0 to 1; None: nobody rated it."""
+    """One episode's part in the canary. ``success``: mean of its ratings, 0 to 1; None: nobody rated it, or a provider
+    stood in for its arm.
+    """
 
     version: int
     unit: str
@@ -149,6 +154,33 @@ class Calls:
 
 
 @dataclass
+class Ends:
+    """Ends of engines that broke off answers: when, and answers of which arms. However many one end breaks off, it is
+    one thing that happened, and where the adapter makes no difference it hits either arm alone as often as the other.
+    """
+
+    seen: list[tuple[float, set[str]]] = field(default_factory=list)
+
+    def take(self, arm: str, at: float) -> None:
+        """An answer of this arm that was broken off ``at`` seconds since 1970, in whatever order they come."""
+        for when, hit in self.seen:
+            if abs(at - when) <= TOGETHER:
+                hit.add(arm)
+                return
+        self.seen.append((at, {arm}))
+
+    def alone(self, arm: str) -> int:
+        """Ends that hit this arm and not the other."""
+        return sum(hit == {arm} for _, hit in self.seen)
+
+    def breach(self) -> str | None:
+        canary, control = (self.alone(name) for name in ARMS)
+        if not blamed(canary, control):
+            return None
+        return f"{canary} times engines ended under calls of the canary alone (of the control alone: {control})"
+
+
+@dataclass
 class Traffic:
     """One canary's traffic so far. ``shares``: of its stages. ``adapter``: what answers the canary's calls."""
 
@@ -159,7 +191,9 @@ class Traffic:
     newest: float = 0.0
     """Time of the newest episode's newest event, seconds since 1970."""
     calls: dict[str, Calls] = field(default_factory=lambda: {name: Calls() for name in ARMS})
+    ends: Ends = field(default_factory=Ends)
     _own: int = 0
+    _stood_in: int = 0
     _counted: set[str] = field(default_factory=set)
     _assigned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
     _groups: dict[str, Group] = field(default_factory=lambda: {name: Group() for name in ARMS})
@@ -173,7 +207,9 @@ class Traffic:
         feedback = [*episode.feedback, *(item for turn in turns for item in turn.feedback)]
         first = turns[0].call
         stage = self._stage(first.probability)
-        seen = Seen(episode.version, episode.subject or episode.id, first.arm, stage, success(feedback))
+        theirs = any(stood_in(turn.call.policy_version, turn.call.instead_of) for turn in turns)
+        value = None if theirs else success(feedback)
+        seen = Seen(episode.version, episode.subject or episode.id, first.arm, stage, value)
         if held is not None:
             self._count(held, -1)
         self._count(seen, 1)
@@ -190,22 +226,31 @@ class Traffic:
         self._assigned[seen.arm] += sign
         self._groups[seen.arm].fold(seen.unit, seen.stage, seen.success, sign)
 
-    def take_call(self, call: dict[str, Any], unit: str) -> bool:
-        """Fold in one call (fields of ``everloop.event.Call``) of a unit; whether it is this canary's and news."""
+    def take_call(self, call: dict[str, Any], unit: str, began: float) -> bool:
+        """Fold in one call (fields of ``everloop.event.Call``) of a unit, begun so many seconds since 1970; whether it
+        is this canary's and news.
+        """
         name = call.get("arm")
         if call.get("release") != self.release or name not in ARMS or call["id"] in self._counted:
             return False
         self._counted.add(call["id"])
+        if call.get("error_code") == LOST:
+            self.ends.take(name, began + (call.get("latency") or 0.0))
         if call.get("finish_reason") == CANCELLED or call.get("error_code") in AWAY:
+            return False
+        if stood_in(call.get("policy_version"), call.get("instead_of")):
+            self._stood_in += name == "canary" and not call.get("error")
             return False
         self.calls[name].take(unit, call)
         self._own += name == "canary" and not call.get("error") and call.get("policy_version") == self.adapter
         return True
 
     def reached(self) -> float:
-        """The share of the canary's answers that its adapter gave, and not what is live in its place; 1 of none."""
+        """The share of the canary's answers that its adapter gave, and not what is live in its place, nor a provider;
+        1 of none.
+        """
         canary = self.calls["canary"]
-        answers = canary.made - canary.failed
+        answers = canary.made - canary.failed + self._stood_in
         return self._own / answers if answers else 1.0
 
     def stages(self) -> list[tuple[Arm, Arm]]:
@@ -234,7 +279,8 @@ class Traffic:
             "broken": config.max_broken_share,
         }
         found = (self._more(what, limit) for what, limit in limits.items())
-        return next((why for why in found if why), None) or self._longer(config.max_length_ratio)
+        first = next((why for why in found if why), None)
+        return first or self.ends.breach() or self._longer(config.max_length_ratio)
 
     def _more(self, what: str, limit: float) -> str | None:
         canary, control = (self.calls[name] for name in ARMS)
@@ -260,7 +306,8 @@ class Traffic:
         return f"the canary's answers are {ratio:.1f} times as long as the control's; at most {limit:g} is allowed"
 
     def numbers(self) -> dict[str, Any]:
-        """Counts by arm, in all and by stage, for evidence and status."""
+        """Counts by arm, in all and by stage, for evidence and status. ``stood_in``: canary calls that a provider
+        answered in the adapter's place."""
         stages, together = self.stages(), self.arms()
         found: dict[str, Any] = {
             name: {"episodes": self._assigned[name], **_summary(together[at]), **self.calls[name].numbers()}
@@ -274,11 +321,17 @@ class Traffic:
             }
             for share, row in zip(self.shares, rows, strict=True)
         ]
-        return found | {"stages": shown}
+        ends = {name: self.ends.alone(name) for name in ARMS}
+        return found | {"stages": shown, "stood_in": self._stood_in, "engines_ended": ends}
 
 
 def _summary(its: Arm) -> dict[str, Any]:
     return {"units": its.units, "mean": its.mean if its.units else None}
+
+
+def stood_in(version: str | None, instead_of: str | None) -> bool:
+    """Whether a provider gave an answer that another version was to give."""
+    return version == PROVIDER and instead_of is not None
 
 
 def success(feedback: Iterable[Feedback]) -> float | None:

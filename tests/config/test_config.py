@@ -185,14 +185,45 @@ def test_room_for_adapters_grows_with_the_policies(tmp_path: Path) -> None:
     assert Config().serving.resident_adapters == 6
 
 
-def test_where_the_engine_answers() -> None:
-    def url(**fields: Any) -> str:
-        return Config.model_validate({"serving": fields}).serving.base_url
+def test_where_the_engines_answer() -> None:
+    def urls(**fields: Any) -> tuple[str, ...]:
+        return Config.model_validate({"serving": fields}).serving.urls
 
-    assert url(port=9) == "http://127.0.0.1:9"
-    assert url(port=9, host="0.0.0.0") == "http://127.0.0.1:9"
-    assert url(port=9, host="::") == "http://[::1]:9"
-    assert url(url="http://gpu:8000") == "http://gpu:8000"
+    assert urls(port=9) == ("http://127.0.0.1:9",)
+    assert urls(port=9, host="0.0.0.0") == ("http://127.0.0.1:9",)
+    assert urls(port=9, host="::") == ("http://[::1]:9",)
+    assert urls(url="http://gpu:8000") == ("http://gpu:8000",)
+    assert urls(url=["http://gpu:8000"]) == ("http://gpu:8000",)
+    assert urls(url=["http://a:8000", "http://b:8000"]) == ("http://a:8000", "http://b:8000")
+
+
+def test_replicas_come_from_the_file_or_the_environment(tmp_path: Path) -> None:
+    two = '["http://a:8000", "http://b:8000"]'
+    for config in (
+        given(tmp_path, f"[serving]\nurl = {two}"),
+        given(tmp_path, "", {"EVERLOOP_SERVING__URL": two}),
+    ):
+        assert config.serving.urls == ("http://a:8000", "http://b:8000")
+        assert not config.serving.ours
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("[]", "serving.url: it names no engine"),
+        ('["http://a:8000", "http://a:8000"]', "are the same engine: list each replica once"),
+        ('["http://a:8000", "http://A:8000/v1/"]', "are the same engine: list each replica once"),
+        ('["embedded", "http://a:8000"]', "'embedded' cannot stand in a list: .* Start replicas yourself"),
+        ('["http://a:8000", "vllm"]', "'vllm' cannot stand in a list"),
+        ('["http://a:8000", "a:8001"]', "'a:8001' is not a URL that this release knows"),
+        ("8000", "8000 is not a URL: use 'embedded', 'vllm', or http://<host>:<port>"),
+        ("[8000]", "8000 is not a URL"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(tmp_path: Path, url: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as refused:
+        given(tmp_path, f"[serving]\nurl = {url}")
+    assert str(refused.value).count("serving.url") == 1
 
 
 @pytest.mark.parametrize(("text", "value"), [("90s", 90), ("every 6h", 21600), ("1.5m", 90), ("7d", 604800)])

@@ -27,6 +27,7 @@ from everloop.home import Home
 from everloop.log import open_log
 from everloop.log.base import Log, NewRecord
 from everloop.release import Route
+from everloop.serving.base import Serving
 from everloop.wire import decode, encode
 
 from services.gateway.app import Gateway
@@ -236,14 +237,19 @@ async def serve(gateway: Gateway) -> tuple[web.AppRunner, str]:
 
 @pytest.fixture
 async def start(home: Home) -> AsyncIterator[Callable[..., Awaitable[Bench]]]:
-    """Start a gateway; config sections as keyword arguments. Started again, it is another one on the same home."""
+    """Start a gateway; config sections as keyword arguments. Started again, it is another one on the same home.
+
+    ``serving``: before that engine, instead of one that the test tells what to say.
+    """
     async with AsyncExitStack() as stack:
 
-        async def started(wrap: Callable[[Log], Log] = lambda log: log, **sections: Any) -> Bench:
+        async def started(
+            wrap: Callable[[Log], Log] = lambda log: log, serving: Serving | None = None, **sections: Any
+        ) -> Bench:
             config = config_for(home, **sections)
             log = wrap(open_log(config))
             engine = Engine()
-            gateway = Gateway(config, home, log, engine)
+            gateway = Gateway(config, home, log, serving or engine)
             gateway.prepare()
             runner, url = await serve(gateway)
             bench = Bench(home, config, log, engine, gateway, url)

@@ -85,6 +85,6 @@ async def test_without_an_engine_it_is_alive_and_not_ready_and_says_what_it_does
     assert any(line.startswith("everloop_gateway_route_epoch ") for line in ours)
     assert "everloop_gateway_dropped_total 0.0" in ours
     assert not any(word in line for line in ours for word in ("default", "assistant", "anna", "ep_"))
-    assert json.loads(status)["gateway"]["engine"] == "http://127.0.0.1:1"
+    assert json.loads(status)["replicas"][0]["url"] == "http://127.0.0.1:1"
     (event,) = recorded(home)
     assert "no engine answers" in event.payload.error

@@ -1,7 +1,9 @@
-"""One suite over every backend of the serving port: the engine in this process, behind HTTP, and a real vLLM.
+"""One suite over every backend of the serving port: the engine in this process, behind HTTP, a real vLLM, a provider.
 
 A backend is an entry of ``BACKENDS``: a context that gives an engine which serves the base in a folder, under the
-folder's path as the model's name, loads adapters from ``home/adapters``, runs 8 answers at once and lets 8 wait.
+folder's path as the model's name, loads adapters from ``home/adapters``, runs 8 answers at once and lets 8 wait. A
+provider is asked through the same port, and gives no token ids and holds no adapters: tests that are ``everywhere`` run
+over it too, and it answers by an engine of ours, behind an endpoint that refuses what OpenAI refuses.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from typing import Any, NamedTuple
 import pytest
 from everloop.config import ServingConfig
 from everloop.errors import AdapterRefused, Overloaded, ServingError, UnknownAdapter
+from everloop.provider_config import ProviderConfig
 from everloop.serving.base import Serving
 
+from services.gateway.provider import Provider
 from tests.engines import EngineProcess, running
+from tests.provider import KEY, StrictProvider
 
 pytestmark = [pytest.mark.models, pytest.mark.processes]
 CHAT = "chat/completions"
@@ -56,6 +61,21 @@ def vllm(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield Backend(engine.opened, engine.home)
 
 
+@contextmanager
+def provider(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with running(EngineProcess(new_folder(request), request.getfixturevalue("untrained"))) as engine:
+        strict = StrictProvider((f"http://127.0.0.1:{engine.port}", str(engine.base)))
+        config = ProviderConfig.model_validate(strict.config() | {"key_env": None, "key_file": engine.home / "key"})
+        (engine.home / "key").write_text(KEY)
+
+        async def opened() -> Serving:
+            return Provider(config, "bank/assistant")
+
+        yield Backend(opened, engine.home)
+        assert not [why for why in strict.refused if "Unrecognized" in why]
+        strict.close()
+
+
 def new_folder(request: pytest.FixtureRequest) -> Path:
     factory: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
     return factory.mktemp("home")
@@ -67,6 +87,8 @@ BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Bac
     "vllm": vllm,
 }
 MARKED = [pytest.param(name, marks=[pytest.mark.vllm] if name == "vllm" else []) for name in BACKENDS]
+BACKENDS["provider"] = provider
+everywhere = pytest.mark.parametrize("backend", [*MARKED, "provider"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", params=MARKED)
@@ -132,12 +154,27 @@ async def test_a_stream_says_what_the_whole_answer_says(serving: Serving, ask: d
     assert chunks[-1]["usage"].items() <= whole["usage"].items()
 
 
+@everywhere
+async def test_the_words_of_a_stream_are_those_of_the_whole_answer(serving: Serving, ask: dict[str, Any]) -> None:
+    whole = await serving.complete(CHAT, {**ask, "n": 2})
+    chunks = await chunks_of(serving, {**ask, "n": 2, "stream_options": {"include_usage": True}})
+    for choice in whole["choices"]:
+        its = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert "".join(c["delta"].get("content") or "" for c in its) == choice["message"]["content"]
+        assert [c["finish_reason"] for c in its if c["finish_reason"]] == [choice["finish_reason"]]
+    assert whole["usage"]["completion_tokens"] > 0
+    assert [c["usage"]["completion_tokens"] for c in chunks if c.get("usage")][-1:] == [
+        whole["usage"]["completion_tokens"]
+    ]
+
+
 async def test_n_answers_differ_and_a_seed_repeats_them(serving: Serving, ask: dict[str, Any]) -> None:
     one, again = [(await serving.complete(CHAT, {**ask, "n": 4}))["choices"] for _ in range(2)]
     assert len({tuple(choice["token_ids"]) for choice in one}) == 4
     assert [choice["token_ids"] for choice in one] == [choice["token_ids"] for choice in again]
 
 
+@everywhere
 async def test_a_stop_string_ends_the_answer_before_it(serving: Serving, ask: dict[str, Any]) -> None:
     ask = {**ask, "temperature": 0, "max_tokens": 30}
     text = (await serving.complete(CHAT, ask))["choices"][0]["message"]["content"]
@@ -149,6 +186,7 @@ async def test_a_stop_string_ends_the_answer_before_it(serving: Serving, ask: di
     assert streamed == whole["message"]["content"]
 
 
+@everywhere
 async def test_alternatives_are_given_where_asked_for(serving: Serving, ask: dict[str, Any]) -> None:
     body = {**ask, "temperature": 0, "logprobs": True, "top_logprobs": 3}
     (choice,) = (await serving.complete(CHAT, body))["choices"]
@@ -164,11 +202,12 @@ async def test_a_bare_prompt_is_completed(serving: Serving, ask: dict[str, Any])
     assert isinstance(choice["text"], str)
 
 
+@everywhere
 @pytest.mark.parametrize(
     ("changes", "status", "words"),
     [
         ({"messages": [{"role": "user", "content": "x " * 300}]}, 400, "context length"),
-        ({"max_tokens": -1}, 400, "max_tokens"),
+        ({"max_tokens": -1}, 400, "max_(completion_)?tokens"),
         ({"temperature": -1}, 400, "temperature"),
     ],
 )
@@ -219,6 +258,7 @@ async def test_a_broken_adapter_is_refused_and_nothing_else_suffers(
     assert await serving.complete(CHAT, ask)
 
 
+@everywhere
 async def test_what_is_too_much_is_refused_with_429_and_the_rest_is_answered(
     serving: Serving, ask: dict[str, Any]
 ) -> None:
@@ -233,6 +273,7 @@ async def test_what_is_too_much_is_refused_with_429_and_the_rest_is_answered(
     assert await serving.complete(CHAT, ask)
 
 
+@everywhere
 async def test_streams_that_are_left_make_room(serving: Serving, ask: dict[str, Any]) -> None:
     for _ in range(3):
         long = {**ask, "max_tokens": 240, "temperature": 0, "stream": True}
@@ -243,5 +284,6 @@ async def test_streams_that_are_left_make_room(serving: Serving, ask: dict[str, 
         assert await serving.complete(CHAT, ask)
 
 
+@everywhere
 async def test_it_is_healthy(serving: Serving) -> None:
     assert await serving.healthy()

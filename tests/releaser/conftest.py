@@ -30,7 +30,7 @@ from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import ADAPTERS, COMMANDS, EPISODES, EVENTS, PAUSES, RELEASES, ROUTES, Topic
 
 from pipelines.gold import GoldItem, GoldSet
-from services.gateway.upstream import HttpServing
+from services.gateway.replicas import Replicas
 from services.releaser.examiner import Examiner
 from services.releaser.porter import Porter
 from services.releaser.releaser import Releaser
@@ -49,6 +49,11 @@ class Engine:
         self.refuses: str | None = None
         self.delay = 0.0
         self.asked = 0
+        self.orders: list[tuple[str, str]] = []  # what was loaded, dropped, or asked for a first token
+        self.first_token = threading.Event()  # it gives none before
+        self.first_token.set()
+        self.ends_over: str | None = None  # it dies of this adapter's first token
+        self.ends_under: str | None = None  # it dies of a question to this adapter
         self.base = "tiny-k2"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -75,7 +80,8 @@ class Engine:
         app.router.add_post("/v1/completions", self._score)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        await self._site.start()
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -87,17 +93,23 @@ class Engine:
     async def _load(self, request: web.Request) -> web.Response:
         if self.refuses:
             return web.json_response({"error": {"message": self.refuses}}, status=503)
-        self.adapters.setdefault((await request.json())["lora_name"], time.time())
+        name = (await request.json())["lora_name"]
+        self.orders.append(("load", name))
+        self.adapters.setdefault(name, time.time())
         return web.json_response({"ok": True})
 
     async def _unload(self, request: web.Request) -> web.Response:
-        self.adapters.pop((await request.json())["lora_name"], None)
+        name = (await request.json())["lora_name"]
+        self.orders.append(("unload", name))
+        self.adapters.pop(name, None)
         return web.json_response({"ok": True})
 
     async def _chat(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.asked += 1
         await asyncio.sleep(self.delay)
+        if body["model"] == self.ends_under:
+            await self._end(request)
         if body["model"] != self.base and body["model"] not in self.adapters:
             return web.json_response({"error": {"message": "no such model", "code": "model_not_found"}}, status=404)
         text = self.right.get(body["model"], lambda _: "other")(body["messages"][-1]["content"])
@@ -107,9 +119,28 @@ class Engine:
 
     async def _score(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if isinstance(body["prompt"], str):
+            return await self._first(request, body["model"])
         logprob = -0.1 if body["model"] != self.base else -0.4
         rows = [None, *({str(token): {"logprob": logprob}} for token in body["prompt"][1:])]
         return web.json_response({"choices": [{"index": 0, "text": "", "prompt_logprobs": rows}]})
+
+    async def _first(self, request: web.Request, model: str) -> web.Response:
+        if model == self.ends_over:
+            await self._end(request)
+        while not self.first_token.is_set():
+            await asyncio.sleep(0.01)
+        if model not in self.adapters:
+            return web.json_response({"error": {"message": "no such model"}}, status=404)
+        self.orders.append(("first token", model))
+        return web.json_response({"choices": [{"index": 0, "text": "x"}]})
+
+    async def _end(self, request: web.Request) -> None:
+        """As a process that dies of a request."""
+        await self._site.stop()
+        self.adapters.clear()
+        assert request.transport is not None
+        request.transport.abort()
 
 
 @pytest.fixture
@@ -245,7 +276,7 @@ class Running:
     """A releaser in a thread, as its service runs it."""
 
     def __init__(self, world: Any) -> None:
-        self.examiner = Examiner(world.config, HttpServing(world.config.serving.base_url))
+        self.examiner = Examiner(world.config, Replicas(world.config.serving.urls))
         self.releaser = Releaser(world.config, world.log, self.examiner)
         self.board = Board()
         self._stop = threading.Event()

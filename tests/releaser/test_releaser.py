@@ -224,7 +224,7 @@ def test_an_engine_that_comes_back_gets_its_adapters_again(world: MakeWorld, sta
         w.order(CommandKind.PROMOTE, release=name, without_evidence=True)
         until(lambda name=name: w.live() == name)
     w.engine.stop()
-    until(lambda: running.examiner.trouble is not None)
+    until(lambda: running.examiner.residents.trouble is not None)
     w.engine.start()
     until(lambda: set(w.engine.adapters) == {"a", "b"})  # what is live, and the way back
     assert w.state("b") == "live"

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 from everloop.config import CanaryConfig
 from everloop.episode import Episode, Turn
+from everloop.errors import ServingError
 from everloop.event import Call, Message
 from everloop.feedback import Feedback
-from everloop.release import CanaryPlan
+from everloop.release import CanaryPlan, Release
+from everloop.serving.base import LOST
 
+from services.gateway.replicas import Replicas
+from services.releaser.examiner import Examiner
 from services.releaser.power import Rates, forecast, seconds_until, told
 from services.releaser.recent import summed
+from services.releaser.residents import ENDS
 from services.releaser.shadow import Shadow, judged
 
 CONFIG = CanaryConfig()
@@ -123,3 +128,25 @@ def test_a_candidate_that_says_nothing_is_stopped_before_any_user_sees_it(
     assert w.newest("good").evidence["power"]["margin"]["units"] > 20
     assert right("hi") == "card"
     assert running.policy()["live"]["adapter"] == "a"
+
+
+def test_a_candidate_whose_questions_end_engines_again_and_again_is_stopped(
+    world: Callable[..., Any], brought: list[Any]
+) -> None:
+    w = world()
+    w.home.folder("adapters", "a")
+    w.engine.ends_under = "a"
+    examiner = Examiner(w.config, Replicas(w.config.serving.urls))
+    examiner.start()
+    release = Release(id="r", tenant="default", policy="assistant", adapter="a", uri="", time=1.0)
+    lately = summed(days(30, 1), 10 * 86_400)
+    for _ in range(ENDS):
+        with pytest.raises(ServingError) as raised:
+            examiner.ready(release, lambda: lately).result(30)
+        assert raised.value.code == LOST
+        w.engine.stop()
+        w.engine.start()
+    ready = examiner.ready(release, lambda: lately).result(30)
+    assert ready.shadow.breach == "engines ended while it answered, 3 times"
+    assert examiner.examine(release).result(30).verdict == "fail"
+    examiner.close()

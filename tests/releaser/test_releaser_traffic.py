@@ -9,6 +9,7 @@ from everloop.config import CanaryConfig
 from everloop.episode import Episode, Turn
 from everloop.event import Call, Message
 from everloop.feedback import Feedback
+from everloop.serving.base import LOST
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,7 +153,7 @@ def calls(traffic: Traffic, arm: str, good: int, **others: int) -> None:
     for i in range(cancelled):
         made.append(call(f"{arm}x{i}", arm, error="client disconnected", finish_reason="cancelled"))
     for one in [*made, *made]:  # every record twice: it counts once
-        traffic.take_call(one.model_dump(), unit=one.id)
+        traffic.take_call(one.model_dump(), unit=one.id, began=0.0)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_one_person_with_hard_questions_is_no_evidence_however_many_they_ask() -
     calls(traffic, "control", 60)
     for i in range(500):
         failing = call(f"loud{i}", error="the engine's numbers are not finite")
-        traffic.take_call(failing.model_dump(), unit="loud")
+        traffic.take_call(failing.model_dump(), unit="loud", began=0.0)
     assert traffic.breach(CONFIG) is None
 
 
@@ -231,7 +232,74 @@ def test_answers_of_what_is_live_in_the_adapter_s_place_are_told_apart() -> None
     traffic = Traffic("r", adapter="a1")
     assert traffic.reached() == 1.0
     for i, version in enumerate(["a1", "a1", "a1", "base"]):
-        traffic.take_call(call(f"c{i}", policy_version=version).model_dump(), unit=f"p{i}")
-    traffic.take_call(call("failed", policy_version="base", error="the engine broke").model_dump(), unit="q")
-    traffic.take_call(call("control", "control", policy_version="base").model_dump(), unit="r")
+        traffic.take_call(call(f"c{i}", policy_version=version).model_dump(), unit=f"p{i}", began=0.0)
+    traffic.take_call(call("failed", policy_version="base", error="the engine broke").model_dump(), unit="q", began=0.0)
+    traffic.take_call(call("control", "control", policy_version="base").model_dump(), unit="r", began=0.0)
     assert traffic.reached() == 0.75
+
+
+def lost(traffic: Traffic, arm: str, name: str, began: float, latency: float = 1.0) -> None:
+    """An answer that ended with its engine."""
+    broken = call(f"{arm}-{name}", arm, error="it ended", error_code=LOST, finish_reason="error", latency=latency)
+    for _ in range(2):
+        traffic.take_call(broken.model_dump(), unit=name, began=began)
+
+
+def test_the_end_of_an_engine_is_no_failure_of_the_adapter_however_many_answers_it_broke_off() -> None:
+    traffic = Traffic("r", adapter="a")
+    calls(traffic, "control", 30)
+    for i in range(40):
+        lost(traffic, "canary", f"p{i}", began=1000.0 - i, latency=float(i))  # all at the same time
+    assert traffic.breach(CanaryConfig()) is None
+    assert traffic.numbers()["canary"]["calls"] == traffic.numbers()["canary"]["failed"] == 0
+    assert traffic.numbers()["engines_ended"] == {"canary": 1, "control": 0}
+
+
+def test_an_adapter_under_which_engines_end_again_and_again_is_blamed() -> None:
+    traffic = Traffic("r", adapter="a")
+    for i in range(8):
+        lost(traffic, "canary", f"p{i}", began=60.0 * i)
+    assert traffic.breach(CanaryConfig()) is None
+    lost(traffic, "canary", "p9", began=60.0 * 9)
+    assert "9 times engines ended under calls of the canary alone" in (traffic.breach(CanaryConfig()) or "")
+    for i in range(8):
+        lost(traffic, "control", f"q{i}", began=60.0 * i + 5)  # read later, though it was then
+    assert traffic.breach(CanaryConfig()) is None
+    assert traffic.numbers()["engines_ended"] == {"canary": 1, "control": 0}
+
+
+def test_what_a_provider_answered_in_an_engines_place_says_nothing_of_the_adapter() -> None:
+    traffic = Traffic("r", adapter="a")
+    stand_in = {"policy_version": "provider", "instead_of": "a"}
+    for at in range(6):
+        assert traffic.take_call(call(f"own{at}", policy_version="a").model_dump(), f"u{at}")
+    assert traffic.reached() == 1.0
+    said = Message(role="assistant", content="")  # empty: a guard would see it
+    for at in range(4):
+        assert not traffic.take_call(call(f"other{at}", output=said, **stand_in).model_dump(), f"v{at}")
+    assert traffic.reached() == pytest.approx(0.6), "it is not promoted on what others answered"
+    numbers = traffic.numbers()
+    assert (numbers["canary"]["calls"], numbers["canary"]["empty"], numbers["stood_in"]) == (6, 0, 4)
+    assert not traffic.take_call(call("other0", output=said, **stand_in).model_dump(), "v0"), "counted once"
+    assert traffic.reached() == pytest.approx(0.6)
+
+    bad, good = (Turn(call=call("c1", **stand_in), feedback=(thumb(v),)) for v in (-1.0, 1.0))
+    own = Turn(call=call("c2", policy_version="a"), feedback=(thumb(1.0),))
+    traffic.take_episode(episode("all theirs", bad))
+    traffic.take_episode(episode("mixed", good, own))
+    assert traffic.arms()[0].units == 0, "neither for nor against it"
+    assert traffic.came(0) == (2, 0), "they came all the same"
+    traffic.take_episode(episode("its own", own))
+    assert (traffic.arms()[0].units, traffic.arms()[0].mean) == (1, 1.0)
+
+
+def test_an_incumbent_providers_answers_are_the_control() -> None:
+    traffic = Traffic("r", adapter="a")
+    answer = call("c", "control", policy_version="provider")
+    assert traffic.take_call(answer.model_dump(), "u")
+    traffic.take_episode(episode("e", Turn(call=answer, feedback=(thumb(1.0),))))
+    assert (traffic.arms()[1].units, traffic.numbers()["control"]["calls"]) == (1, 1)
+    assert not traffic.take_call(
+        call("d", "control", policy_version="provider", error="away", error_code="provider_unavailable").model_dump(),
+        "u",
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from everloop.config import Config, PolicyConfig, TenantConfig
 from everloop.errors import ConfigError
@@ -50,6 +51,9 @@ def _table(name: str, section: type[Section]) -> list[str]:
     for key, field in section.model_fields.items():
         if _section(field) is not None:
             lines += _table(f"{name}.{key}", type(field.default))
+        elif (table := _optional(field)) is not None:
+            lines += ["", f"# [{name}.{key}] is not set  # {field.description}"]
+            lines += [f"#   {line.removeprefix('# ')}" for line in _keys(table)]
     return lines
 
 
@@ -57,16 +61,24 @@ def _section(field: FieldInfo) -> type[Section] | None:
     return type(field.default) if isinstance(field.default, Section) else None
 
 
+def _optional(field: FieldInfo) -> type[Section] | None:
+    """The table that a field may hold and by itself does not."""
+    found = getattr(field.annotation, "__args__", ()) if field.default is None else ()
+    return next((one for one in found if isinstance(one, type) and issubclass(one, Section)), None)
+
+
 def _keys(section: type[Section]) -> list[str]:
     return [
         _line(name, field)
         for name, field in section.model_fields.items()
-        if _section(field) is None and not isinstance(field.default, dict)
+        if _section(field) is None and _optional(field) is None and not isinstance(field.default, dict)
     ]
 
 
 def _line(name: str, field: FieldInfo) -> str:
     told = f"  # {field.description}" if field.description else ""
+    if field.default is PydanticUndefined:
+        return f"# {name} is needed{told}"
     return f"# {name} is not set{told}" if field.default is None else f"# {name} = {_toml(field.default)}{told}"
 
 

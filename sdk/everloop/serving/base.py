@@ -15,14 +15,24 @@ from typing import Any, Literal, Protocol
 Route = Literal["chat/completions", "completions"]
 
 
-class Serving(Protocol):
-    """Everything the platform asks of an engine. All methods raise ServingError (Overloaded, UnknownAdapter)."""
+LOST = "engine_lost"
+"""Code of the error where an engine ended while it answered: whatever it was asked, it may be asked again."""
+
+
+class Answering(Protocol):
+    """What gives answers: an engine, or several as one. All methods raise ServingError (Overloaded, UnknownAdapter)."""
 
     async def complete(self, route: Route, body: dict[str, Any]) -> dict[str, Any]:
         """One whole answer. Cancelling the task stops the generation."""
 
     def stream(self, route: Route, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The answer in chunks, without the closing ``[DONE]``. Closing the iterator stops the generation."""
+
+    async def close(self) -> None: ...
+
+
+class Serving(Answering, Protocol):
+    """Everything the platform asks of one engine. All methods raise ServingError (Overloaded, UnknownAdapter)."""
 
     async def load(self, name: str, folder: Path) -> None:
         """Make an adapter resident under its content hash. Loading a resident one again does nothing.
@@ -38,5 +48,3 @@ class Serving(Protocol):
 
     async def healthy(self) -> bool:
         """Whether the engine answers requests now."""
-
-    async def close(self) -> None: ...
