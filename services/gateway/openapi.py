@@ -105,7 +105,10 @@ def _feedback() -> Fields:
 
 def _traces() -> Fields:
     """As JSON; in protobuf the same messages, answers and refusals alike."""
-    spans = {"type": "object", "properties": {"resourceSpans": {"type": "array", "items": {"type": "object"}}}}
+    spans = {
+        "type": "object",
+        "properties": {"resourceSpans": {"type": ["array", "null"], "items": {"type": "object"}}},
+    }
     words = {code: WORDS[code] for code in WORDS if code in (*BODY, *KEYED, *STORED, 415)}
     said = {str(code): {"description": word, "content": _json({"type": "object"})} for code, word in words.items()}
     taken = {"description": "Durable, but for what partialSuccess tells.", "content": _json({"type": "object"})}

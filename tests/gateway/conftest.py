@@ -239,20 +239,20 @@ async def serve(gateway: Gateway) -> tuple[web.AppRunner, str]:
 async def start(home: Home) -> AsyncIterator[Callable[..., Awaitable[Bench]]]:
     """Start a gateway; config sections as keyword arguments. Started again, it is another one on the same home.
 
-    ``serving``: before that engine, instead of one that the test tells what to say.
+    ``engine``: before that one, instead of one that the test tells what to say.
     """
     async with AsyncExitStack() as stack:
 
         async def started(
-            wrap: Callable[[Log], Log] = lambda log: log, serving: Serving | None = None, **sections: Any
+            wrap: Callable[[Log], Log] = lambda log: log, engine: Serving | None = None, **sections: Any
         ) -> Bench:
             config = config_for(home, **sections)
             log = wrap(open_log(config))
-            engine = Engine()
-            gateway = Gateway(config, home, log, serving or engine)
+            told = Engine()
+            gateway = Gateway(config, home, log, engine or told)
             gateway.prepare()
             runner, url = await serve(gateway)
-            bench = Bench(home, config, log, engine, gateway, url)
+            bench = Bench(home, config, log, told, gateway, url)
             stack.callback(gateway.close)
             stack.push_async_callback(runner.cleanup)
             stack.push_async_callback(bench.close)

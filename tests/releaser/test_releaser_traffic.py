@@ -272,15 +272,15 @@ def test_what_a_provider_answered_in_an_engines_place_says_nothing_of_the_adapte
     traffic = Traffic("r", adapter="a")
     stand_in = {"policy_version": "provider", "instead_of": "a"}
     for at in range(6):
-        assert traffic.take_call(call(f"own{at}", policy_version="a").model_dump(), f"u{at}")
+        assert traffic.take_call(call(f"own{at}", policy_version="a").model_dump(), f"u{at}", 0.0)
     assert traffic.reached() == 1.0
     said = Message(role="assistant", content="")  # empty: a guard would see it
     for at in range(4):
-        assert not traffic.take_call(call(f"other{at}", output=said, **stand_in).model_dump(), f"v{at}")
+        assert not traffic.take_call(call(f"other{at}", output=said, **stand_in).model_dump(), f"v{at}", 0.0)
     assert traffic.reached() == pytest.approx(0.6), "it is not promoted on what others answered"
     numbers = traffic.numbers()
     assert (numbers["canary"]["calls"], numbers["canary"]["empty"], numbers["stood_in"]) == (6, 0, 4)
-    assert not traffic.take_call(call("other0", output=said, **stand_in).model_dump(), "v0"), "counted once"
+    assert not traffic.take_call(call("other0", output=said, **stand_in).model_dump(), "v0", 0.0), "counted once"
     assert traffic.reached() == pytest.approx(0.6)
 
     bad, good = (Turn(call=call("c1", **stand_in), feedback=(thumb(v),)) for v in (-1.0, 1.0))
@@ -296,10 +296,11 @@ def test_what_a_provider_answered_in_an_engines_place_says_nothing_of_the_adapte
 def test_an_incumbent_providers_answers_are_the_control() -> None:
     traffic = Traffic("r", adapter="a")
     answer = call("c", "control", policy_version="provider")
-    assert traffic.take_call(answer.model_dump(), "u")
+    assert traffic.take_call(answer.model_dump(), "u", 0.0)
     traffic.take_episode(episode("e", Turn(call=answer, feedback=(thumb(1.0),))))
     assert (traffic.arms()[1].units, traffic.numbers()["control"]["calls"]) == (1, 1)
     assert not traffic.take_call(
         call("d", "control", policy_version="provider", error="away", error_code="provider_unavailable").model_dump(),
         "u",
+        0.0,
     )

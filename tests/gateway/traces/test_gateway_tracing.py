@@ -114,7 +114,7 @@ async def test_the_context_goes_on_to_the_engine(home: Any, start: Any, collecto
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     serving = HttpServing(f"http://127.0.0.1:{runner.addresses[0][1]}")
-    bench = await start(telemetry={"otlp_endpoint": collector.url}, serving=serving)
+    bench = await start(telemetry={"otlp_endpoint": collector.url}, engine=serving)
     await bench.chat(Traceparent=SAMPLED, Tracestate="vendor=1")
     await soon(lambda: collector.named("ask engine"))
     (asked,) = collector.named("ask engine")
