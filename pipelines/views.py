@@ -25,7 +25,8 @@ SELECT tenant, policy, episode, version, subject, t.turn AS turn, turns[-1].turn
        t.outcome AS outcome, t.correction AS correction, t.latency AS latency, t.error AS error,
        t.finish_reason AS finish_reason, t.temperature AS temperature, t.support_known AS support_known,
        t.model AS model, t.messages AS messages, t.tools_offered AS tools_offered, t.output AS output,
-       t.tools AS tools, t.raters AS raters, t.trace AS trace, complete, synthetic, split, quarantine, started AS time, updated
+       t.tools AS tools, t.raters AS raters, t.trace AS trace, complete, synthetic, split,
+       quarantine, started AS time, updated
 FROM (SELECT *, unnest(turns) AS t FROM newest.episodes)
 """
 
