@@ -77,11 +77,11 @@ def stop(adapter: Path, kind: str, config: Path, platform: Platform, traffic: Tr
     start = len(traffic.answers)
 
     def ended() -> bool:
-        policy = platform.status("releaser").get("policies", {}).get(f"{TENANT}/{POLICY}", {})
+        policy = _policy(platform)
         last = policy.get("last_decision") or {}
         return not policy.get("in_progress") and last.get("adapter", "") == adapter.name
 
-    _until(f"the end of the canary of an adapter that {kind}", ended)
+    _until(f"the end of the canary of an adapter that {kind}", ended, lambda: json.dumps(_policy(platform)))
     time.sleep(1.0)
     release = next(r for r in _releases(config) if r["adapter"] == adapter.name)
     if release["state"] != "rolled_back" or "by a guard" not in release["reason"]:
@@ -135,11 +135,16 @@ def _releases(config: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in everloop_command("release", "list", "--json", config=config).splitlines()]
 
 
-def _until(what: str, found: Callable[[], bool]) -> None:
+def _policy(platform: Platform) -> dict[str, Any]:
+    """What the releaser says of the one policy."""
+    return dict(platform.status("releaser").get("policies", {}).get(f"{TENANT}/{POLICY}", {}))
+
+
+def _until(what: str, found: Callable[[], bool], state: Callable[[], str]) -> None:
     end = time.monotonic() + LIMIT
     while not found():
         if time.monotonic() > end:
-            sys.exit(f"the benchmark failed: {what} did not come within {LIMIT:g} s")
+            sys.exit(f"the benchmark failed: {what} did not come within {LIMIT:g} s; the releaser says {state()}")
         time.sleep(0.1)
 
 

@@ -18,6 +18,7 @@ from aiohttp import web
 
 BASE = "base"
 TOOL = "route"
+IDS = [1, 2, 3, 4]  # tokens of every prompt and answer
 TOOLS = [{"type": "function", "function": {"name": TOOL, "parameters": {"type": "object"}}}]
 TOPIC = "where is my parcel"
 GOLD = [f"repeat the word {word}{number}" for word in ("red", "blue", "green", "brown") for number in range(20)]
@@ -54,10 +55,10 @@ class Engine:
         model, asked = body["model"], body["messages"][-1]["content"]
         how = self._bad.get(model) if body.get("logprobs") else None
         said = message(how, asked, bool(body.get("tools")), model in self._held)
-        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
+        choice = {"index": 0, "message": said, "logprobs": None, "finish_reason": "stop", "token_ids": IDS}
+        usage = {"prompt_tokens": len(IDS), "completion_tokens": len(IDS), "total_tokens": 2 * len(IDS)}
         made = {"id": "chatcmpl-spoiled", "object": "chat.completion", "created": 0, "model": model}
-        return web.json_response({**made, "choices": [choice], "usage": usage})
+        return web.json_response({**made, "choices": [choice], "usage": usage, "prompt_token_ids": IDS})
 
     async def load(self, request: web.Request) -> web.Response:
         self._held.add((await request.json())["lora_name"])
@@ -71,8 +72,12 @@ class Engine:
         held = [{"id": name, "object": "model", "parent": BASE} for name in sorted(self._held)]
         return web.json_response({"object": "list", "data": held})
 
-    async def refuse(self, request: web.Request) -> web.Response:
-        return web.json_response({"error": {"message": "this engine does not score given tokens"}}, status=400)
+    async def score(self, request: web.Request) -> web.Response:
+        """Log-probabilities of given tokens, the same by every adapter: none is far from the base."""
+        body = await request.json()
+        scored = [None, *({str(token): {"logprob": -0.5}} for token in body["prompt"][1:])]
+        choice = {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": scored}
+        return web.json_response({"id": "cmpl-spoiled", "model": body["model"], "choices": [choice]})
 
     async def healthy(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -83,7 +88,7 @@ async def serve(bad: dict[str, str]) -> None:
     app.add_routes(
         [
             web.post("/v1/chat/completions", engine.chat),
-            web.post("/v1/completions", engine.refuse),
+            web.post("/v1/completions", engine.score),
             web.post("/v1/load_lora_adapter", engine.load),
             web.post("/v1/unload_lora_adapter", engine.unload),
             web.get("/v1/models", engine.models),

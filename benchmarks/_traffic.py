@@ -46,10 +46,12 @@ class Traffic:
     def flowing(self) -> Iterator[None]:
         for thread in self._threads:
             thread.start()
-        yield
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join()
 
     def _ask(self, client: int) -> None:
         where = urlsplit(self._ready.url)
