@@ -32,7 +32,8 @@ from everloop.topics import EVENTS
 from benchmarks import _cpu
 from benchmarks._services import Running, environment, process
 from benchmarks._upstream import TOKENS
-from benchmarks.gateway import Load, upstream
+from benchmarks._wrk import Load
+from benchmarks.gateway import upstream
 from pipelines.batch import select
 from pipelines.compaction import compact
 from pipelines.store import Store

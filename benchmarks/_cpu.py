@@ -1,4 +1,4 @@
-"""Processor time of processes, as the kernel counts it: user and system, of the process and of its ended children."""
+"""What processes take, as the kernel counts it: processor time (also of their ended children), and memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def seconds(pids: Iterable[int]) -> float:
 def _of(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) * TICK  # utime, stime, and those of children that were waited for
+
+
+def resident(pids: Iterable[int]) -> float:
+    """MB of memory of all of them, what they share counted in each. Raises FileNotFoundError where one has ended."""
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def family(pid: int) -> list[int]:

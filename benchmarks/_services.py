@@ -40,12 +40,18 @@ def service(name: str, home: Home, engine: str, *, answers: str = "/readyz", log
 
 @contextmanager
 def process(
-    name: str, command: Sequence[str], environment: Mapping[str, str], home: Home, *, answers: str = "/readyz"
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    home: Home,
+    *,
+    answers: str = "/readyz",
+    within: float = STARTS_WITHIN,
 ) -> Iterator[Running]:
     """A process that announces itself in ``home`` under ``name``. Raises SystemExit where it does not start."""
     started = subprocess.Popen(command, env=dict(environment))
     try:
-        yield Running(_url(started, home.root / "run" / f"{name}.json", answers), started.pid)
+        yield Running(_url(started, home.root / "run" / f"{name}.json", answers, within), started.pid)
     finally:
         started.terminate()
         started.wait(STOPS_WITHIN)
@@ -65,8 +71,8 @@ def environment(home: Home, engine: str, log: str = "") -> dict[str, str]:
     } | ({"EVERLOOP_LOG__URL": log} if log else {})
 
 
-def _url(started: subprocess.Popen[bytes], announcement: Path, answers: str) -> str:
-    end = time.monotonic() + STARTS_WITHIN
+def _url(started: subprocess.Popen[bytes], announcement: Path, answers: str, within: float) -> str:
+    end = time.monotonic() + within
     while time.monotonic() < end and started.poll() is None:
         try:
             url = str(json.loads(announcement.read_text())["url"])

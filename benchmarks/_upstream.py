@@ -1,7 +1,9 @@
-"""An engine that does nothing but answer: the same 256 token ids with log-probabilities to everybody, at once.
+"""An engine that does nothing but answer: the same 256 tokens to everybody, at once, whole or as a stream.
 
-What ``benchmarks.gateway`` measures beside and behind the gateway. One process, raw asyncio, bytes made beforehand:
-so little of its own that what is measured is the gateway. Run: ``python -m benchmarks._upstream [port]``.
+What ``benchmarks.gateway`` measures beside and behind the gateway. As of a real engine, ids and log-probabilities of
+the tokens come to those who ask for them (the gateway does, a plain client or another proxy does not). One process,
+raw asyncio, bytes made beforehand: so little of its own that what is measured is the gateway.
+Run: ``python -m benchmarks._upstream [port]``.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Iterable
 from typing import cast
 
 import uvloop
@@ -79,12 +82,28 @@ def _http(body: bytes, kind: str = "application/json") -> bytes:
     return f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-WHOLE = _http(json.dumps(whole(), separators=(",", ":")).encode())
-STREAM = _http(
-    b"".join(b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n" for chunk in chunks())
-    + b"data: [DONE]\n\n",
-    "text/event-stream",
-)
+def _packed(fields: dict[str, object]) -> bytes:
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def _events(made: Iterable[dict[str, object]]) -> bytes:
+    """Server-sent events, each in a chunk of its own as servers send them, but all at once."""
+    events = [b"data: %b\n\n" % one for one in (*map(_packed, made), b"[DONE]")]
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join([b"%x\r\n%b\r\n" % (len(event), event) for event in events]) + b"0\r\n\r\n"
+
+
+def _plain(answer: dict[str, object]) -> dict[str, object]:
+    """The answer, or a chunk of it, without what is said of each token."""
+    choices = cast(list[dict[str, object]], answer["choices"])
+    bare = [{name: value for name, value in its.items() if name not in ("logprobs", "token_ids")} for its in choices]
+    return {name: value for name, value in answer.items() if name != "prompt_token_ids"} | {"choices": bare}
+
+
+WHOLE = _http(_packed(whole()))
+PLAIN = _http(_packed(_plain(whole())))
+STREAM = _events(chunks())
+PLAIN_STREAM = _events(map(_plain, chunks()))
 MODELS = _http(json.dumps({"object": "list", "data": [{"id": "stub", "object": "model"}]}).encode())
 
 
@@ -115,7 +134,10 @@ def _length(head: bytes) -> int:
 
 def _answer(head: bytes, body: bytes) -> bytes:
     if head.startswith(b"POST"):
-        return STREAM if b'"stream":true' in body else WHOLE
+        told = b'"return_token_ids":true' in body
+        if b'"stream":true' in body:
+            return STREAM if told else PLAIN_STREAM
+        return WHOLE if told else PLAIN
     return MODELS if b"/v1/models" in head else _http(b"")
 
 

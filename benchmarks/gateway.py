@@ -1,29 +1,30 @@
 """What the gateway adds: latency and requests a second over calling the same upstream directly, capture on.
 
-``wrk`` makes the load, a stub that answers 256 token ids with log-probabilities stands behind (``_upstream``), and
-the gateway runs as its own process with its defaults. Rounds with and without the gateway take turns, so that both
-see the same machine; medians over rounds are shown. One more round notes the id of every acknowledged call.
+``wrk`` makes the load, a stub that answers 256 tokens stands behind (``_upstream``; with ids and log-probabilities to
+the gateway, which asks for them), and the gateway runs as its own process with its defaults. Answers come whole and as
+streams; the time of a stream is that to its last byte. LiteLLM's proxy stands beside it (``_litellm``), before the same
+stub and with as many workers as the gateway has processes. Rounds of all take turns, so that each sees the same
+machine; medians over rounds are shown. One more round notes the id of every acknowledged call.
 
 The run fails unless the log holds as many whole calls as were acknowledged, none twice, and every noted one is, once
 and whole, in the store that the assembler makes of that log afterwards.
 
-``--log kafka`` measures the same on a broker that is started for it and shares the cores: the gateway's spool is
-drained while requests come, and what it holds at the end of the load is printed, beside the embedded log's kept result.
+``--beside nothing`` leaves LiteLLM out, as ``--quick`` does by itself. ``--log kafka`` measures the same on a broker
+that is started for it and shares the cores: the gateway's spool is drained while requests come, and what it holds at
+the end of the load is printed, beside the embedded log's kept result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,67 +34,30 @@ from everloop.home import Home
 from everloop.log import connect
 from everloop.wire import decode
 
+from benchmarks import _cpu, _litellm
+from benchmarks._litellm import litellm
 from benchmarks._report import RESULTS, Aim, aim, loads, parser, publish
 from benchmarks._report import load as load_now
-from benchmarks._services import service
+from benchmarks._services import environment, process, service
 from benchmarks._upstream import TOKENS
+from benchmarks._wrk import Load, Round
 from pipelines.store import Store
 from services.broker.process import Broker
 from services.gateway.keys import Keys
 
 CONNECTIONS = (1, 16, 64)
-ROUNDS, SECONDS = 5, 5
-QUICK_ROUNDS, QUICK_SECONDS = 3, 3
+ROUNDS, SECONDS = 3, 4
+QUICK_ROUNDS, QUICK_SECONDS = 3, 2
 DEADLINE = 300.0
-BODY = {
-    "model": "assistant",
-    "messages": [
-        {"role": "system", "content": "You answer a bank's customers. Name the topic of the message."},
-        {"role": "user", "content": "My card has not arrived yet, and I ordered it two weeks ago. What can I do?"},
-    ],
-}
-SCRIPT = """
-wrk.method = "POST"
-wrk.headers["Content-Type"] = "application/json"
-wrk.headers["Authorization"] = "Bearer %(key)s"
-wrk.body = [[%(body)s]]
-local file = os.getenv("CALLS") and io.open(os.getenv("CALLS"), "a")
-if file then
-  response = function(status, headers)
-    if status == 200 then file:write(headers["X-Everloop-Call"], "\\n") file:flush() end
-  end
-end
-done = function(summary, latency)
-  local errors = summary.errors
-  io.write(string.format('{"requests":%%d,"microseconds":%%d,"refused":%%d,"broken":%%d,"p50":%%f,"p99":%%f}\\n',
-    summary.requests, summary.duration, errors.status, errors.connect + errors.read + errors.write + errors.timeout,
-    latency:percentile(50), latency:percentile(99)))
-end
-"""
 
 
-class Round(NamedTuple):
-    """One run of ``wrk``. Latencies in milliseconds."""
+class Side(NamedTuple):
+    """Something that answers at ``url``. ``pid``: of its first process; of the stub nobody asks."""
 
-    requests: int
-    rate: float
-    p50: float
-    p99: float
-
-
-def find_wrk() -> str:
-    """Where ``wrk`` is; installed where it can be. Exits, saying how, where it cannot."""
-    apt = shutil.which("apt-get")
-    if shutil.which("wrk") is None and apt and os.geteuid() == 0:
-        print("installing wrk (apt-get install wrk) …", flush=True)
-        subprocess.run([apt, "install", "--yes", "--quiet", "wrk"], stdout=subprocess.DEVNULL, check=False)
-    found = shutil.which("wrk")
-    if found is None:
-        raise SystemExit(
-            "benchmarks.gateway needs 'wrk', which makes load without taking much of the machine: a load generator in "
-            "Python measures itself. Install it: apt-get install wrk (Debian, Ubuntu), brew install wrk (macOS)"
-        )
-    return found
+    name: str
+    url: str
+    load: Load
+    pid: int | None = None
 
 
 @contextmanager
@@ -107,54 +71,48 @@ def upstream() -> Iterator[str]:
         process.wait(10)
 
 
-class Load:
-    """Runs ``wrk`` with one script against one URL or another."""
+def measure(sides: Sequence[Side], rounds: int, seconds: int) -> tuple[list[dict[str, Any]], int]:
+    """A row for each side, kind of answer and number of connections; and how many calls the gateway acknowledged.
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self._wrk = find_wrk()
-        self._script = folder / "request.lua"
-        self._script.write_text(SCRIPT % {"key": key, "body": json.dumps(BODY)})
-
-    def run(self, url: str, connections: int, seconds: int, calls: Path | None = None) -> Round:
-        """Raises SystemExit where any answer was not 200."""
-        command = [self._wrk, "-t1", f"-c{connections}", f"-d{seconds}s", f"-s{self._script}"]
-        environment = {**os.environ} | ({"CALLS": str(calls)} if calls else {})
-        out = subprocess.run(
-            [*command, f"{url}/v1/chat/completions"], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        said = json.loads(out.splitlines()[-1])
-        if said["refused"] or said["broken"] or not said["requests"]:
-            raise SystemExit(f"not every request was answered: {said}")
-        rate = said["requests"] / (said["microseconds"] / 1e6)
-        return Round(said["requests"], rate, said["p50"] / 1000, said["p99"] / 1000)
-
-
-def measure(load: Load, direct: str, gateway: str, rounds: int, seconds: int) -> tuple[list[dict[str, Any]], int]:
-    """A row for each number of connections, and how many calls the gateway acknowledged in all."""
-    acknowledged = load.run(gateway, 16, 2).requests  # the first ones warm everything up
-    load.run(direct, 16, 1)
-    rows = []
-    for connections in CONNECTIONS:
-        pairs = []
-        for _ in range(rounds):
-            pairs.append((load.run(direct, connections, seconds), load.run(gateway, connections, seconds)))
-        acknowledged += sum(through.requests for _, through in pairs)
-        rows.append(_row(connections, pairs))
+    The first side is the bare upstream, the second one the gateway.
+    """
+    acknowledged = 0
+    for side in sides:
+        for stream in (False, True):  # the first ones warm everything up
+            warmed = side.load.run(side.url, 16, 2, stream=stream).requests
+            acknowledged += warmed if side is sides[1] else 0
+    rows: list[dict[str, Any]] = []
+    for stream in (False, True):
+        for connections in CONNECTIONS:
+            taken = [
+                [side.load.run(side.url, connections, seconds, stream=stream) for side in sides] for _ in range(rounds)
+            ]
+            acknowledged += sum(each[1].requests for each in taken)
+            for at, side in enumerate(sides):
+                head = {"answer": "stream" if stream else "whole", "connections": connections, "through": side.name}
+                rows.append(head | _row([(each[0], each[at]) for each in taken], side.pid if at else None))
     return rows, acknowledged
 
 
-def _row(connections: int, pairs: list[tuple[Round, Round]]) -> dict[str, Any]:
+def _row(pairs: list[tuple[Round, Round]], pid: int | None) -> dict[str, Any]:
+    """Of rounds (direct, through one side), taken in turn. ``pid`` None: this is the bare upstream itself."""
+
     def middle(values: list[float]) -> float:
         return round(statistics.median(values), 3)
 
-    return {
-        "connections": connections,
-        "direct requests/s": middle([direct.rate for direct, _ in pairs]),
-        "gateway requests/s": middle([through.rate for _, through in pairs]),
-        "best requests/s": middle([max(through.rate for _, through in pairs)]),
-        "added p50 ms": middle([through.p50 - direct.p50 for direct, through in pairs]),
-        "added p99 ms": middle([through.p99 - direct.p99 for direct, through in pairs]),
-        "least added p99 ms": middle([min(through.p99 - direct.p99 for direct, through in pairs)]),
+    row = {
+        "requests/s": middle([its.rate for _, its in pairs]),
+        "best requests/s": middle([max(its.rate for _, its in pairs)]),
+        "p50 ms": middle([its.p50 for _, its in pairs]),
+        "p99 ms": middle([its.p99 for _, its in pairs]),
+    }
+    if pid is None:
+        return row
+    return row | {
+        "added p50 ms": middle([its.p50 - direct.p50 for direct, its in pairs]),
+        "added p99 ms": middle([its.p99 - direct.p99 for direct, its in pairs]),
+        "least added p99 ms": middle([min(its.p99 - direct.p99 for direct, its in pairs)]),
+        "memory MB": round(_cpu.resident(_cpu.family(pid))),
     }
 
 
@@ -236,35 +194,48 @@ def main() -> int:
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         home = Home(Path(folder) / "home")
-        key = Keys(home.root / "keys.db").create("default")
-        load = Load(Path(folder), key)
+        load = Load(Path(folder), Keys(home.root / "keys.db").create("default"))
         direct = running.enter_context(upstream())
         url = running.enter_context(log_of(options.log, Path(folder), home))
-        with service("gateway", home, direct, log=url) as gateway:
-            rows, acknowledged = measure(load, direct, gateway, rounds, seconds)
+        command = (sys.executable, "-m", "services.gateway")
+        with process("gateway", command, environment(home, direct, url), home) as gateway:
+            processes = len(_cpu.family(gateway.pid))
+            sides = [Side("nothing", direct, load), Side("gateway", gateway.url, load, gateway.pid)]
+            with ExitStack() as beside:
+                if options.beside == "litellm":
+                    proxy = beside.enter_context(litellm(direct, Path(folder) / "litellm", processes))
+                    sides.append(Side("LiteLLM", proxy.url, Load(Path(folder) / "litellm", proxy.key), proxy.pid))
+                rows, acknowledged = measure(sides, rounds, seconds)
             noted = Path(folder) / "calls"
-            acknowledged += load.run(gateway, 16, 2, noted).requests
-            waited = wait_for_spool(gateway)
+            acknowledged += load.run(gateway.url, 16, 2, noted).requests
+            waited = wait_for_spool(gateway.url)
         ids = noted.read_text().split()
         calls = check_log(url, home, max(acknowledged, len(ids)))
         check_store(url, home, direct, ids, calls)
     notes = [
-        f"medians of {rounds} rounds of {seconds} s each; wrk, stub and gateway share the cores",
+        f"medians of {rounds} rounds of {seconds} s each; wrk, stub, gateway and what is beside it share the cores",
+        f"the gateway is {processes} processes (event loop; sealing and log)",
         f"{acknowledged} calls acknowledged, {calls} in the log; {len(ids)} noted by id, all in the store once",
     ]
+    if options.beside == "litellm":
+        notes.append(f"LiteLLM {_litellm.version()}: {processes} workers of uvicorn, no database, records nothing")
     if options.log == "kafka":
         notes.append(f"{waited[0]} events were in the spool at the end of the load, none {waited[1]:.0f} s later")
     name = "gateway" if options.log == "sqlite" else "gateway-kafka"
-    aims = _aims(rows) if options.log == "sqlite" else _times(rows, notes)
+    aims = aims_of(rows) if options.log == "sqlite" else _times(rows, notes)
     notes.append(loads(began))
-    publish(name, rows, aims, quick=options.quick, notes=notes)
+    publish(name, rows, aims, quick=options.quick, part=options.beside == "nothing", notes=notes)
     return 0
 
 
 def _options() -> argparse.Namespace:
     made = parser(__doc__ or "")
     made.add_argument("--log", choices=("sqlite", "kafka"), default="sqlite", help="the log behind the gateway")
-    return made.parse_args()
+    made.add_argument("--beside", choices=("litellm", "nothing"), help="what else is measured; litellm by default")
+    options = made.parse_args()
+    alone = options.quick or options.log == "kafka"
+    options.beside = options.beside or ("nothing" if alone else "litellm")
+    return options
 
 
 def _times(rows: list[dict[str, Any]], notes: list[str]) -> list[Aim]:
@@ -273,24 +244,40 @@ def _times(rows: list[dict[str, Any]], notes: list[str]) -> list[Aim]:
     if not kept.exists():
         notes.append("no result on the embedded log to compare with: run this without --log first")
         return []
-    before = {row["connections"]: row["gateway requests/s"] for row in json.loads(kept.read_text())["rows"]}
+    before = json.loads(kept.read_text())["rows"]
     return [
         aim(
-            f"requests/s of the embedded log over these, {row['connections']} connections",
+            f"requests/s of the embedded log over these, {connections} connections",
             1.2,
-            round(before[row["connections"]] / row["gateway requests/s"], 3),
+            round(
+                _of(before, "gateway", connections)["requests/s"] / _of(rows, "gateway", connections)["requests/s"], 3
+            ),
             most=True,
         )
-        for row in rows
+        for connections in CONNECTIONS
     ]
 
 
-def _aims(rows: list[dict[str, Any]]) -> list[Aim]:
-    (at_16,) = (row for row in rows if row["connections"] == 16)
-    return [
-        aim("requests/s at 16 connections", 2500, at_16["gateway requests/s"]),
-        aim("added p99 at 16 connections, ms", 8, at_16["added p99 ms"], most=True),
+def aims_of(rows: list[dict[str, Any]]) -> list[Aim]:
+    """The aims, of whole answers; those beside LiteLLM where it was measured."""
+    ours = _of(rows, "gateway", 16)
+    aims = [
+        aim("requests/s at 16 connections", 3000, ours["requests/s"]),
+        aim("added p50 at 1 connection, ms", 1.0, _of(rows, "gateway", 1)["added p50 ms"], most=True),
     ]
+    if any(row["through"] == "LiteLLM" for row in rows):
+        theirs = _of(rows, "LiteLLM", 16)
+        times, part = ours["requests/s"] / theirs["requests/s"], ours["added p99 ms"] / theirs["added p99 ms"]
+        aims += [
+            aim("times LiteLLM's requests/s at 16 connections", 25, round(times, 1)),
+            aim("part of LiteLLM's added p99 at 16 connections", 0.05, round(part, 3), most=True),
+        ]
+    return aims
+
+
+def _of(rows: list[dict[str, Any]], through: str, connections: int) -> dict[str, Any]:
+    its = (row for row in rows if row["through"] == through and row["answer"] == "whole")
+    return next(row for row in its if row["connections"] == connections)
 
 
 if __name__ == "__main__":

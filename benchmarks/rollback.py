@@ -1,36 +1,38 @@
-"""From ``everloop release rollback`` to the gateway's answers: how long until nobody gets the withdrawn adapter?
+"""From ``everloop release rollback``, and from a guard's trip, to the gateway's answers: how long until nobody gets the
+withdrawn adapter?
 
-On the processes of ``everloop up``: one adapter is live for good, and one after the other is promoted over it and
-rolled back by the command, as an operator would, while two clients ask the gateway without pause. Every answer says
-which policy version gave it. Measured are the releaser's decision, the first answer of the version before, and the
-last answer of the withdrawn one, which may have begun before. The benchmark fails where the withdrawn adapter
+By command, on the processes of ``everloop up``: one adapter is live for good, and one after the other is promoted over
+it and rolled back by the command, as an operator would, while two clients ask the gateway without pause. Every answer
+says which policy version gave it. Measured are the releaser's decision, the first answer of the version before, and
+the last answer of the withdrawn one, which may have begun before. The benchmark fails where the withdrawn adapter
 answers a request that was sent after an answer of the version before.
+
+By a guard (``_guards``): adapters that turn bad for users alone, in three ways, each stopped in its canary; from the
+answer that tripped the guard on, and how many requests each cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from benchmarks import _report
+from benchmarks import _guards, _report
+from benchmarks._guards import Stopped
+from benchmarks._spoiled import KINDS
+from benchmarks._traffic import CLIENTS, Answer, Traffic
 from examples.bank_desk.platform import (
     COMMAND,
     POLICY,
     TENANT,
     Platform,
-    Ready,
     environment,
     everloop_command,
     write_config,
@@ -38,20 +40,10 @@ from examples.bank_desk.platform import (
 
 CACHE = Path(".everloop/cache")
 ROLLBACKS, QUICK_ROLLBACKS = 20, 5
-CLIENTS = 2
-BREATH = 0.02  # seconds between two requests of a client
+EACH, QUICK_EACH = 5, 1  # adapters of each kind that a guard stops
 NEVER = 4000  # scored episodes, more than are sent: no training run starts
 BEFORE, AFTER = 0.5, 1.0  # seconds of traffic around a rollback
-LIMIT = 60.0
 QUESTION = {"model": POLICY, "messages": [{"role": "user", "content": "where is my parcel"}], "max_tokens": 8}
-
-
-class Answer(NamedTuple):
-    """One answer of the gateway; times in seconds since 1970."""
-
-    sent: float
-    came: float
-    version: str
 
 
 class Rollback(NamedTuple):
@@ -61,51 +53,6 @@ class Rollback(NamedTuple):
     first_before: float
     last_withdrawn: float
     told: float
-
-
-class Traffic:
-    """Clients that ask without pause. ``answers`` grows."""
-
-    def __init__(self, ready: Ready) -> None:
-        self.answers: list[Answer] = []
-        self.failed: list[str] = []
-        self._ready = ready
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
-
-    @contextmanager
-    def flowing(self) -> Iterator[None]:
-        for thread in self._threads:
-            thread.start()
-        yield
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, client: int) -> None:
-        where = urlsplit(self._ready.url)
-        connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=30)
-        headers = {"Authorization": f"Bearer {self._ready.key}", "Content-Type": "application/json"}
-        number = 0
-        while not self._stop.wait(BREATH):
-            number += 1
-            sent = time.time()
-            body = json.dumps({**QUESTION, "user": f"client-{client}-{number}"})
-            connection.request("POST", f"{where.path}/chat/completions", body, headers)
-            response = connection.getresponse()
-            response.read()
-            if response.status != 200:
-                self.failed.append(f"status {response.status}")
-                continue
-            self.answers.append(Answer(sent, time.time(), response.headers["X-Everloop-Policy-Version"]))
-
-    def until(self, what: str, found: Callable[[Sequence[Answer]], bool], start: int) -> None:
-        """Wait for answers since ``start``. Ends the benchmark where they do not come."""
-        end = time.monotonic() + LIMIT
-        while not found(self.answers[start:]):
-            if time.monotonic() > end:
-                sys.exit(f"the benchmark failed: {what} did not come within {LIMIT:g} s")
-            time.sleep(0.02)
 
 
 def make_adapters(base: Path, folder: Path, count: int, groups: Sequence[str] = ()) -> list[str]:
@@ -169,14 +116,11 @@ def _decided(adapter: str, config: Path) -> float:
     return next(float(r["time"]) for r in releases if r["adapter"] == adapter and r["state"] == "rolled_back")
 
 
-def run(home: Path, count: int) -> list[Rollback]:
-    from trainer.policy import tiny_k2
-
-    base = tiny_k2.cached(CACHE.absolute())
+def run(home: Path, base: Path, count: int) -> list[Rollback]:
     config = write_config(home, CACHE.absolute(), base, NEVER, 0)
     stays, *others = make_adapters(base, home / "made", count + 1)
     with Platform(home, config) as platform:
-        traffic = Traffic(platform.start())
+        traffic = Traffic(platform.start(), QUESTION)
         with traffic.flowing():
             go_live(home / "made" / stays, config, traffic)
             done = []
@@ -189,7 +133,7 @@ def run(home: Path, count: int) -> list[Rollback]:
     return done
 
 
-def report(done: Sequence[Rollback]) -> tuple[list[dict[str, Any]], list[_report.Aim]]:
+def report(done: Sequence[Rollback], stopped: Sequence[Stopped]) -> tuple[list[dict[str, Any]], list[_report.Aim]]:
     parts: dict[str, list[float]] = {
         "command to the releaser's decision": [one.decided for one in done],
         "decision to the first answer of the version before": [one.first_before - one.decided for one in done],
@@ -197,13 +141,25 @@ def report(done: Sequence[Rollback]) -> tuple[list[dict[str, Any]], list[_report
         "command to the first answer of the version before": [one.first_before for one in done],
         "command to the last answer of the withdrawn one": [one.last_withdrawn for one in done],
         "command to its own answer": [one.told for one in done],
+        "guard's trip to the releaser's decision": [one.decided for one in stopped],
+        "guard's trip to the last request sent to the withdrawn one": [one.asked for one in stopped],
+        "guard's trip to the last answer of the withdrawn one": [one.answered for one in stopped],
     }
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"from … to": what, "p50 ms": round(1000 * statistics.median(its)), "max ms": round(1000 * max(its))}
         for what, its in parts.items()
     ]
-    slowest = max(max(one.first_before, one.last_withdrawn) for one in done)
-    return rows, [_report.aim("seconds from the command until the version before answers all", 1.0, slowest, most=True)]
+    for kind in dict.fromkeys(one.kind for one in stopped):
+        its = [one for one in stopped if one.kind == kind]
+        affected = {"requests p50": round(statistics.median(one.affected for one in its))}
+        affected |= {"max": max(one.affected for one in its), "sent after the trip": max(one.after for one in its)}
+        rows.append({"from … to": f"affected by an adapter that {kind}", **affected})
+    by_command = max(max(one.first_before, one.last_withdrawn) for one in done)
+    by_guard = max(max(one.asked, one.answered) for one in stopped)
+    return rows, [
+        _report.aim("seconds from the command until the version before answers all", 1.0, by_command, most=True),
+        _report.aim("seconds from a guard's trip until the version before answers all", 1.0, by_guard, most=True),
+    ]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -211,12 +167,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
+    from trainer.policy import tiny_k2
+
+    options, began = parse(arguments), _report.load()
+    rollbacks, each = (QUICK_ROLLBACKS, QUICK_EACH) if options.quick else (ROLLBACKS, EACH)
+    base = tiny_k2.cached(CACHE.absolute())
     with tempfile.TemporaryDirectory(prefix="ev-back-") as folder:
-        done = run(Path(folder), QUICK_ROLLBACKS if options.quick else ROLLBACKS)
-    rows, aims = report(done)
-    notes = [f"{len(done)} rollbacks of {TENANT}/{POLICY}, {CLIENTS} clients that ask without pause, tiny-k2"]
-    _report.publish("rollback", rows, aims, quick=options.quick, notes=notes)
+        done = run(Path(folder) / "command", base, rollbacks)
+        spoiled = make_adapters(base, Path(folder) / "made", each * len(KINDS))
+        stopped = _guards.run(Path(folder) / "guard", base, CACHE.absolute(), Path(folder) / "made", spoiled)
+    rows, aims = report(done, stopped)
+    notes = [
+        f"{len(done)} rollbacks of {TENANT}/{POLICY}, {CLIENTS} clients that ask without pause, tiny-k2",
+        f"{len(stopped)} canaries of half of the people, an engine that answers at once; {each} of each kind",
+    ]
+    notes += [f"an adapter that {one.kind}: {one.reason}" for one in stopped[: len(KINDS)]]
+    _report.publish("rollback", rows, aims, quick=options.quick, notes=[*notes, _report.loads(began)])
     return 0
 
 

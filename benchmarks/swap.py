@@ -30,7 +30,8 @@ from everloop.config import load as load_config
 from everloop.run import CommandKind
 
 from benchmarks import _report
-from benchmarks.rollback import CACHE, LIMIT, NEVER, QUESTION, make_adapters
+from benchmarks._traffic import LIMIT
+from benchmarks.rollback import CACHE, NEVER, QUESTION, make_adapters
 from examples.bank_desk.platform import POLICY, TENANT, Platform, Ready, write_config
 from services.installation import Installation
 

@@ -205,6 +205,8 @@ class Gateway:
                 code = refused.status
                 return refused.response()
             except (ConnectionError, TimeoutError):
+                if request.transport is None or request.transport.is_closing():
+                    return web.Response(status=code)  # to nobody: the client has left, which is no error of ours
                 raise
             except Exception:
                 code = 500

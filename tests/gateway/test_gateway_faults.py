@@ -16,6 +16,7 @@ import openai
 import orjson
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from everloop.config import PolicyConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -298,3 +299,22 @@ async def test_a_stop_leaves_an_answer_its_own_shorter_time_and_one_that_is_over
             with pytest.raises(TimeoutError):
                 await stopped_while_it_is_broken_off()
             assert shorter.when() == at
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_client_that_leaves_in_the_middle_of_its_answer_is_no_error(bench: Any, gone: bool) -> None:
+    class Connection(asyncio.Transport):
+        def is_closing(self) -> bool:
+            return gone
+
+    request = make_mocked_request("POST", "/v1/chat/completions", transport=Connection())
+
+    async def writes(request: web.Request) -> web.Response:
+        raise ConnectionResetError("Cannot write to closing transport")
+
+    answering = bench.gateway._guarded("/v1/chat/completions", writes)(request)
+    if gone:
+        assert (await answering).status == 499
+    else:  # whatever else that is, it is ours
+        with pytest.raises(ConnectionResetError):
+            await answering
