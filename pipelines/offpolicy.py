@@ -219,7 +219,7 @@ def _overlap(sound: Logged, weights: Floats, raw: Floats, confidence: float) -> 
         rated=int(rated.sum()),
         clusters=len(held),
         mass=mass,
-        mass_high=mass + error,
+        mass_high=min(mass + error, math.sqrt(calls)),  # no weight is above it
         ess=total**2 / float((held**2).sum()) if total > 0 else 0.0,
         largest=float(held.max()) / total if total > 0 else 0.0,
         cut=1 - float(weights.sum()) / float(raw.sum()) if raw.sum() > 0 else 0.0,
