@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from everloop.config import Config
 from everloop.errors import ContractError
 from everloop.event import BASE
@@ -132,6 +133,7 @@ def snapshot(store: Store, home: Home, asked: Asked, calls: Answered) -> Path | 
 
 def _candidate(config: Config, asked: Asked, adapters: Mapping[str, Adapter], told: Told) -> tuple[Policy, Any]:
     told("loading the base and the candidate")
+    torch.set_num_threads(1)  # the other cores belong to the engine, which answers users meanwhile
     its = config.policy(asked.tenant, asked.policy)
     if asked.adapter == BASE:
         policy = base.load(its.base, config.cache)

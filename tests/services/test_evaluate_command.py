@@ -63,6 +63,7 @@ class World:
     """
 
     def __init__(self, config: Config, policy: Policy, adapter: Path) -> None:
+        torch.set_num_threads(1)
         self.config, self.policy, self.home = config, policy, Home(config.home)
         self.log = open_log(config)
         self.prompts = [
@@ -151,7 +152,7 @@ class World:
         return self.worth(self.model)
 
     def worth(self, model: Any) -> float:
-        return float(np.mean([self.first(model, prompt)[self.liked].sum() for prompt in self.prompts[::6]]))
+        return float(np.mean([self.first(model, prompt)[self.liked].sum() for prompt in self.prompts[::15]]))
 
 
 @pytest.fixture
