@@ -134,7 +134,7 @@ class Batch:
             about = json.loads((table.schema.metadata or {})[b"everloop.batch"])
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
             raise ContractError(f"{path} is not a batch: {error!r}") from None
-        batch = cls(items=list(_items(table)), **about)
+        batch = cls(items=list(items_of(table)), **about)
         if batch.id != path.stem:
             raise ContractError(f"{path} does not hold the batch that its name says, but {batch.id}: fetch it again")
         return batch
@@ -182,7 +182,7 @@ def _plain(item: BatchItem) -> dict[str, Any]:
     }
 
 
-def _items(table: pa.Table) -> Iterable[BatchItem]:
+def items_of(table: pa.Table) -> Iterable[BatchItem]:
     """Items from rows in the form of ``SCHEMA``; arrays are views on the table's buffers."""
     plain = table.drop_columns(["tokens", "logprobs"]).to_pylist()
     arrays = zip(_arrays(table, "tokens", np.int32), _arrays(table, "logprobs", np.float32), strict=True)
@@ -306,7 +306,7 @@ def _window(store: Store, tenant: str, policy: str, version: str, episodes: int)
     episode, call, voice = (table.column(name).to_pylist() for name in ("episode", "call", "said_by"))
     said_by = dict(zip(zip(episode, call, strict=True), voice, strict=True))
     grouped: dict[str, list[BatchItem]] = {}
-    for item in _items(table.select(SCHEMA.names)):
+    for item in items_of(table.select(SCHEMA.names)):
         grouped.setdefault(item.episode, []).append(item)
     drawn = [
         _Drawn(episode, items[0].subject, tuple(sorted({r for item in items for r in item.raters})), items)

@@ -18,6 +18,10 @@ COMMANDS = {
     "export": ("write a pinned data set", "services.commands.export"),
     "gold": ("add, import or list held-out questions with right answers", "services.commands.gold"),
     "compare": ("two adapters on the gold set, side by side", "services.commands.compare"),
+    "evaluate": (
+        "what an adapter would be worth, from logged answers, before users see it",
+        "services.commands.evaluate",
+    ),
     "keys": ("create, list or revoke API keys", "services.commands.keys"),
     "base": ("build a small base model from your own examples", "services.commands.base"),
     "kafka": ("a real Kafka broker on this machine: start, stop, status", "services.commands.kafka"),

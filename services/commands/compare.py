@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         tenant, policy = here.policy(options.policy)
         engines = here.engine_urls()
         adapters = {a.hash: a for a in here.records(ADAPTERS, Adapter) if a.key == f"{tenant}/{policy}"}
-        pair = [_named(here, name, adapters, f"{tenant}/{policy}") for name in (options.a, options.b)]
+        pair = [named(here, name, adapters, f"{tenant}/{policy}") for name in (options.a, options.b)]
         result = asyncio.run(_compare(here, engines, tenant, policy, pair, adapters, options.split))
     if options.json:
         print(json.dumps(result))
@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _named(here: Installation, name: str, adapters: dict[str, Adapter], key: str) -> str:
+def named(here: Installation, name: str, adapters: dict[str, Adapter], key: str) -> str:
+    """The hash (or 'base') that a name means to a policy ('tenant/policy'). Raises ConfigError."""
     if name == "live":
         live = ((here.status("releaser") or {}).get("policies", {}).get(key) or {}).get("live")
         if not live:
