@@ -1,0 +1,160 @@
+"""OpenAI's agents library, on chat completions. Tracing is off: it would tell api.openai.com."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import openai
+import pytest
+from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, Runner, RunResultStreaming, function_tool
+from pydantic import BaseModel
+
+from tests.clients.conftest import Front
+from tests.clients.scripted import Scripted
+from tests.conftest import until
+
+pytestmark = [pytest.mark.models, pytest.mark.processes]
+WHERE = "where is my card"
+Make = Callable[..., Agent[Any]]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    """An agent behind a front: its settings, and more of it (tools, output_type)."""
+    clients: list[openai.AsyncOpenAI] = []
+
+    def made(
+        front: Front, settings: dict[str, Any] | None = None, base_url: str = "", retries: int = 2, **more: Any
+    ) -> Agent[Any]:
+        client = openai.AsyncOpenAI(base_url=base_url or front.url, api_key=front.key, max_retries=retries)
+        clients.append(client)
+        model = OpenAIChatCompletionsModel(more.pop("model", "assistant"), openai_client=client)
+        return Agent("desk", model=model, model_settings=ModelSettings(**(settings or {})), **more)
+
+    yield made
+    for client in clients:
+        await client.close()
+
+
+def episode(name: str) -> dict[str, Any]:
+    return {"extra_headers": {"X-Everloop-Episode": f"agents-{name}"}}
+
+
+async def heard(run: RunResultStreaming) -> str:
+    """The words of the last message, as they came."""
+    words = ""
+    async for event in run.stream_events():
+        if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
+            words += event.data.delta
+    return words
+
+
+async def test_a_stream_says_what_a_whole_answer_says_and_how_much_it_was(real: Front, make: Make) -> None:
+    agent = make(real, {"temperature": 0, "max_tokens": 20, "include_usage": True, **episode("visit")})
+    whole = await Runner.run(agent, WHERE)
+    stream = Runner.run_streamed(agent, WHERE)
+    assert await heard(stream) == stream.final_output == whole.final_output != ""
+    used = [run.raw_responses[0].usage for run in (whole, stream)]
+    assert [use.output_tokens for use in used] == [20, 20]
+    assert used[0].input_tokens == used[1].input_tokens > 0
+    ids = [str(run.raw_responses[0].request_id) for run in (whole, stream)]  # the only id that this client shows
+    calls = real.events("agents-visit")
+    assert [event.payload.id for event in calls] == [real.call(id) for id in ids]
+    real.rate(ids[0])
+    (thumb,) = real.events("agents-visit", "feedback")
+    assert thumb.payload.feedback.call == calls[0].payload.id
+
+
+@function_tool
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return f"sun in {city}"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        ("weather in Bern", "The results: sun in Bern"),
+        ("weather in Bern and Basel", "The results: sun in Bern; sun in Basel"),
+    ],
+)
+async def test_it_looks_and_then_answers(told: Front, make: Make, stream: bool, asked: str, answered: str) -> None:
+    name = f"loop-{len(asked)}-{stream}"
+    agent = make(told, {"parallel_tool_calls": True, **episode(name)}, tools=[weather])
+    run = Runner.run_streamed(agent, asked) if stream else await Runner.run(agent, asked)
+    if isinstance(run, RunResultStreaming):
+        assert await heard(run) == answered
+    assert run.final_output == answered
+    one, two = told.events(f"agents-{name}")
+    assert (one.payload.finish_reason, two.payload.finish_reason) == ("tool_calls", "stop")
+    assert len(one.payload.output.tool_calls or ()) == answered.count("sun")
+    assert [message.role for message in two.payload.messages][-1] == "tool"
+
+
+async def test_errors_are_the_clients_own(real: Front, told: Front, make: Make) -> None:
+    for front, settings, more, kind, words in (
+        (real, {}, {"model": "gpt-5"}, openai.NotFoundError, "you have: assistant"),
+        (real, {"temperature": 9}, {}, openai.BadRequestError, "'temperature' must be a number"),
+    ):
+        with pytest.raises(kind, match=words):
+            await Runner.run(make(front, settings, **more), WHERE)
+    once = make(told, retries=0)
+    with pytest.raises(openai.RateLimitError) as refused:
+        await Runner.run(once, "be busy, agents")
+    assert refused.value.response.headers["Retry-After"] == "1"
+    with pytest.raises(openai.InternalServerError, match="the engine failed"):
+        await Runner.run(once, "fail")
+    broken = Runner.run_streamed(once, "break off")
+    with pytest.raises(openai.APIError, match="closed the connection in the middle"):
+        await heard(broken)
+    assert broken.final_output is None
+
+
+async def test_a_client_that_leaves_stops_the_engine(real: Front, make: Make) -> None:
+    before = real.cancelled()
+    agent = make(real, {"temperature": 0, "max_tokens": 240})
+    run = Runner.run_streamed(agent, "where is it")
+    async for event in run.stream_events():
+        if event.type == "raw_response_event" and event.data.type == "response.output_text.delta":
+            run.cancel()
+    await asyncio.to_thread(until, lambda: real.cancelled() == before + 1)
+
+
+async def test_it_waits_as_long_as_it_is_told_and_that_is_one_turn(told: Front, make: Make, scripted: Scripted) -> None:
+    run = await Runner.run(make(told, episode("busy")), "be busy once, agents")
+    assert run.final_output == "the card is on its way"
+    assert len(scripted.asks("be busy once, agents")) == 2
+    assert len(told.events("agents-busy")) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_was_lost_on_its_way_is_given_again_and_recorded_once(
+    told: Front, lossy: str, make: Make, scripted: Scripted, stream: bool
+) -> None:
+    words = f"agents, lost, {stream}"
+    agent = make(told, episode(f"lost-{stream}"), base_url=lossy)
+    run = Runner.run_streamed(agent, words) if stream else await Runner.run(agent, words)
+    if isinstance(run, RunResultStreaming):
+        await heard(run)
+    (event,) = told.events(f"agents-lost-{stream}")
+    assert told.call(str(run.raw_responses[0].request_id)) == event.payload.id
+    assert len(scripted.asks(words)) == 1
+
+
+class Topic(BaseModel):
+    topic: str
+    urgent: bool
+
+
+@pytest.mark.vllm
+async def test_an_answer_held_to_a_schema(constrained: Front, make: Make) -> None:
+    """Whole and streamed, of a model that would say anything."""
+    agent = make(constrained, {"temperature": 0, "max_tokens": 100}, output_type=Topic)
+    whole = await Runner.run(agent, WHERE)
+    assert isinstance(whole.final_output, Topic)
+    stream = Runner.run_streamed(agent, WHERE)
+    await heard(stream)
+    assert stream.final_output == whole.final_output
