@@ -117,5 +117,5 @@ def test_an_answer_held_to_a_schema(provider: str, node: Node, constrained: Fron
     urls = {"constrained": constrained.url, "constrained_key": constrained.key}
     seen = node.run("ai_sdk.mjs", provider=provider, **urls)
     assert seen["parsed"] == seen["parsed stream"]
-    assert isinstance(seen["parsed"]["topic"], str)
+    assert seen["parsed"]["topic"] in ("card", "account")
     assert isinstance(seen["parsed"]["urgent"], bool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -150,13 +150,13 @@ def test_an_answer_that_was_lost_on_its_way_is_given_again_and_recorded_once(
 
 
 class Topic(BaseModel):
-    topic: str
+    topic: Literal["card", "account"]
     urgent: bool
 
 
 @pytest.mark.vllm
 def test_an_answer_held_to_a_schema(constrained: Front) -> None:
     """Of a model that would say anything, by its schema alone and as JSON of any kind."""
-    held = model(constrained, temperature=0, max_tokens=100)
+    held = model(constrained, temperature=0, max_tokens=200)
     assert isinstance(held.with_structured_output(Topic, method="json_schema").invoke(WHERE), Topic)
     assert isinstance(held.with_structured_output(Topic).invoke(WHERE), Topic)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -145,14 +145,14 @@ async def test_an_answer_that_was_lost_on_its_way_is_given_again_and_recorded_on
 
 
 class Topic(BaseModel):
-    topic: str
+    topic: Literal["card", "account"]
     urgent: bool
 
 
 @pytest.mark.vllm
 async def test_an_answer_held_to_a_schema(constrained: Front, make: Make) -> None:
     """Whole and streamed, of a model that would say anything."""
-    agent = make(constrained, {"temperature": 0, "max_tokens": 100}, output_type=Topic)
+    agent = make(constrained, {"temperature": 0, "max_tokens": 200}, output_type=Topic)
     whole = await Runner.run(agent, WHERE)
     assert isinstance(whole.final_output, Topic)
     stream = Runner.run_streamed(agent, WHERE)

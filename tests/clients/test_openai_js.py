@@ -107,5 +107,5 @@ def test_an_answer_held_to_a_schema(node: Node, constrained: Front) -> None:
     """Whole and streamed, of a model that would say anything."""
     seen = node.run("openai.mjs", constrained=constrained.url, constrained_key=constrained.key)
     assert seen["parsed"] == seen["parsed stream"]
-    assert isinstance(seen["parsed"]["topic"], str)
+    assert seen["parsed"]["topic"] in ("card", "account")
     assert isinstance(seen["parsed"]["urgent"], bool)
