@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import json
 import logging
 import os
@@ -215,6 +216,10 @@ class Service:
         return _health(await asyncio.to_thread(self._trouble, self._alive | self._ready))
 
     async def _get_status(self, request: web.Request) -> web.Response:
+        if not from_this_machine(request):
+            message = "/status tells of tenants and policies: it answers this machine alone; ask it here"
+            fields = {"message": message, "type": "permission_error", "code": "not_this_machine", "param": None}
+            return web.json_response({"error": fields}, status=403)
         return web.json_response(await asyncio.to_thread(self._whole_status))
 
     def _whole_status(self) -> dict[str, Any]:
@@ -231,6 +236,19 @@ class Service:
                 logger.exception("status of %s", name)
                 status[name] = {"error": repr(error)}
         return status
+
+
+FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+
+
+def from_this_machine(request: web.Request) -> bool:
+    """Whether a request comes from a process of this machine, and no proxy on it asks for somebody elsewhere."""
+    transport = request.transport
+    if transport is None or any(name in request.headers for name in FORWARDED):
+        return False
+    peer, own = (ipaddress.ip_address(transport.get_extra_info(name)[0]) for name in ("peername", "sockname"))
+    inner = getattr(peer, "ipv4_mapped", None) or peer
+    return inner.is_loopback or peer == own
 
 
 def collect_seldom() -> None:

@@ -9,7 +9,7 @@ import os
 
 EPISODE = "ep_"
 RESPONSE = "chatcmpl-"
-
+OBJECT = "resp_"  # of an answer that was asked for as a Response object; the rest of its id is the same
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz234567"
 _PAIRS = [chr(first) + chr(second) for first in _LETTERS for second in _LETTERS]
@@ -38,6 +38,11 @@ def _raw(text: str) -> bytes:
     if value & ((1 << bits % 8) - 1) or bits % 8 >= 5:
         raise ValueError("not an id: no such length or ending")
     return raw
+
+
+def _bare(response: str) -> bytes:
+    """The bytes in a response id of either kind. Raises ValueError where there are none."""
+    return _raw(response.removeprefix(RESPONSE).removeprefix(OBJECT))
 
 
 def unique(prefix: str) -> str:
@@ -82,10 +87,10 @@ class Ids:
             raise ValueError(f"no such episode: {name}")
         return name
 
-    def response(self, tenant: str, episode: str, call: bytes) -> str:
-        """The response id of a call (8 bytes) in an episode."""
+    def response(self, tenant: str, episode: str, call: bytes, prefix: str = RESPONSE) -> str:
+        """The response id of a call (8 bytes) in an episode. ``prefix``: RESPONSE or OBJECT."""
         body = _raw(episode[len(EPISODE) :])[:16] + call
-        return RESPONSE + _text(body + self._keyed(8, "response", tenant, body))
+        return prefix + _text(body + self._keyed(8, "response", tenant, body))
 
     @staticmethod
     def call(raw: bytes) -> str:
@@ -95,12 +100,12 @@ class Ids:
     @staticmethod
     def call_of(response: str) -> str:
         """The call id that belongs to a response id, whoever made it."""
-        return Ids.call(_raw(response.rpartition("-")[2])[16:24])
+        return Ids.call(_bare(response)[16:24])
 
     def parse_response(self, tenant: str, response: str) -> tuple[str, str]:
         """(episode id, call id) of a response id. Raises ValueError where this tenant never got such a response."""
         try:
-            raw = _raw(response.rpartition("-")[2])
+            raw = _bare(response)
         except ValueError:
             raw = b""
         if len(raw) != 32 or not hmac.compare_digest(raw[24:], self._keyed(8, "response", tenant, raw[:24])):

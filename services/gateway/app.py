@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -17,7 +18,8 @@ from everloop.log.embedded import EmbeddedLog
 from everloop.serving.base import Serving
 from prometheus_client import CollectorRegistry
 
-from services.gateway.calls import CODE, Answered, Calls
+from services.gateway import ask, openapi, responses, unserved
+from services.gateway.calls import CODE, Answered, Calls, Reader
 from services.gateway.capture import Capture, load_hook
 from services.gateway.conversations import Conversations
 from services.gateway.door import Door
@@ -37,8 +39,11 @@ from services.gateway.turns import Turns
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[Any]]  # what aiohttp can send
 UNDER_WAY = 0.85  # of the drain: for answers under way; the rest is for their events to become durable
-REST = "rest"  # the route that has what no other has
-ENDPOINTS = "/v1/chat/completions, /v1/completions, /v1/models, /v1/feedback, /v1/feedback/tokens and /v1/events"
+READERS: dict[str, Reader] = {
+    "/v1/chat/completions": partial(ask.read, "chat/completions"),
+    "/v1/completions": partial(ask.read, "completions"),
+    "/v1/responses": responses.read,
+}
 
 
 class Gateway:
@@ -96,15 +101,16 @@ class Gateway:
     def add_to(self, app: web.Application) -> None:
         """Add every endpoint of the API to an application."""
         router = app.router
-        for path in ("chat/completions", "completions"):
-            router.add_post(f"/v1/{path}", self._guarded(f"/v1/{path}", self._calling(path)))
+        for path, read in READERS.items():
+            router.add_post(path, self._guarded(path, self._calling(read)))
         router.add_get("/v1/models", self._guarded("/v1/models", self._models))
         router.add_get("/v1/models/{model}", self._guarded("/v1/models", self._model))
         router.add_post("/v1/feedback", self._guarded("/v1/feedback", self._cross_origin(self._feedback.give)))
         router.add_options("/v1/feedback", self._cross_origin(_allowed))
         router.add_post("/v1/feedback/tokens", self._guarded("/v1/feedback/tokens", self._feedback.grant))
         router.add_post("/v1/events", self._guarded("/v1/events", self._events.take))
-        router.add_route("*", "/v1/{rest:.*}", self._guarded("other", _refuse_endpoint), name=REST)
+        router.add_get("/openapi.json", self._guarded("/openapi.json", _describe))
+        router.add_route("*", "/{rest:.*}", self._guarded("other", unserved.refuse), name=unserved.REST)
         app.on_shutdown.append(self._end)
 
     async def _end(self, app: web.Application) -> None:
@@ -122,11 +128,11 @@ class Gateway:
         self.keys.close()
         self._log.close()
 
-    def _calling(self, path: Any) -> Handler:
+    def _calling(self, read: Reader) -> Handler:
         async def call(request: web.Request) -> Answered:
             self.metrics.under_way += 1
             try:
-                return await self._calls.answer(request, path)
+                return await self._calls.answer(request, read)
             finally:
                 self.metrics.under_way -= 1
 
@@ -199,15 +205,8 @@ async def _allowed(request: web.Request) -> web.Response:
     return web.Response(status=204)
 
 
-async def _refuse_endpoint(request: web.Request) -> web.Response:
-    """405 where the path is known and the method is not, else 404."""
-    others = (resource for resource in request.app.router.resources() if resource.name != REST)
-    methods = sorted({method for resource in others for method in (await resource.resolve(request))[1]})
-    asked = f"{request.method} {request.path[:100]}"
-    if methods:
-        takes = ", ".join(methods)
-        raise Refused(405, f"{asked} is not served: it takes {takes}", "method_not_allowed", headers={"Allow": takes})
-    raise Refused(404, f"there is no {asked} here; the gateway has {ENDPOINTS}", "unknown_endpoint")
+async def _describe(request: web.Request) -> web.Response:
+    return web.Response(text=openapi.written(), content_type="application/json")
 
 
 def _model(name: str, tenant: str) -> dict[str, Any]:

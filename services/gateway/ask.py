@@ -7,22 +7,22 @@ the gateway's own business or has no effect on an answer (``KEPT``), or the requ
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from everloop.config import PolicyConfig
+from everloop.ids import OBJECT, RESPONSE
 from everloop.serving.base import Route
 
+from services.gateway.checks import Check, any_list, bad, flag, kind, number, shown, stops, table, text, tools, whole
 from services.gateway.refusals import Refused
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 PARTS = frozenset({"text", "refusal", "image_url", "input_audio", "audio_url", "video_url", "file"})
 DEEPEST = 64  # levels of nesting
 MOST_CHOICES = 16
-MOST_STOPS = 16
 WHOLE = 2**63 - 1
 
 
@@ -31,7 +31,8 @@ class Ask:
     """One request to a policy.
 
     ``body`` is what the engine gets, but for ``model`` and the capture's own fields; ``sampling`` are the fields
-    of ``everloop.event.Sampling`` as the engine will use them.
+    of ``everloop.event.Sampling`` as the engine will use them. ``echo`` is what an answer of ``/v1/responses`` repeats
+    of its request; None: it was asked in another form.
     """
 
     route: Route
@@ -46,106 +47,71 @@ class Ask:
     wants_usage: bool
     wants_logprobs: bool
     user: str | None
+    echo: dict[str, Any] | None = None
 
+    @property
+    def prefix(self) -> str:
+        """Of the answer's id."""
+        return RESPONSE if self.echo is None else OBJECT
 
-def bad(message: str, param: str | None = None, code: str | None = "invalid_value") -> Refused:
-    return Refused(400, message, code, param)
-
-
-def _number(low: float, high: float) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise bad(f"'{name}' must be a number from {low:g} to {high:g}, not {_shown(value)}", name)
-
-    return check
-
-
-def _whole(low: int, high: int) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise bad(f"'{name}' must be a whole number from {low} to {high}, not {_shown(value)}", name)
-
-    return check
-
-
-def _kind(kinds: type | tuple[type, ...], words: str) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, kinds):
-            raise bad(f"'{name}' must be {words}, not {_shown(value)}", name)
-
-    return check
-
-
-def _stops(name: str, value: Any) -> None:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise bad(f"'{name}' must be a text or a list of at most {MOST_STOPS} texts, none of them empty", name)
-
-
-def _tools(name: str, value: Any) -> None:
-    for tool in value if isinstance(value, list) else [None]:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad(f"'{name}' must be a list of {{'type': 'function', 'function': {{'name': …}}}}", name)
-
-
-_flag = _kind(bool, "true or false")
-_text = _kind(str, "a text")
-_table = _kind(dict, "an object")
-_any_list = _kind(list, "a list")
 
 # What goes on to the engine, with the check that each value must pass.
-PASSED: dict[str, Callable[[str, Any], None]] = {
-    "temperature": _number(0, 2),
-    "top_p": _number(1e-6, 1),
-    "top_k": _whole(-1, 1_000_000),
-    "min_p": _number(0, 1),
-    "frequency_penalty": _number(-2, 2),
-    "presence_penalty": _number(-2, 2),
-    "repetition_penalty": _number(1e-6, 10),
-    "seed": _whole(-WHOLE, WHOLE),
-    "n": _whole(1, MOST_CHOICES),
-    "max_tokens": _whole(1, 10_000_000),
-    "max_completion_tokens": _whole(1, 10_000_000),
-    "min_tokens": _whole(0, 10_000_000),
-    "stop": _stops,
-    "stop_token_ids": _any_list,
-    "ignore_eos": _flag,
-    "tools": _tools,
-    "tool_choice": _kind((str, dict), "'none', 'auto', 'required' or an object"),
-    "parallel_tool_calls": _flag,
-    "response_format": _table,
-    "structured_outputs": _table,
-    "guided_json": _kind((dict, str), "a JSON schema"),
-    "guided_regex": _text,
-    "guided_choice": _any_list,
-    "guided_grammar": _text,
-    "logit_bias": _table,
-    "reasoning_effort": _text,
-    "verbosity": _text,
-    "chat_template_kwargs": _table,
-    "suffix": _text,
+PASSED: dict[str, Check] = {
+    "temperature": number(0, 2),
+    "top_p": number(1e-6, 1),
+    "top_k": whole(-1, 1_000_000),
+    "min_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": number(1e-6, 10),
+    "seed": whole(-WHOLE, WHOLE),
+    "n": whole(1, MOST_CHOICES),
+    "max_tokens": whole(1, 10_000_000),
+    "max_completion_tokens": whole(1, 10_000_000),
+    "min_tokens": whole(0, 10_000_000),
+    "stop": stops,
+    "stop_token_ids": any_list,
+    "ignore_eos": flag,
+    "tools": tools,
+    "tool_choice": kind((str, dict), "'none', 'auto', 'required' or an object"),
+    "parallel_tool_calls": flag,
+    "response_format": table,
+    "structured_outputs": table,
+    "guided_json": kind((dict, str), "a JSON schema"),
+    "guided_regex": text,
+    "guided_choice": any_list,
+    "guided_grammar": text,
+    "logit_bias": table,
+    "reasoning_effort": text,
+    "verbosity": text,
+    "chat_template_kwargs": table,
+    "suffix": text,
 }
 # What the gateway uses itself, or what changes no answer.
-KEPT: dict[str, Callable[[str, Any], None]] = {
-    "model": _text,
-    "messages": _any_list,
-    "prompt": _kind((str, list), "a text"),
-    "stream": _flag,
-    "stream_options": _table,
-    "logprobs": _kind((bool, int), "true, false or a number"),
-    "top_logprobs": _whole(0, 20),
-    "user": _text,
-    "echo": _flag,
-    "best_of": _whole(1, MOST_CHOICES),
-    "store": _flag,
-    "metadata": _table,
-    "service_tier": _text,
-    "safety_identifier": _text,
-    "prompt_cache_key": _text,
-    "prompt_cache_retention": _text,
+KEPT: dict[str, Check] = {
+    "model": text,
+    "messages": any_list,
+    "prompt": kind((str, list), "a text"),
+    "stream": flag,
+    "stream_options": table,
+    "logprobs": kind((bool, int), "true, false or a number"),
+    "top_logprobs": whole(0, 20),
+    "user": text,
+    "echo": flag,
+    "best_of": whole(1, MOST_CHOICES),
+    "store": flag,
+    "metadata": table,
+    "service_tier": text,
+    "safety_identifier": text,
+    "prompt_cache_key": text,
+    "prompt_cache_retention": text,
 }
 CHECKS = {**PASSED, **KEPT}
+# What each route does not have, of what the other has.
+FOREIGN: dict[Route, frozenset[str]] = {
+    "chat/completions": frozenset(("prompt", "suffix", "echo", "best_of")),
+    "completions": frozenset(("messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens")),
+}
 CONSTRAINS = frozenset(
     (
         "structured_outputs",
@@ -167,7 +133,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise bad(f"the body is not JSON: {error}. Send a JSON object, in UTF-8", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise bad(f"the body must be a JSON object, not {_shown(body)}", code="invalid_json")
+        raise bad(f"the body must be a JSON object, not {shown(body)}", code="invalid_json")
     if raw.count(b"{") + raw.count(b"[") > DEEPEST and _deeper(body, DEEPEST):
         raise bad(f"the body nests deeper than {DEEPEST} levels; send a flatter one", code="invalid_json")
     return body
@@ -178,8 +144,8 @@ def read(route: Route, body: dict[str, Any], policies: dict[str, PolicyConfig]) 
     present = {name: value for name, value in body.items() if value is not None}
     for name, value in present.items():
         check = CHECKS.get(name)
-        if check is None:
-            raise _unknown(name)
+        if check is None or name in FOREIGN[route]:
+            raise unknown(name, CHECKS.keys() - FOREIGN[route])
         check(name, value)
     model = present.get("model")
     if not model:
@@ -226,8 +192,8 @@ def explore(ask: Ask) -> None:
     }
 
 
-def _unknown(name: str) -> Refused:
-    near = difflib.get_close_matches(name[:64], CHECKS, n=1)
+def unknown(name: str, known: Iterable[str]) -> Refused:
+    near = difflib.get_close_matches(name[:64], sorted(known), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
     return bad(f"unknown parameter {name[:64]!r}: it would have no effect here; {hint}", name[:64], "unknown_parameter")
 
@@ -241,11 +207,11 @@ def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
             raise bad(f"messages[{at}] must be an object with 'role' and 'content'", "messages")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise bad(f"messages[{at}] has role {_shown(role)}; roles are: {', '.join(sorted(ROLES))}", "messages")
+            raise bad(f"messages[{at}] has role {shown(role)}; roles are: {', '.join(sorted(ROLES))}", "messages")
         if isinstance(content, list):
             _parts(at, content)
         elif not (isinstance(content, str) or (content is None and role == "assistant")):
-            raise bad(f"messages[{at}].content must be a text or a list of parts, not {_shown(content)}", "messages")
+            raise bad(f"messages[{at}].content must be a text or a list of parts, not {shown(content)}", "messages")
         _optional(at, message)
     return messages
 
@@ -353,13 +319,3 @@ def _deeper(value: Any, levels: int) -> bool:
     if levels == 0:
         return True
     return any(_deeper(inner, levels - 1) for inner in (value.values() if isinstance(value, dict) else value))
-
-
-def _shown(value: Any) -> str:
-    """A value as an error message may show it: short, whatever was sent."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number that is not finite"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "…"

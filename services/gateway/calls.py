@@ -18,29 +18,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import orjson
 from aiohttp import web
-from everloop.config import Config
+from everloop.config import Config, PolicyConfig
 from everloop.errors import LogError, ServingError, UnknownAdapter
 from everloop.event import BASE
-from everloop.serving.base import Route as Path
 from everloop.serving.base import Serving
 
 from services.gateway.answer import Answer, Choice, Listener, read_whole, show_whole
-from services.gateway.ask import Ask, bad, parse, read
+from services.gateway.ask import Ask, parse
 from services.gateway.capture import Capture
+from services.gateway.checks import bad
+from services.gateway.chunks import spelled
 from services.gateway.door import Door
 from services.gateway.metrics import Metrics
-from services.gateway.refusals import Refused, error_fields, from_engine, from_log
+from services.gateway.refusals import Refused, from_engine, from_log
+from services.gateway.response_object import from_chat
 from services.gateway.retries import Finished, Promise, Recovered, Retries
 from services.gateway.turns import Turn, Turns
 from services.gateway.whole import Whole
 
-DONE = b"data: [DONE]\n\n"
 JSON = "application/json"
 STREAM = "text/event-stream"
 SLOWEST_CLIENT = 30.0  # seconds beyond the engine's time that a client may take to read its stream
@@ -49,12 +50,13 @@ SLOW = "the answer, or the client that reads it, took too long"
 STOPPED = "the gateway stopped before the answer was whole"
 SOON = {"Retry-After": "1"}
 Answered = web.StreamResponse | Whole
+Reader = Callable[[dict[str, Any], dict[str, PolicyConfig]], Ask]
 CODE = web.RequestKey("code", int)
 """The status that counts, where it is known only after another one was sent: a stream that broke."""
 
 
 class Calls:
-    """Answers ``/v1/chat/completions`` and ``/v1/completions``. Used by the event loop alone."""
+    """Answers requests to a policy, in any of their forms. Used by the event loop alone."""
 
     def __init__(
         self,
@@ -79,10 +81,11 @@ class Calls:
         self._recovered = recovered
         self._metrics = metrics
 
-    async def answer(self, request: web.Request, path: Path) -> Answered:
+    async def answer(self, request: web.Request, read: Reader) -> Answered:
+        """``read`` makes an Ask of a body and the tenant's policies; it may refuse."""
         key = self._door.key(request, "call")
         raw = await self._door.body(request)
-        ask = read(path, parse(raw), self._tenants[key.tenant].policies)
+        ask = read(parse(raw), self._tenants[key.tenant].policies)
         if _unrecorded(request):
             return await self._answer(request, ask, self._turns.begin_unrecorded(key, ask), _nothing)
         mark = self._retries.mark(request, key.tenant, raw)
@@ -143,7 +146,8 @@ class Calls:
         answer = read_whole(body)
         stored = await self._record(ask, turn, answer)
         show_whole(body, turn.response, ask.model, ask.wants_logprobs)
-        finished = Finished(orjson.dumps(body), JSON, turn.headers)
+        shown = body if ask.echo is None else from_chat(ask, body)
+        finished = Finished(orjson.dumps(shown), JSON, turn.headers)
         if stored is not None:
             promise(finished, stored)
             await asyncio.shield(stored)
@@ -235,6 +239,7 @@ class _Stream:
         self.listener = Listener(turn.response, ask.model, ask.wants_logprobs)
         self.response: web.StreamResponse | None = None
         self._request = request
+        self._spelled = spelled(ask, turn.response)
         self._sent: list[bytes] = []
         self._held: list[bytes] = []
 
@@ -244,18 +249,16 @@ class _Stream:
             return
         ending = [choice for choice in shown["choices"] if choice.get("finish_reason")]
         if ending:
-            self._held.append(_frame({**shown, "choices": ending}))
+            self._held.append(self._spelled.chunk({**shown, "choices": ending}))
             shown["choices"] = [choice for choice in shown["choices"] if not choice.get("finish_reason")]
         if shown["choices"]:  # of several answers, those that go on go out in their order
-            frame = _frame(shown)
+            frame = self._spelled.chunk(shown)
             self._sent.append(frame)
             await self._write(frame)
 
     def to_the_end(self) -> bytes:
         """Take what comes last; returns the whole stream, as it will have been sent."""
-        if self.ask.wants_usage:
-            self._held.append(_frame(self.listener.usage_chunk()))
-        self._held.append(DONE)
+        self._held.append(self._spelled.last(self.listener.usage_chunk()))
         return b"".join(self._sent) + b"".join(self._held)
 
     async def end(self) -> web.StreamResponse:
@@ -263,9 +266,8 @@ class _Stream:
 
     async def break_off(self, refused: Refused) -> web.StreamResponse:
         """An error event and no [DONE]: clients raise, where a bare end would look like an answer."""
-        fields = error_fields(refused.status, refused.message, refused.code, refused.param)
         self._request[CODE] = refused.status
-        return await self._close(_frame({"error": fields}))
+        return await self._close(self._spelled.failed(refused))
 
     async def _close(self, last: bytes) -> web.StreamResponse:
         await self._write(last)
@@ -286,10 +288,6 @@ async def _break_off(stream: _Stream | None, refused: Refused) -> web.StreamResp
     if stream is None or stream.response is None:
         raise refused
     return await stream.break_off(refused)
-
-
-def _frame(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 def _for(ask: Ask, turn: Turn, version: str) -> dict[str, Any]:

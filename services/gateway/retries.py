@@ -35,8 +35,10 @@ from everloop.topics import EVENTS
 from everloop.wire import BlobStore, decode
 
 from services.gateway.ask import Ask
+from services.gateway.chunks import spelled
 from services.gateway.door import header
 from services.gateway.refusals import Refused
+from services.gateway.response_object import from_chat
 
 logger = logging.getLogger(__name__)
 KEPT_SECONDS = 120.0
@@ -217,7 +219,7 @@ def _again(ids: Ids, events: list[Event], ask: Ask) -> Finished:
     call = first.payload
     assert isinstance(call, Call)
     raw = base64.b32decode(call.id.removeprefix("call_").upper() + "===")
-    response = ids.response(first.tenant, first.episode, raw)
+    response = ids.response(first.tenant, first.episode, raw, ask.prefix)
     headers = {
         "X-Request-Id": response,
         "X-Everloop-Episode": first.episode,
@@ -229,7 +231,8 @@ def _again(ids: Ids, events: list[Event], ask: Ask) -> Finished:
     fields = {"id": response, "created": int(first.time), "model": ask.model}
     if ask.stream:
         return Finished(_as_stream(ask, fields, calls), "text/event-stream", headers)
-    return Finished(orjson.dumps(_as_whole(ask.route, fields, calls)), "application/json", headers)
+    whole = _as_whole(ask.route, fields, calls)
+    return Finished(orjson.dumps(whole if ask.echo is None else from_chat(ask, whole)), "application/json", headers)
 
 
 def _usage(calls: list[Call]) -> dict[str, int]:
@@ -261,6 +264,6 @@ def _as_stream(ask: Ask, fields: dict[str, Any], calls: list[Call]) -> bytes:
         for at, part in enumerate(choice.get("delta", {}).get("tool_calls") or ()):
             part["index"] = at
         chunks.append({**fields, "object": kind, "choices": [choice]})
-    if ask.wants_usage:
-        chunks.append({**fields, "object": kind, "choices": [], "usage": _usage(calls)})
-    return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+    form = spelled(ask, fields["id"])
+    said = [form.chunk(chunk) for chunk in chunks]
+    return b"".join(said) + form.last({**fields, "object": kind, "choices": [], "usage": _usage(calls)})

@@ -102,7 +102,7 @@ class Turns:
             assignment=assignment,
             served=assignment.version,
             pinned=ask.pin is not None,
-            response=self._ids.response(key.tenant, episode, unique),
+            response=self._ids.response(key.tenant, episode, unique, ask.prefix),
             episode=episode,
             call=call,
             subject=subject,
@@ -124,7 +124,7 @@ class Turns:
             assignment=Assignment(version),
             served=version,
             pinned=ask.pin is not None,
-            response="chatcmpl-unrecorded-" + secrets.token_hex(12),
+            response=f"{ask.prefix}unrecorded-{secrets.token_hex(12)}",
             began=time.monotonic(),
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from everloop.feedback import Feedback, FeedbackKind
-from everloop.ids import RESPONSE, Ids, unique
+from everloop.ids import OBJECT, RESPONSE, Ids, unique
 
 
 def target(call: object) -> dict[str, str]:
@@ -77,7 +77,7 @@ def call_id(call: object) -> str | None:
     if not isinstance(named, str):
         return None
     try:
-        return Ids.call_of(named) if named.startswith(RESPONSE) else named
+        return Ids.call_of(named) if named.startswith((RESPONSE, OBJECT)) else named
     except ValueError:
         return named
 
