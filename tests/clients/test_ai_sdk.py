@@ -1,5 +1,5 @@
-"""Vercel's AI SDK, by its provider for OpenAI (chat) and by the one for what is compatible: scenarios of
-``js/ai_sdk.mjs``, each asked once, looked at here."""
+"""Vercel's AI SDK, by its provider for OpenAI (on chat, and on responses) and by the one for what is compatible:
+scenarios of ``js/ai_sdk.mjs``, each asked once, looked at here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.models, pytest.mark.processes]
 Seen = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=["openai", "compatible"])
+@pytest.fixture(scope="module", params=["openai", "responses", "compatible"])
 def provider(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -40,14 +40,17 @@ def test_a_stream_says_what_a_whole_answer_says_and_how_much_it_was(seen: Seen) 
     assert seen["system"]["usage"]["input"] > whole["usage"]["input"] > 0
 
 
-def test_seed_and_stop_hold(seen: Seen) -> None:
+def test_seed_and_stop_hold(seen: Seen, provider: str) -> None:
     drawn = seen["drawn"]["text"]
+    if provider == "responses":
+        assert set(seen["stopped"]["warnings"]) == {"seed", "stopSequences"}, "it says that it leaves them out"
+        return
     assert drawn == seen["drawn again"]["text"] != seen["whole"]["text"]
     assert seen["stopped"]["text"] == drawn.split("a")[0]
 
 
 def test_log_probabilities_come_where_the_provider_knows_them(seen: Seen, provider: str) -> None:
-    if provider == "openai":
+    if provider != "compatible":
         assert len(seen["logprobs"]) == 20
         assert all(token["logprob"] <= 0 for token in seen["logprobs"])
     else:
@@ -99,6 +102,15 @@ def test_it_waits_as_long_as_it_is_told_and_that_is_one_turn(
     assert seen["busy once"]["text"] == "the card is on its way"
     assert len(scripted.asks(f"be busy once, {provider}")) == 2
     assert len(told.events(f"{provider}-busy")) == 1
+
+
+def test_a_conversation_goes_on(seen: Seen, provider: str) -> None:
+    """On responses this client sends no words that it believes to be kept, unless it is told that they are not."""
+    assert seen["next turn"]["text"] == "the card is on its way"
+    if provider == "responses":
+        assert "'store': false" in seen["next turn, stored"]["error"]["message"]
+    else:
+        assert seen["next turn, stored"]["text"] == seen["next turn"]["text"]
 
 
 @pytest.mark.parametrize("name", ["lost", "lost-stream"])

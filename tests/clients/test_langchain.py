@@ -1,4 +1,4 @@
-"""LangChain: its model class for OpenAI, and its agent."""
+"""LangChain: its model class for OpenAI, on chat and on responses, and its agent."""
 
 from __future__ import annotations
 
@@ -27,15 +27,24 @@ def model(front: Front, **settings: Any) -> ChatOpenAI:
     return ChatOpenAI(**{"model": "assistant", "base_url": front.url, "api_key": front.key, **settings})
 
 
-def test_a_stream_says_what_a_whole_answer_says_and_how_much_it_was(real: Front) -> None:
-    short = model(real, temperature=0, max_tokens=20)
-    whole = short.invoke(WHERE, logprobs=True, top_logprobs=2)
-    streamed = functools.reduce(operator.add, short.stream(WHERE, stream_usage=True))
-    assert streamed.content == whole.content != ""
+both = pytest.mark.parametrize("responses", [False, True])
+
+
+@both
+def test_a_stream_says_what_a_whole_answer_says_and_how_much_it_was(real: Front, responses: bool) -> None:
+    short = model(real, temperature=0, max_tokens=20, use_responses_api=responses)
+    whole = short.invoke(WHERE)
+    streamed = functools.reduce(operator.add, short.stream(WHERE, **({} if responses else {"stream_usage": True})))
+    assert streamed.text == whole.text != ""
     assert streamed.usage_metadata == whole.usage_metadata
     assert whole.usage_metadata is not None
     assert whole.usage_metadata["output_tokens"] == 20
-    assert streamed.response_metadata["finish_reason"] == whole.response_metadata["finish_reason"] == "length"
+    ends = "incomplete_details" if responses else "finish_reason"
+    assert streamed.response_metadata[ends] == whole.response_metadata[ends] is not None
+
+
+def test_log_probabilities_come_where_they_are_asked_for(real: Front) -> None:
+    whole = model(real, temperature=0, max_tokens=20).invoke(WHERE, logprobs=True, top_logprobs=2)
     shown = whole.response_metadata["logprobs"]["content"]
     assert len(shown) == 20
     assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in shown)
@@ -81,11 +90,10 @@ def test_errors_are_the_clients_own(real: Front, told: Front) -> None:
     assert refused.value.response.headers["Retry-After"] == "1"
     with pytest.raises(openai.InternalServerError, match="the engine failed"):
         once.invoke("fail")
-    heard = []
-    with pytest.raises(openai.APIError, match="closed the connection in the middle"):  # noqa: PT012
-        for chunk in once.stream("break off"):
-            heard.append(chunk.content)
-    assert "".join(map(str, heard)) == "the card"
+    for responses, kind in ((False, openai.APIError), (True, ValueError)):
+        stream = model(told, max_retries=0, use_responses_api=responses).stream("break off")
+        with pytest.raises(kind, match="closed the connection in the middle"):
+            list(stream)
 
 
 async def test_a_client_that_leaves_stops_the_engine(real: Front) -> None:
@@ -121,14 +129,17 @@ def test_tools_are_called_one_or_two_at_once_whole_and_streamed(told: Front) -> 
     assert [call["args"]["city"] for call in whole] == ["Bern", "Basel"]
 
 
-async def test_an_agent_looks_and_then_answers(told: Front) -> None:
-    agent = create_agent(model(told, default_headers={"X-Everloop-Episode": "langchain-agent"}), tools=[weather])
+@both
+def test_an_agent_looks_and_then_answers(told: Front, responses: bool) -> None:
+    episode = f"langchain-agent-{responses}"
+    front = model(told, default_headers={"X-Everloop-Episode": episode}, use_responses_api=responses)
+    agent = create_agent(front, tools=[weather])
     asked: Any = {"messages": [HumanMessage("weather in Bern and Basel")]}
-    said = (await agent.ainvoke(asked))["messages"]
-    assert said[-1].content == "The results: sun in Bern; sun in Basel"
-    heard = [chunk.content async for chunk, _ in agent.astream(asked, stream_mode="messages") if chunk.type != "tool"]
-    assert "".join(heard) == said[-1].content
-    calls = told.events("langchain-agent")
+    said = agent.invoke(asked)["messages"]
+    assert said[-1].text == "The results: sun in Bern; sun in Basel"
+    heard = [chunk.text for chunk, _ in agent.stream(asked, stream_mode="messages") if chunk.type != "tool"]
+    assert "".join(heard) == said[-1].text
+    calls = told.events(episode)
     assert [event.payload.finish_reason for event in calls] == ["tool_calls", "stop"] * 2
 
 
@@ -139,14 +150,16 @@ def test_it_waits_as_long_as_it_is_told_and_that_is_one_turn(told: Front, script
     assert len(told.events("langchain-busy")) == 1
 
 
+@both
 def test_an_answer_that_was_lost_on_its_way_is_given_again_and_recorded_once(
-    told: Front, lossy: str, scripted: Scripted
+    told: Front, lossy: str, scripted: Scripted, responses: bool
 ) -> None:
-    losing = model(told, base_url=lossy, default_headers={"X-Everloop-Episode": "langchain-lost"})
-    answer = losing.invoke("langchain, lost")
-    (event,) = told.events("langchain-lost")
+    episode = f"langchain-lost-{responses}"
+    losing = model(told, base_url=lossy, default_headers={"X-Everloop-Episode": episode}, use_responses_api=responses)
+    answer = losing.invoke(f"langchain, lost, {responses}")
+    (event,) = told.events(episode)
     assert told.call(answer.response_metadata["id"]) == event.payload.id
-    assert len(scripted.asks("langchain, lost")) == 1
+    assert len(scripted.asks(f"langchain, lost, {responses}")) == 1
 
 
 class Topic(BaseModel):

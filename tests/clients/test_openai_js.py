@@ -63,6 +63,7 @@ def test_an_episode_by_header_and_feedback_by_response_id(seen: Seen, real: Fron
         ("busy", "RateLimitError", 429, "Try again after 1 s"),
         ("fails", "InternalServerError", 502, "the engine failed"),
         ("breaks", "APIError", None, "closed the connection in the middle"),
+        ("response breaks", "APIError", None, "closed the connection in the middle"),
         ("helper breaks", "APIError", None, "closed the connection in the middle"),
         ("left a whole answer", "APIUserAbortError", None, "aborted"),
     ],
@@ -85,6 +86,16 @@ def test_an_agents_loop_with_two_tools_at_once(seen: Seen) -> None:
     assert seen["one tool"]["choices"][0]["finish_reason"] == "tool_calls"
     ran = {"looked": ["Bern", "Basel"], "text": "The results: sun in Bern; sun in Basel"}
     assert seen["tools"] == seen["tools, streamed"] == ran
+
+
+def test_responses_are_the_same_calls(seen: Seen, real: Front) -> None:
+    whole, stream = seen["response"], seen["response, streamed"]
+    assert stream["text"] == whole["text"] == seen["stream"]["text"]
+    assert stream["usage"] == whole["usage"]
+    assert stream["status"] == whole["status"] == "incomplete"
+    calls = real.events("openai-js-response")
+    assert [event.payload.id for event in calls] == [real.call(answer["id"]) for answer in (whole, stream)]
+    assert seen["response, tools"]["text"] == "The results: sun in Bern; sun in Basel"
 
 
 def test_it_waits_as_long_as_it_is_told_and_that_is_one_turn(seen: Seen, told: Front, scripted: Scripted) -> None:

@@ -53,6 +53,21 @@ def test_a_stream_says_what_a_whole_answer_says_and_how_much_it_was(client: open
     assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in shown)
 
 
+def test_responses_are_the_same_calls(client: openai.OpenAI, agent: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "assistant", "input": "where is my card", "temperature": 0}
+    whole = client.responses.create(**asked, max_output_tokens=20)
+    chat = client.chat.completions.create(**ASK, temperature=0, max_tokens=20)
+    with client.responses.stream(**asked, max_output_tokens=20) as stream:
+        streamed = next(event.response for event in stream if event.type == "response.incomplete")
+    assert streamed.output_text == whole.output_text == chat.choices[0].message.content
+    assert streamed.usage == whole.usage
+    with (
+        pytest.raises(openai.APIError, match="closed the connection in the middle"),
+        agent.with_options(max_retries=0).responses.stream(model="assistant", input="break off") as broken,
+    ):
+        broken.until_done()
+
+
 def test_seed_n_and_stop_hold(client: openai.OpenAI) -> None:
     asked = {**ASK, "seed": 7, "max_tokens": 20, "n": 3}
     one, two = (

@@ -1,4 +1,4 @@
-// Vercel's AI SDK, with its provider for OpenAI and the one for what is compatible: node ai_sdk.mjs <openai|compatible>
+// Vercel's AI SDK. PROVIDER: openai (chat), responses (what the same provider takes by itself) or compatible.
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { Output, generateText, isStepCount, streamText, tool } from "ai";
@@ -10,6 +10,7 @@ globalThis.AI_SDK_LOG_WARNINGS = false; // they are in the results
 
 function model(baseURL, apiKey, name = "assistant") {
   if (PROVIDER === "openai") return createOpenAI({ baseURL, apiKey }).chat(name);
+  if (PROVIDER === "responses") return createOpenAI({ baseURL, apiKey })(name);
   const options = { name: "everloop", includeUsage: true, supportsStructuredOutputs: true };
   return createOpenAICompatible({ ...options, baseURL, apiKey })(name);
 }
@@ -45,10 +46,10 @@ async function real() {
   await scenario("drawn", async () => shown(await generateText(drawn)));
   await scenario("drawn again", async () => shown(await generateText(drawn)));
   await scenario("stopped", async () => shown(await generateText({ ...drawn, stopSequences: ["a"] })));
-  if (PROVIDER === "openai") {
+  if (PROVIDER !== "compatible") {
     await scenario("logprobs", async () => {
       const { finalStep } = await generateText({ ...asked, providerOptions: { openai: { logprobs: 2 } } });
-      return finalStep.providerMetadata.openai.logprobs;
+      return finalStep.providerMetadata.openai.logprobs.flat(); // on responses a list for each part
     });
   }
   await scenario("no such model", () => generateText({ ...asked, model: model(REAL, REAL_KEY, "gpt-5") }));
@@ -80,6 +81,14 @@ async function told() {
       const whole = { ...asked, prompt: "weather in Bern and Basel", tools: { weather } };
       const result = stream ? await streamed(whole) : shown(await generateText(whole));
       return { looked, ...result };
+    });
+  }
+  for (const store of [true, false]) {
+    await scenario(store ? "next turn, stored" : "next turn", async () => {
+      const messages = [{ role: "user", content: "hello" }];
+      const first = await generateText({ ...once, messages });
+      messages.push(...first.response.messages, { role: "user", content: "and now?" });
+      return shown(await generateText({ ...once, messages, providerOptions: { openai: { store } } }));
     });
   }
   await scenario("busy once", async () =>

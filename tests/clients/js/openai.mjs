@@ -46,6 +46,33 @@ async function real() {
   });
 }
 
+async function responses() {
+  const { responses } = new OpenAI({ baseURL: REAL, apiKey: REAL_KEY });
+  const short = { model: "assistant", input: "where is my card", temperature: 0, max_output_tokens: 20 };
+  const shown = ({ id, output_text, status, usage }) => ({ id, text: output_text, status, usage });
+  await scenario("response", async () => shown(await responses.create(short, episode("response"))));
+  await scenario("response, streamed", async () =>
+    shown(await responses.stream(short, episode("response")).finalResponse()),
+  );
+  const { responses: calling } = new OpenAI({ baseURL: TOLD, apiKey: TOLD_KEY });
+  await scenario("response, tools", async () => {
+    const tools = [{ type: "function", name: "weather", parameters: WEATHER, strict: true }];
+    const input = [{ role: "user", content: "weather in Bern and Basel" }];
+    const asked = { model: "assistant", tools };
+    const first = await calling.stream({ ...asked, input }).finalResponse();
+    for (const { type, call_id, arguments: given } of first.output) {
+      if (type === "function_call") {
+        input.push({ type: "function_call_output", call_id, output: `sun in ${JSON.parse(given).city}` });
+      }
+    }
+    input.splice(1, 0, ...first.output);
+    return shown(await calling.create({ ...asked, input }));
+  });
+  await scenario("response breaks", () =>
+    calling.stream({ model: "assistant", input: "break off" }, { maxRetries: 0 }).finalResponse(),
+  );
+}
+
 async function told() {
   const client = new OpenAI({ baseURL: TOLD, apiKey: TOLD_KEY });
   const chat = client.chat.completions;
@@ -85,5 +112,6 @@ async function constrained() {
 }
 
 if (REAL) await real();
+if (REAL && TOLD) await responses();
 if (TOLD) await told();
 if (CONSTRAINED) await constrained();
