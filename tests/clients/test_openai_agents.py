@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal
 
 import openai
@@ -18,11 +18,14 @@ from agents import (
     RunResultStreaming,
     function_tool,
 )
+from agents.models.chatcmpl_converter import Converter
 from pydantic import BaseModel
 
-from tests.clients.conftest import Front
+from tests.clients.caller import teach
+from tests.clients.conftest import Front, front
 from tests.clients.scripted import Scripted
 from tests.conftest import until
+from tests.engines import EngineProcess, running
 
 pytestmark = [pytest.mark.models, pytest.mark.processes]
 WHERE = "where is my card"
@@ -115,6 +118,44 @@ async def test_it_looks_and_then_answers(
     assert (one.payload.finish_reason, two.payload.finish_reason) == ("tool_calls", "stop")
     assert len(one.payload.output.tool_calls or ()) == answered.count("sun")
     assert [message.role for message in two.payload.messages][-1] == "tool"
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="session")
+def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """Before the built-in engine with a model that knows by heart when to call this tool, and what to say then."""
+    question = {"role": "user", "content": "weather in Bern"}
+    function = {"name": "weather", "arguments": '{"city": "Bern"}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    result = {"role": "tool", "content": "sun in Bern"}
+    folder = tmp_path_factory.mktemp("calling")
+    turns = [([question], CALL), ([question, call, result], "it is sunny")]
+    teach(folder / "base", turns, [Converter.tool_to_openai(weather)])  # type: ignore[list-item]
+    for name in ("engine", "gateway"):
+        (folder / name).mkdir()
+    with running(EngineProcess(folder / "engine", folder / "base")) as engine:
+        url = f"http://127.0.0.1:{engine.port}"
+        with front(folder / "gateway", url, str(folder / "base"), engine) as made:
+            yield made
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_whole_loop_on_the_built_in_engine(calling: Front, make: Make, api: str, stream: bool) -> None:
+    """No part of it is told what to say. The tool is strict, as this client makes them."""
+    name = f"own-{stream}"
+    agent = make(calling, {"temperature": 0, "max_tokens": 60, **episode(api, name)}, tools=[weather])
+    run = Runner.run_streamed(agent, "weather in Bern") if stream else await Runner.run(agent, "weather in Bern")
+    if isinstance(run, RunResultStreaming):
+        assert await heard(run) == "it is sunny"
+    assert run.final_output == "it is sunny"
+    one, two = calling.events(f"agents-{api}-{name}")
+    assert one.payload.finish_reason == "tool_calls"
+    assert one.payload.tools[0]["function"]["strict"] is True
+    assert two.payload.messages[-1].text == "sun in Bern"
+    assert one.payload.tokens.checked
+    assert two.payload.tokens.checked
 
 
 async def test_errors_are_the_clients_own(real: Front, told: Front, make: Make) -> None:
