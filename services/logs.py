@@ -7,6 +7,9 @@ import logging
 import sys
 from datetime import UTC, datetime
 
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
+
 
 class JsonLines(logging.Formatter):
     """``{"time", "level", "service", "logger", "message"}``, and ``error`` with the traceback where there is one."""
@@ -37,3 +40,10 @@ def log_to_stderr(service: str, level: str) -> None:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
     for shouting in ("kafka", "aiokafka"):  # 30 lines a second while a broker is away; what matters is raised
         logging.getLogger(shouting).setLevel(logging.CRITICAL)
+    logging.getLogger("aiohttp.server").addFilter(_is_not_the_senders)
+
+
+def _is_not_the_senders(record: logging.LogRecord) -> bool:
+    """What is no HTTP, or no body, is answered 400. A traceback for each would let anybody fill the disk with them."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | RequestPayloadError)

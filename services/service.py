@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -40,6 +41,9 @@ from services.state import owned
 disable_created_metrics()  # one more series for each counter, which nobody reads
 logger = logging.getLogger(__name__)
 USAGE_ERROR = 2
+IDLE = 75.0  # seconds for which a connection may ask nothing: more than the 60 that proxies usually keep one
+UNREAD = 60.0
+BACKLOG = 512
 Trouble = Callable[[], str | None]
 """None where all is well, else one sentence that says what is wrong."""
 
@@ -116,8 +120,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             event_loop.add_signal_handler(number, self._signalled, woken)
         half = 0.5 * self.config.services.drain  # aiohttp waits for it twice before it cancels a handler
-        runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=half, handler_cancellation=True)
-        await runner.setup()
+        runner = await runner_of(self.app, half)
         try:
             if not await self._listen(runner):
                 return 1
@@ -137,9 +140,8 @@ class Service:
         woken.set()
 
     async def _listen(self, runner: web.AppRunner) -> bool:
-        site = web.TCPSite(runner, self._host, self._port)
         try:
-            await site.start()
+            await listen(runner, self._host, self._port)
         except OSError as error:
             logger.error("cannot listen on %s:%d: %s; is it running already?", self._host, self._port, error)
             return False
@@ -236,6 +238,28 @@ class Service:
                 logger.exception("status of %s", name)
                 status[name] = {"error": repr(error)}
         return status
+
+
+async def runner_of(app: web.Application, shutdown: float) -> web.AppRunner:
+    """An application ready to listen. A connection without a whole request's head for ``IDLE`` seconds is closed,
+    also one that sends its head byte by byte."""
+    runner = web.AppRunner(
+        app, access_log=None, shutdown_timeout=shutdown, handler_cancellation=True, keepalive_timeout=IDLE
+    )
+    await runner.setup()
+    return runner
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    """Listen at an address; port 0: a free one. Raises OSError where that cannot be.
+
+    The kernel ends a connection whose client takes nothing for ``UNREAD`` seconds: what is written to it would stay.
+    """
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; every connection that is taken up here inherits it
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD))
+    await web.SockSite(runner, listening, backlog=BACKLOG).start()
 
 
 FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")

@@ -238,14 +238,20 @@ def _parts(at: int, parts: list[Any]) -> None:
             )
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise bad(f"messages[{at}].content: a text part needs 'text'", "messages")
+        if part["type"] == "image_url" and not isinstance(_address(part.get("image_url")), str):
+            raise bad(f"messages[{at}].content: an image_url part needs 'image_url': {{'url': 'data:…'}}", "messages")
         for name, inner in part.items():
-            address = inner.get("url") if isinstance(inner, dict) else inner if name.endswith("url") else None
+            address = _address(inner) if isinstance(inner, dict) or name.endswith("url") else None
             if isinstance(address, str) and not address.startswith("data:"):
                 raise bad(
                     f"messages[{at}].content: {part['type']} must be a data: URL. The gateway fetches nothing from "
                     "the network; send the bytes themselves as data:<type>;base64,…",
                     "messages",
                 )
+
+
+def _address(inner: Any) -> Any:
+    return inner.get("url") if isinstance(inner, dict) else inner
 
 
 def _prompt(body: dict[str, Any]) -> list[dict[str, Any]]:

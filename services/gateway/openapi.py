@@ -80,8 +80,7 @@ def document() -> Fields:
 
 
 def _call(id: str, summary: str, answer: str) -> Fields:
-    streamed = {"schema": {"type": "string", "description": "server-sent events"}}
-    content = {**_json(_ref(answer)), "text/event-stream": streamed}
+    content = {**_json(_ref(answer)), "text/event-stream": {"schema": schemas.SENT_EVENT}}
     asked = {"chat": "ChatAsked", "completion": "CompletionAsked", "response": "ResponseAsked"}[id]
     return {
         "operationId": id,

@@ -23,13 +23,13 @@ def _header(name: str, schema: Fields, words: str) -> Fields:
     return {"name": name, "in": "header", "schema": schema, "description": words}
 
 
-IDEMPOTENCY_KEY = _header(
-    "Idempotency-Key", {**PRINTABLE, "maxLength": LONGEST_NAME}, "The same key is the same request."
-)
+SAID: Fields = {"type": "string", "maxLength": LONGEST_NAME, "description": "Printable; empty is as good as none."}
+IDEMPOTENCY_KEY = _header("Idempotency-Key", SAID, "The same key is the same request.")
+SEQ: Fields = {"type": ["integer", "string"], "minimum": 0, "maximum": LATEST, "maxLength": 0}
 CALL_HEADERS = [
-    _header("X-Everloop-Episode", PRINTABLE, "Your name for the episode, or an `ep_…` id that you were given."),
-    _header("X-Everloop-Seq", {"type": "integer", "minimum": 0, "maximum": LATEST}, "Number among its events."),
-    _header("X-Everloop-Subject", PRINTABLE, "Whom it is about; else `user`. Stored as a keyed hash."),
+    _header("X-Everloop-Episode", SAID, "Your name for the episode, or an `ep_…` id that you were given."),
+    _header("X-Everloop-Seq", SEQ, "Number among its events; empty is as good as none."),
+    _header("X-Everloop-Subject", SAID, "Whom it is about; else `user`. Stored as a keyed hash."),
     _header("X-Everloop-Capture", {"enum": ["on", "off"]}, "off: nothing of this request is stored."),
     IDEMPOTENCY_KEY,
 ]
@@ -50,7 +50,12 @@ def components() -> Fields:
         "ChatAsked": _asked(ask.CHECKS, ["model", "messages"], ask.FOREIGN["chat/completions"], messages=MESSAGES),
         "CompletionAsked": _asked(ask.CHECKS, ["model", "prompt"], ask.FOREIGN["completions"], prompt=PROMPT),
         "ResponseAsked": _asked(responses.PARAMETERS, ["model"], (), **RESPONSE)
-        | {"anyOf": [{"required": ["input"]}, {"required": ["instructions"]}]},
+        | {
+            "anyOf": [
+                _object(["input"], True, input={"type": ["string", "array"]}),
+                _object(["instructions"], True, instructions=TEXT),
+            ]
+        },
         "FeedbackGiven": {"anyOf": [_feedback(), _object(["feedback"], feedback=_batch(_feedback()))]},
         "TokenAsked": _object(["response_id"], True, response_id=NAME, ttl=_maximum(1, LONGEST)),
         "Events": _object(["events"], events=_batch(_event())),
@@ -90,7 +95,7 @@ DATA: Fields = {"type": "string", "pattern": "^data:"}
 PART: Fields = {
     "anyOf": [
         _tagged("text", ["text"], text=TEXT),
-        _tagged("image_url", ["image_url"], image_url=_object(["url"], True, url=DATA)),
+        _tagged("image_url", ["image_url"], image_url={"anyOf": [DATA, _object(["url"], True, url=DATA)]}),
         _object(["type"], True, type={"enum": sorted(ask.PARTS - {"text", "image_url"})}),
     ]
 }
@@ -204,6 +209,12 @@ def _event() -> Fields:
     return _object(["id", "episode", "payload"], **said)
 
 
+SENT_EVENT: Fields = {
+    "type": "object",
+    "description": "One server-sent event of a stream; `data` is JSON, or [DONE] at the end of chat and completions.",
+    "required": ["data"],
+    "properties": {"event": TEXT, "data": TEXT},
+}
 ANSWERS: dict[str, Fields] = {
     "Error": _object(
         ["error"],

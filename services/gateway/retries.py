@@ -128,7 +128,7 @@ class Retries:
         seen = "\0".join((tenant, request.path, *who, headers.get("X-Everloop-Seq", ""), key or ""))
         what = seen.encode("utf-8", "surrogatepass") + (b"" if key else body)
         name = hashlib.blake2b(what, digest_size=16, key=self._secret).hexdigest()
-        return Mark(name, body, key is not None or (count.isdecimal() and int(count) > 0))
+        return Mark(name, body, key is not None or (count.isdecimal() and count.strip("0") != ""))
 
     async def earlier(self, mark: Mark) -> Finished | None:
         """The answer of the request that this one repeats, waited for if need be; None: this one is the first.

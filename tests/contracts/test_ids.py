@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 
 import pytest
-from everloop.ids import Ids, _raw, _text
+from everloop.capture.words import call_id
+from everloop.ids import OBJECT, RESPONSE, Ids, _raw, _text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,9 +30,12 @@ def test_what_is_no_text_of_any_bytes_is_refused(text: str) -> None:
         _raw(text)
 
 
-def test_a_response_id_says_whose_episode_and_call_it_is() -> None:
+@pytest.mark.parametrize("prefix", [RESPONSE, OBJECT])
+def test_a_response_id_says_whose_episode_and_call_it_is(prefix: str) -> None:
     episode = IDS.new_episode("bank")
-    response = IDS.response("bank", episode, b"12345678")
+    response = IDS.response("bank", episode, b"12345678", prefix)
+    assert response.startswith(prefix)
+    assert call_id(response) == Ids.call_of(response)
     assert IDS.parse_response("bank", response) == (episode, Ids.call_of(response))
     for tenant, ids in (("airline", IDS), ("bank", Ids(b"t" * 32))):
         with pytest.raises(ValueError, match="no such response"):

@@ -7,7 +7,8 @@ import json
 import re
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +20,7 @@ from everloop.config import PolicyConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway import ask
+from services.gateway import ask, calls, responses
 from services.gateway.refusals import Refused
 
 GOOD = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
@@ -54,6 +55,7 @@ def said(content: Any, **more: Any) -> dict[str, Any]:
         (said(None), 400, "content must be a text"),
         (said([{"type": "text"}]), 400, "needs 'text'"),
         (said([{"type": "image_embeds", "image_embeds": "x"}]), 400, "parts may be"),
+        (said([{"type": "image_url", "image_url": {}}]), 400, "needs 'image_url'"),
         (said([{**IMAGE, "image_url": {"url": "http://169.254.169.254/"}}]), 400, "fetches nothing from the network"),
         (said([{**IMAGE, "image_url": "https://example.com/x.png"}]), 400, "must be a data: URL"),
         (said("hi", name=7), 400, "name must be a text"),
@@ -114,6 +116,32 @@ async def test_a_client_that_is_too_slow_is_let_go(bench: Any) -> None:
     answer = await raw(bench, [b'{"model"'], {"Content-Length": "1000"}, wait=True)
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"did not come within 0.2 s" in answer
+
+
+async def test_a_stream_that_is_read_too_slowly_is_ended_and_its_generation_with_it(
+    start: Any, soon: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "SLOWEST_CLIENT", 0.2)
+    bench = await start(gateway={"timeout": 0.3})
+    ended = asyncio.Event()
+
+    async def flood(route: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        try:
+            while True:
+                yield {"choices": [{"index": 0, "delta": {"content": "x" * 65_536}, "finish_reason": None}]}
+        finally:
+            ended.set()
+
+    bench.engine.stream = flood
+    body = orjson.dumps(asked(stream=True))
+    _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(bench.url).port, limit=4096)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n" % bench.key.encode())
+    writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    await asyncio.wait_for(ended.wait(), 20)
+    await soon(bench.events)
+    assert bench.events()[0].payload.finish_reason == "cancelled"
+    assert (await bench.chat())[0] == 200
+    writer.transport.abort()
 
 
 async def raw(bench: Any, blocks: list[bytes], headers: dict[str, str], wait: bool = False) -> bytes:
@@ -194,13 +222,19 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(
-    body=st.dictionaries(st.one_of(st.sampled_from(sorted(ask.CHECKS)), st.text(max_size=9)), JSON, max_size=4),
+    body=st.dictionaries(
+        st.one_of(st.sampled_from(sorted({*ask.CHECKS, *responses.PARAMETERS})), st.text(max_size=9)), JSON, max_size=4
+    ),
 )
 def test_rubbish_is_refused_with_a_4xx_and_never_breaks(body: dict[str, Any]) -> None:
     policies = {"assistant": PolicyConfig()}
-    for route in ("chat/completions", "completions"):
-        raw = orjson.dumps({**GOOD, "prompt": "a", **body})
-        sound, refused = outcome(lambda raw=raw, route=route: ask.read(route, ask.parse(raw), policies))
+    for read, least in (
+        (partial(ask.read, "chat/completions"), GOOD),
+        (partial(ask.read, "completions"), {"model": "assistant", "prompt": "a"}),
+        (responses.read, {"model": "assistant", "input": "a"}),
+    ):
+        raw = orjson.dumps({**least, **body})
+        sound, refused = outcome(lambda raw=raw, read=read: read(ask.parse(raw), policies))
         if refused is None:
             orjson.dumps(sound.body)
             continue
@@ -246,21 +280,21 @@ async def test_an_answer_that_a_stop_cuts_short_says_so(start: Any, soon: Any) -
 
 
 async def test_a_stop_leaves_an_answer_its_own_shorter_time_and_one_that_is_over_alone(bench: Any) -> None:
-    calls = bench.gateway._calls
+    its = bench.gateway._calls
 
     async def stopped_while_it_is_broken_off() -> None:
-        with calls._limit() as over:
+        with its._limit() as over:
             async with over:
                 try:
                     await asyncio.sleep(30)
                 except asyncio.CancelledError:
-                    calls.end_within(10_000)
+                    its.end_within(10_000)
                     raise
 
-    with calls._limit() as shorter:
+    with its._limit() as shorter:
         async with shorter:
             at = shorter.when()
-            calls._longest = 0.0
+            its._longest = 0.0
             with pytest.raises(TimeoutError):
                 await stopped_while_it_is_broken_off()
             assert shorter.when() == at

@@ -17,7 +17,7 @@ from everloop.event import Event
 from everloop.home import Home
 from everloop.log import open_log
 from everloop.wire import decode
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -32,7 +32,7 @@ from services.gateway.unserved import REST
 from services.service import Service
 from tests.gateway.conftest import Engine, config_for
 
-EXAMPLES = 30
+EXAMPLES = 20
 
 
 def of_the_tests_tenant() -> dict[str, Any]:
@@ -120,6 +120,8 @@ def test_every_request_is_answered_as_described(running: Running, label: str, mo
     @settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
     @given(case=operation.as_strategy(generation_mode=mode))
     def sent(case: Any) -> None:
+        # Nothing is remembered of a request with capture off, so its Idempotency-Key is not looked at.
+        assume(mode is GenerationMode.POSITIVE or (case.headers or {}).get("X-Everloop-Capture") != "off")
         headers = {"Authorization": f"Bearer {running.key}"}
         case.call_and_validate(base_url=running.url, headers=headers, checks=checks, timeout=30)
 

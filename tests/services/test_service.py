@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 from everloop.config import Config
 from everloop.home import Home
 
-from services.service import Service
+import services.service
+from services.service import Service, from_this_machine, listen, runner_of
 
 Until = Callable[..., Any]
 PROGRAM = """
@@ -99,6 +104,88 @@ async def test_another_method_is_told_which_there_is(client: Any) -> None:
     http, _ = client
     answer = await http.post("/status")
     assert (answer.status, answer.headers["Allow"]) == (405, "GET,HEAD")
+
+
+@pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"])
+async def test_status_is_for_this_machine_alone(client: Any, name: str) -> None:
+    http, _ = client
+    answer = await http.get("/status", headers={name: "203.0.113.9"})  # a proxy here that asks for somebody elsewhere
+    assert (answer.status, (await answer.json())["error"]["code"]) == (403, "not_this_machine")
+    assert (await http.get("/healthz", headers={name: "203.0.113.9"})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("peer", "own", "here"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("::1", "::1", True),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True),
+        ("10.0.0.5", "10.0.0.5", True),
+        ("10.0.0.6", "10.0.0.5", False),
+        ("fe80::2", "fe80::1", False),
+    ],
+)
+def test_who_asks_is_told_by_the_connection(peer: str, own: str, here: bool) -> None:
+    names = {"peername": (peer, 5), "sockname": (own, 80)}
+    transport = mock.Mock(get_extra_info=names.get)
+    assert from_this_machine(make_mocked_request("GET", "/status", transport=transport)) is here
+
+
+@pytest.fixture
+async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
+    """Of an application whose connections have half a second, and whose answer is 16 MB."""
+    monkeypatch.setattr(services.service, "IDLE", 0.5)
+    monkeypatch.setattr(services.service, "UNREAD", 0.5)
+
+    async def large(request: web.Request) -> web.Response:
+        return web.Response(body=bytes(2**24))
+
+    app = web.Application()
+    app.router.add_get("/", large)
+    runner = await runner_of(app, 0.1)
+    await listen(runner, "127.0.0.1", 0)
+    yield runner.addresses[0][1]
+    await runner.cleanup()
+
+
+async def test_a_connection_without_a_whole_head_is_closed(port: int) -> None:
+    """One that is silent, one that sends its head byte by byte, one that is silent after an answer."""
+    silent, _ = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    again, other = await asyncio.open_connection("127.0.0.1", port)
+    other.write(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+    trickled = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100
+    ended = asyncio.ensure_future(reader.read())
+    async with asyncio.timeout(20):
+        for byte in trickled:
+            writer.write(bytes([byte]))
+            if (await asyncio.wait([ended], timeout=0.05))[0]:
+                break
+        assert ended.done(), "a head that took many times the limit was read to its end"
+        assert await silent.read() == b""
+        assert (await again.read()).startswith(b"HTTP/1.1 404")
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel does it, and this one cannot")
+async def test_a_connection_whose_client_takes_nothing_is_closed(port: int) -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        await loop.sock_connect(connection, ("127.0.0.1", port))
+        await loop.sock_sendall(connection, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        ends = (f":{port:04X}", f":{connection.getsockname()[1]:04X}")
+
+        def held() -> bool:
+            """Whether the server's side of it is open, by the kernel's table."""
+            rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+            return any(row[1].endswith(ends[0]) and row[2].endswith(ends[1]) and row[3] == "01" for row in rows)
+
+        async with asyncio.timeout(20):
+            while not held():
+                await asyncio.sleep(0.01)
+            while held():
+                await asyncio.sleep(0.05)
 
 
 async def test_metrics_are_in_prometheus_form(client: Any) -> None:
