@@ -128,6 +128,6 @@ def test_an_answer_held_to_a_schema(provider: str, node: Node, constrained: Fron
     """Whole and streamed, of a model that would say anything."""
     urls = {"constrained": constrained.url, "constrained_key": constrained.key}
     seen = node.run("ai_sdk.mjs", provider=provider, **urls)
-    assert seen["parsed"] == seen["parsed stream"]
-    assert seen["parsed"]["topic"] in ("card", "account")
-    assert isinstance(seen["parsed"]["urgent"], bool)
+    for name in ("parsed", "parsed stream"):
+        assert seen[name]["topic"] in ("card", "account")
+        assert isinstance(seen[name]["urgent"], bool)

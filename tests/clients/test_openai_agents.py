@@ -72,8 +72,10 @@ async def heard(run: RunResultStreaming) -> str:
 
 async def test_a_stream_says_what_a_whole_answer_says_and_how_much_it_was(real: Front, make: Make, api: str) -> None:
     """Cut at a word, not by length: of a Response that is incomplete this client makes an error."""
-    short = make(real, {"temperature": 0, "max_tokens": 20})
-    text = str((await Runner.run(short, WHERE)).final_output)
+    async with openai.AsyncOpenAI(base_url=real.url, api_key=real.key) as client:
+        asked: Any = {"model": "assistant", "messages": [{"role": "user", "content": WHERE}]}
+        answer = await client.chat.completions.create(**asked, temperature=0, max_tokens=20)
+    text = answer.choices[0].message.content or ""
     word = max(text, key=text.index)  # the character that comes first the latest
     stop = {"extra_body": {"stop": [word]}}
     agent = make(real, {**SHORT[api], **stop, "temperature": 0, **episode(api, "visit")})
@@ -159,12 +161,12 @@ async def test_a_whole_loop_on_the_built_in_engine(calling: Front, make: Make, a
 
 
 async def test_errors_are_the_clients_own(real: Front, told: Front, make: Make) -> None:
-    for front, settings, more, kind, words in (
+    for behind, settings, more, kind, words in (
         (real, {}, {"model": "gpt-5"}, openai.NotFoundError, "you have: assistant"),
         (real, {"temperature": 9}, {}, openai.BadRequestError, "'temperature' must be a number"),
     ):
         with pytest.raises(kind, match=words):
-            await Runner.run(make(front, settings, **more), WHERE)
+            await Runner.run(make(behind, settings, **more), WHERE)
     once = make(told, retries=0)
     with pytest.raises(openai.RateLimitError) as refused:
         await Runner.run(once, "be busy, agents")
@@ -218,9 +220,8 @@ class Topic(BaseModel):
 @pytest.mark.vllm
 async def test_an_answer_held_to_a_schema(constrained: Front, make: Make) -> None:
     """Whole and streamed, of a model that would say anything."""
-    agent = make(constrained, {"temperature": 0, "max_tokens": 200}, output_type=Topic)
-    whole = await Runner.run(agent, WHERE)
-    assert isinstance(whole.final_output, Topic)
+    agent = make(constrained, {"temperature": 1, "max_tokens": 240}, output_type=Topic)
+    assert isinstance((await Runner.run(agent, WHERE)).final_output, Topic)
     stream = Runner.run_streamed(agent, WHERE)
     await heard(stream)
-    assert stream.final_output == whole.final_output
+    assert isinstance(stream.final_output, Topic)

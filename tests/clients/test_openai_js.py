@@ -117,6 +117,6 @@ def test_an_answer_that_was_lost_on_its_way_is_given_again_and_recorded_once(
 def test_an_answer_held_to_a_schema(node: Node, constrained: Front) -> None:
     """Whole and streamed, of a model that would say anything."""
     seen = node.run("openai.mjs", constrained=constrained.url, constrained_key=constrained.key)
-    assert seen["parsed"] == seen["parsed stream"]
-    assert seen["parsed"]["topic"] in ("card", "account")
-    assert isinstance(seen["parsed"]["urgent"], bool)
+    for name in ("parsed", "parsed stream"):
+        assert seen[name]["topic"] in ("card", "account")
+        assert isinstance(seen[name]["urgent"], bool)

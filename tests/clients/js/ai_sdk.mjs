@@ -108,8 +108,8 @@ async function told() {
 
 async function constrained() {
   const schema = z.object({ topic: z.enum(["card", "account"]), urgent: z.boolean() });
-  const asked = { model: model(CONSTRAINED, CONSTRAINED_KEY), prompt: "where is my card", temperature: 0 };
-  const whole = { ...asked, maxOutputTokens: 200, output: Output.object({ schema }) };
+  const asked = { model: model(CONSTRAINED, CONSTRAINED_KEY), prompt: "where is my card", temperature: 1 };
+  const whole = { ...asked, maxOutputTokens: 240, output: Output.object({ schema }) };
   await scenario("parsed", async () => (await generateText(whole)).output);
   await scenario("parsed stream", async () => {
     const result = streamText(whole);

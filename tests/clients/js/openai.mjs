@@ -106,7 +106,7 @@ async function told() {
 async function constrained() {
   const chat = new OpenAI({ baseURL: CONSTRAINED, apiKey: CONSTRAINED_KEY }).chat.completions;
   const route = zodResponseFormat(z.object({ topic: z.enum(["card", "account"]), urgent: z.boolean() }), "route");
-  const asked = { ...ask("where is my card"), max_tokens: 200, temperature: 0, response_format: route };
+  const asked = { ...ask("where is my card"), max_tokens: 240, temperature: 1, response_format: route };
   await scenario("parsed", async () => (await chat.parse(asked)).choices[0].message.parsed);
   await scenario("parsed stream", async () => (await chat.stream(asked).finalMessage()).parsed);
 }
