@@ -30,7 +30,7 @@ from trainer.engine import Engine
 from trainer.material import Answer
 from trainer.packing import Sample
 from trainer.policy.base import Policy
-from trainer.policy.tools import parse, written
+from trainer.policy.tools import offered, parse, written
 from trainer.recipe import Recipe
 from trainer.sampling import Rollout, Sampling
 
@@ -309,8 +309,7 @@ def _course(item: BatchItem) -> Structure:
 
 def heard(completion: Sequence[int], item: BatchItem, policy: Policy) -> dict[str, Any]:
     """Sampled ids as the message that serving would have sent for them: words, and calls of the tools on offer."""
-    offered = [str(tool.get("function", {}).get("name", "")) for tool in item.tools]
-    words, calls = parse(policy.decode(completion), offered)
+    words, calls = parse(policy.decode(completion), offered(item.tools))
     return {"content": words, "tool_calls": calls}
 
 

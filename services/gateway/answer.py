@@ -138,6 +138,8 @@ class Listener:
         if choice is None:
             choice = self._choices[index] = Choice(index, {"role": "assistant", "content": None})
             self.answer.choices.append(choice)
+        elif "delta" in given:  # engines say the role again and again, and clients join what they hear twice
+            given["delta"].pop("role", None)
         self.answer.prompt = self.answer.prompt or given.get("prompt_token_ids") or []
         choice.token_ids += given.get("token_ids") or []
         choice.logprobs += _logprobs(given.get("logprobs"))

@@ -7,8 +7,8 @@
       output_item.added ─ function_call_arguments.delta … done ─ output_item.done
     completed | incomplete | failed, and then error
 
-Thoughts and words come one after another: each ends where another item begins. Calls may come interleaved, so all of
-them end with the answer.
+One item after another, as OpenAI's own: LangChain takes what comes between for a new item. Thoughts and words end where
+another item begins. Engines interleave calls, so the first call ends with the answer, and what follows it is told then.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from services.gateway.refusals import Refused, error_fields
 
 @dataclass(slots=True)
 class Open:
-    """An output item on its way: ``item`` as it began, and what has come of it. ``part``: its kind; "" for a call."""
+    """An output item on its way: ``item`` as it began, and what has come of it. ``part``: its kind; "" for a call.
+
+    ``told``: its beginning was sent; else another item is under way, and it waits.
+    """
 
     at: int
     item: dict[str, Any]
     part: str = ""
     words: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    told: bool = False
 
     @property
     def text(self) -> str:
@@ -111,14 +115,8 @@ class Events:
             if part != "reasoning_text":
                 item = whole.said(self._id, "in_progress", [])
             one = self._talking = self._begin(item, part)
-            events += [self._event("response.output_item.added", output_index=one.at, item=one.item)]
-            events += [self._event("response.content_part.added", **one.where, part=_part(part, "", []))]
-        if words:
-            one.words.append(words)
-            one.logprobs += logprobs
-            said = {"delta": words} | ({"logprobs": logprobs} if part == "output_text" else {})
-            events += [self._event(f"response.{part}.delta", **one.where, **said)]
-        return events
+            events += self._first(one)
+        return events + self._grow(one, words, logprobs)
 
     def _call(self, call: dict[str, Any]) -> list[bytes]:
         function = call.get("function") or {}
@@ -129,11 +127,8 @@ class Events:
             at = len(self._calls)
             item = whole.called(self._id, at, "in_progress", call.get("id"), function.get("name") or "", "")
             one = self._calls[call["index"]] = self._begin(item, "")
-            events += [self._event("response.output_item.added", output_index=one.at, item=item)]
-        if arguments := function.get("arguments"):
-            one.words.append(arguments)
-            events += [self._event("response.function_call_arguments.delta", **one.where, delta=arguments)]
-        return events
+            events += self._first(one)
+        return events + self._grow(one, function.get("arguments") or "", [])
 
     def _begin(self, item: dict[str, Any], part: str) -> Open:
         if any(one.item["id"] == item["id"] for one in self._items):  # words after a call: a second item of them
@@ -141,25 +136,48 @@ class Events:
         self._items.append(Open(len(self._items), item, part))
         return self._items[-1]
 
+    def _first(self, one: Open) -> list[bytes]:
+        """The beginning of an item, unless another one is under way."""
+        return self._open(one) if all(before.at in self._done for before in self._items[: one.at]) else []
+
+    def _open(self, one: Open) -> list[bytes]:
+        one.told = True
+        events = [self._event("response.output_item.added", output_index=one.at, item=one.item)]
+        if one.part:
+            events += [self._event("response.content_part.added", **one.where, part=_part(one.part, "", []))]
+        return events
+
+    def _grow(self, one: Open, words: str, logprobs: list[dict[str, Any]]) -> list[bytes]:
+        if not words:
+            return []
+        one.words.append(words)
+        one.logprobs += logprobs
+        return self._delta_of(one, words, logprobs) if one.told else []
+
+    def _delta_of(self, one: Open, words: str, logprobs: list[dict[str, Any]]) -> list[bytes]:
+        said = {"delta": words} | ({"logprobs": logprobs} if one.part == "output_text" else {})
+        return [self._event(f"response.{one.part or 'function_call_arguments'}.delta", **one.where, **said)]
+
     def _quiet(self) -> list[bytes]:
         """What ends the words that go on, if any do."""
         one, self._talking = self._talking, None
-        return [] if one is None else self._end(one, "completed")
+        return self._end(one, "completed") if one is not None and one.told else []
 
     def _end(self, one: Open, status: str) -> list[bytes]:
         if one.at in self._done:
             return []
         words = one.text
+        events = [] if one.told else [*self._open(one), *self._delta_of(one, words, one.logprobs)]
         if not one.part:
             item = {**one.item, "status": status, "arguments": words}
             said = {"name": item["name"], "arguments": words}
-            events = [self._event("response.function_call_arguments.done", **one.where, **said)]
+            events += [self._event("response.function_call_arguments.done", **one.where, **said)]
         else:
             part = _part(one.part, words, one.logprobs)
             item = {**one.item, "status": status, "content": [part]}
             said = {"refusal": words} if one.part == "refusal" else {"text": words}
             said |= {"logprobs": one.logprobs} if one.part == "output_text" else {}
-            events = [self._event(f"response.{one.part}.done", **one.where, **said)]
+            events += [self._event(f"response.{one.part}.done", **one.where, **said)]
             events += [self._event("response.content_part.done", **one.where, part=part)]
         self._done[one.at] = item
         return [*events, self._event("response.output_item.done", output_index=one.at, item=item)]

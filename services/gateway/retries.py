@@ -221,6 +221,7 @@ def _again(ids: Ids, events: list[Event], ask: Ask) -> Finished:
     raw = base64.b32decode(call.id.removeprefix("call_").upper() + "===")
     response = ids.response(first.tenant, first.episode, raw, ask.prefix)
     headers = {
+        "X-Request-Id": response,
         "X-Everloop-Episode": first.episode,
         "X-Everloop-Call": call.id,
         "X-Everloop-Policy-Version": call.policy_version,

@@ -76,9 +76,11 @@ class Turn:
 
     @property
     def headers(self) -> dict[str, str]:
+        """The response id is there as clients name it: some of them show no other."""
         if not self.recorded:
-            return {"X-Everloop-Policy-Version": self.served}
+            return {"X-Request-Id": self.response, "X-Everloop-Policy-Version": self.served}
         return {
+            "X-Request-Id": self.response,
             "X-Everloop-Episode": self.episode,
             "X-Everloop-Call": self.call,
             "X-Everloop-Policy-Version": self.served,

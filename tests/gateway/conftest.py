@@ -24,7 +24,7 @@ from everloop.config import Config
 from everloop.errors import ServingError, UnknownAdapter
 from everloop.event import Event
 from everloop.home import Home
-from everloop.log import open_log
+from everloop.log import connect, open_log
 from everloop.log.base import Log, NewRecord
 from everloop.release import Route
 from everloop.serving.base import Serving
@@ -220,6 +220,19 @@ class Bench:
         route = Route(tenant=tenant, policy=policy, epoch=epoch, time=1.0, **fields)
         self.log.append([NewRecord("routes", route.key, encode(route), {"schema": "Route"})])
         self.gateway.routes.catch_up()
+
+
+def recorded(home: Home) -> list[Event]:
+    """Everything in the embedded log of a home that another process has, partition by partition."""
+    log = connect(f"sqlite:///{home.root / 'log.db'}")
+    events = []
+    for partition in range(log.partitions("events")):
+        offset = 0
+        while records := log.read("events", partition, offset):
+            events += [decode(Event, record.value or b"", home.blobs) for record in records]
+            offset = records[-1].offset + 1
+    log.close()
+    return events
 
 
 def config_for(home: Home, **sections: Any) -> Config:

@@ -9,26 +9,12 @@ from typing import Any
 
 import aiohttp
 import pytest
-from everloop.event import Event
 from everloop.home import Home
-from everloop.log import connect
-from everloop.wire import decode
 
 from services.gateway.keys import Keys
+from tests.gateway.conftest import recorded
 
 pytestmark = pytest.mark.processes
-
-
-def recorded(home: Home) -> list[Event]:
-    log = connect(f"sqlite:///{home.root / 'log.db'}")
-    events = []
-    for partition in range(log.partitions("events")):
-        offset = 0
-        while records := log.read("events", partition, offset):
-            events += [decode(Event, record.value or b"", home.blobs) for record in records]
-            offset = records[-1].offset + 1
-    log.close()
-    return events
 
 
 async def test_what_was_acknowledged_survives_kill_9_exactly_once(

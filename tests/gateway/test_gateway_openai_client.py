@@ -39,6 +39,7 @@ async def test_a_chat_is_answered_and_recorded_with_its_tokens(bench: Any) -> No
     assert answer.choices[0].message.content == "the card is on its way"
     assert answer.choices[0].logprobs is None
     assert answer.model == "assistant"
+    assert answer._request_id == answer.id
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 6
     assert "token_ids" not in answer.model_dump_json()
@@ -96,6 +97,7 @@ async def test_the_streaming_helper_reads_parallel_tool_calls(bench: Any) -> Non
         answer = await stream.get_final_completion()
     called = answer.choices[0].message.tool_calls
     assert called is not None
+    assert answer.choices[0].message.role == "assistant", "once, however often the engine says it"
     assert [(c.id, c.function.arguments) for c in called] == [("c1", '{"city": "Bern"}'), ("c2", '{"city": "Basel"}')]
     assert answer.choices[0].finish_reason == "tool_calls"
     (event,) = bench.events()

@@ -117,6 +117,8 @@ async def test_the_streaming_helper_reads_parallel_function_calls(bench: Any) ->
         ("c1", "weather", '{"city": "Bern"}'),
         ("c2", "weather", '{"city": "Basel"}'),
     ]
+    told = [event.output_index for event in events if hasattr(event, "output_index")]
+    assert told == sorted(told), "one item after another, however the engine's pieces come"
     done = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert [event.arguments for event in done] == ['{"city": "Bern"}', '{"city": "Basel"}']
     assert bench.engine.asked[0]["tools"] == [IN_CHAT]

@@ -87,6 +87,7 @@ async def test_a_gateway_that_was_started_again_knows_what_is_durable(start: Any
         assert again["choices"] == [{**choice, "logprobs": None} for choice in said["choices"]]
         assert again["usage"] == said["usage"]
         assert found["X-Everloop-Call"] == headers["X-Everloop-Call"]
+        assert found["X-Request-Id"] == headers["X-Request-Id"] == said["id"]
         assert after.engine.asked == []
         assert len(after.events()) == 2
         return

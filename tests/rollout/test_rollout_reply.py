@@ -18,7 +18,7 @@ ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def whole(policy: Policy, text: str, **changes: object) -> dict:
-    asked = replace(request.read("chat/completions", {**ASK, **changes}, policy), tools=("f",))
+    asked = replace(request.read("chat/completions", {**ASK, **changes}, policy), tools={"f": True})
     answer = Answer(asked.prompt, Sampling(), 99, policy.stop_ids, random.Random(0), finish="stop")
     answer.ids = policy.encode(text)
     answer.logprobs = [-1.0] * len(answer.ids)

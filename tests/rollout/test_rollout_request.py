@@ -39,7 +39,10 @@ TOOL = {"type": "function", "function": {"name": "find"}}
         ({"stop": {"a": 1}}, "stop"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         ({"messages": "hi"}, "messages"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
+            "strict",
+        ),
         ({"messages": ["hi"]}, "messages"),
     ],
 )

@@ -17,7 +17,7 @@ def of_bytes(ids: Sequence[int]) -> str:
 
 
 def streamed(text: str, stops: Sequence[str] = (), known: Sequence[str] = ()) -> tuple[list[str], list[dict]]:
-    words, shown = Words(of_bytes, stops, known), []
+    words, shown = Words(of_bytes, stops, dict.fromkeys(known, True)), []
     for byte in text.encode():
         stopped = words.take([byte])
         shown.append(words.show())
@@ -93,6 +93,6 @@ def test_tools_and_their_results_become_plain_messages() -> None:
     assert [message["role"] for message in plain] == ["system", "user", "assistant", "user"]
     assert plain[0]["content"].startswith("Be kind.\n\n")
     assert json.dumps(tool) in plain[0]["content"]
-    assert tools.parse(plain[2]["content"], ["find"])[1][0]["function"] == asked["function"]
+    assert tools.parse(plain[2]["content"], {"find": True})[1][0]["function"] == asked["function"]
     assert plain[3]["content"] == "<tool_response>\nsun\n</tool_response>"
     assert tools.as_plain(messages[:2], []) == messages[:2]

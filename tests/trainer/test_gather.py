@@ -184,7 +184,7 @@ def test_a_tool_call_enters_ppo_and_replay_as_it_was_sampled(policy: Policy):
 def test_a_tool_call_without_ids_is_replayed_as_serving_reads_it(policy: Policy):
     bare = called(policy, label=1.0)
     (told,) = gather.remembered(sources(policy, [replace(bare, tokens=None, span=None, tools=[])]), made())
-    words, calls = tools.parse(policy.decode(told.sample.completion), ["block"])
+    words, calls = tools.parse(policy.decode(told.sample.completion), {"block": True})
     assert (words, [call["function"] for call in calls]) == ("", [CALL["function"]])
 
 

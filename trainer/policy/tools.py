@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from trainer.policy.strict import fits, problem
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _CALL = re.compile(re.escape(BEGIN) + r"\s*(\{.*?\})\s*(?:" + re.escape(END) + r"|\Z)", re.DOTALL)
@@ -59,8 +61,21 @@ def _written(call: dict[str, Any]) -> str:
     return f"{BEGIN}\n{json.dumps(body, ensure_ascii=False)}\n{END}"
 
 
-def parse(text: str, known: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
-    """(words before the first call, calls in OpenAI's form) of an answer. No calls where none can be read."""
+def offered(tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tools in OpenAI's form as (name: schema that arguments of a call fit): a strict one's own, else whatever."""
+    functions = [tool.get("function") or {} for tool in tools]
+    held = [function.get("parameters") or {} if function.get("strict") else True for function in functions]
+    return {
+        str(function.get("name", "")): True if problem(schema) else schema
+        for function, schema in zip(functions, held, strict=True)
+    }
+
+
+def parse(text: str, known: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """(words before the first call, calls in OpenAI's form) of an answer. ``known``: tools as :func:`offered` says.
+
+    No calls where none can be read, or none fits its schema.
+    """
     calls = []
     for found in _CALL.finditer(text):
         try:
@@ -68,7 +83,7 @@ def parse(text: str, known: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
             name, arguments = body["name"], body.get("arguments", {})
         except (ValueError, KeyError, TypeError):
             continue
-        if name in known:
+        if isinstance(name, str) and name in known and fits(known[name], arguments):
             function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
             calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
     if not calls:

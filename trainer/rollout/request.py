@@ -17,6 +17,8 @@ from everloop.serving.base import Route
 
 from trainer.policy.base import Policy
 from trainer.policy.chat import refused
+from trainer.policy.strict import problem
+from trainer.policy.tools import offered
 from trainer.rollout.running import Answer
 
 MOST_CHOICES = 16
@@ -48,6 +50,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Request:
     """What to sample, ``n`` times, and how to answer. ``alternatives`` is how many likeliest tokens to show.
 
+    ``tools``: those on offer, each with the schema that its calls fit (:func:`trainer.policy.tools.offered`).
     ``most_calls``: tool calls of an answer that are passed on; None: all.
     """
 
@@ -60,7 +63,7 @@ class Request:
     logprobs: bool
     alternatives: int
     token_ids: bool
-    tools: tuple[str, ...]
+    tools: dict[str, Any]
     usage_chunk: bool
     most_calls: int | None
 
@@ -110,7 +113,7 @@ def read(route: Route, body: dict[str, Any], policy: Policy) -> Request:
         logprobs=shown is not False,
         alternatives=alternatives if shown is not False else 0,
         token_ids=bool(body.get("return_token_ids")),
-        tools=tuple(tool["function"]["name"] for tool in tools),
+        tools=offered(tools),
         usage_chunk=bool(body.get("stream_options", {}).get("include_usage")),
         most_calls=1 if body.get("parallel_tool_calls") is False else None,
     )
@@ -136,10 +139,16 @@ def _tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     )
     if not whole:
         raise refused("'tools' must be a list of {'type': 'function', 'function': {'name': …}}", "invalid_value")
-    strict = next((tool["function"]["name"] for tool in tools if tool["function"].get("strict")), None)
-    if strict is not None:
-        raise refused(f"tool {strict[:64]!r} is 'strict': answers are not constrained here, leave it out")
+    for tool in tools:
+        _check_strict(tool["function"])
     return [] if choice == "none" else tools
+
+
+def _check_strict(function: dict[str, Any]) -> None:
+    why = problem(function.get("parameters") or {}) if function.get("strict") else None
+    if why is not None:
+        name = function["name"][:64]
+        raise refused(f"tool {name!r} is 'strict', and its schema cannot be held here: {why}. Leave it or 'strict' out")
 
 
 def _prompt(route: Route, body: dict[str, Any], policy: Policy, tools: list[dict[str, Any]]) -> list[int]:

@@ -6,7 +6,7 @@ from the whole text at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainer.policy.base import BROKEN
@@ -14,10 +14,13 @@ from trainer.policy.tools import BEGIN, parse
 
 
 class Words:
-    """The text of one answer. Feed ids with :meth:`take`; read what may be shown with :meth:`show`."""
+    """The text of one answer. Feed ids with :meth:`take`; read what may be shown with :meth:`show`.
+
+    ``tools`` are those on offer, as :func:`trainer.policy.tools.offered` says them.
+    """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), tools: Sequence[str] = ()
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), tools: Mapping[str, Any] | None = None
     ) -> None:
         self._decode = decode
         self._stops = stops
