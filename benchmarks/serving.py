@@ -4,10 +4,10 @@ Clients ask the engine's own port, without a gateway before it, and read streams
 has ended. Requests go to the base, to one adapter, or to four in turn, so that one batch has all of them. The model is
 a tiny-k2 that was hardly trained: it seldom ends by itself, so answers have about the 32 tokens that they may have. It
 says how engines compare on one machine, and nothing of what a large model does; ``--base`` takes any other, and
-``--dtype`` vLLM's number format, so the same runs on a build for accelerators. The first token's time is that of the
-first piece of text; its requests' prompts differ.
+``--dtype`` vLLM's number format, so the same runs on a build for accelerators. Tokens are counted by the ids that
+come with them; no two prompts are the same.
 
-The run fails where an answer breaks, or an answer has no tokens.
+The run fails where an answer breaks, or has no tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ MOST_TOKENS = 32
 PATIENCE = 120.0  # seconds for one answer
 STARTS_WITHIN = 600.0
 DATA = b"data: {"
-USAGE = b'"completion_tokens":'
+DONE = b"data: [DONE]"
 
 
 class Broke(Exception):
@@ -56,10 +56,23 @@ class Broke(Exception):
 
 @dataclass
 class Seen:
-    """What clients saw in one measurement. ``firsts``: seconds to the first token, of each answer that ended in it."""
+    """What clients saw from ``begins`` to ``ends`` (seconds, monotonic).
 
+    ``tokens`` came in that time; ``firsts`` are seconds to the first token, of answers that were asked for in it.
+    """
+
+    begins: float
+    ends: float
     tokens: int = 0
     firsts: list[float] = field(default_factory=list)
+
+    def take(self, now: float, tokens: int) -> None:
+        if self.begins <= now < self.ends:
+            self.tokens += tokens
+
+    def begun(self, asked: float, now: float) -> None:
+        if self.begins <= asked < self.ends:
+            self.firsts.append(now - asked)
 
 
 def make(folder: Path, base: str, cache: Path, count: int) -> tuple[Path, list[Path]]:
@@ -102,6 +115,7 @@ def engine(kind: str, folder: Path, base: Path, dtype: str) -> Iterator[str]:
         "EVERLOOP_SERVING__VLLM__DTYPE": dtype,
         "EVERLOOP_SERVICES__ENGINE_PORT": "0",
         "EVERLOOP_LOG_LEVEL": "warning",
+        "VLLM_LOGGING_LEVEL": "WARNING",
     }
     command = (sys.executable, "-m", "services.engine")
     with process("engine", command, own | settings, home, within=STARTS_WITHIN):
@@ -110,17 +124,14 @@ def engine(kind: str, folder: Path, base: Path, dtype: str) -> Iterator[str]:
 
 async def measure(url: str, models: Sequence[str], clients: int, seconds: float) -> Seen:
     """So many clients, without pause, for so long after a warm-up."""
-    client, seen, numbers = Client(url, PATIENCE), Seen(), itertools.count()
+    client, numbers = Client(url, PATIENCE), itertools.count()
     begins = time.monotonic() + WARM
-    ends = begins + seconds
+    seen = Seen(begins, begins + seconds)
 
     async def asks() -> None:
-        while time.monotonic() < ends:
+        while time.monotonic() < seen.ends:
             number = next(numbers)
-            first, tokens = await ask(client, models[number % len(models)], number)
-            if begins <= time.monotonic() < ends:
-                seen.tokens += tokens
-                seen.firsts.append(first)
+            await ask(client, models[number % len(models)], number, seen)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -131,8 +142,8 @@ async def measure(url: str, models: Sequence[str], clients: int, seconds: float)
     return seen
 
 
-async def ask(client: Client, model: str, number: int) -> tuple[float, int]:
-    """One stream: (seconds to its first token, its tokens). Raises Broke where it is no whole answer."""
+async def ask(client: Client, model: str, number: int, seen: Seen) -> None:
+    """One stream, told to ``seen`` as it comes. Raises Broke where it is no whole answer."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": f"{number} where is my parcel"}],
@@ -140,37 +151,31 @@ async def ask(client: Client, model: str, number: int) -> tuple[float, int]:
         "temperature": 1.0,
         "seed": number,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
     }
-    began = time.monotonic()
+    asked = time.monotonic()
     connection = await client.ask("POST", "/v1/chat/completions", orjson.dumps(body), f"benchmark-{number}")
-    first, raw = 0.0, b""
+    rest, came, ended = b"", 0, False
     while block := await connection.block():
-        raw += block
-        if not first and speaks(raw):
-            first = time.monotonic() - began
+        now = time.monotonic()
+        *lines, rest = (rest + block).split(b"\n")
+        tokens = sum(map(tokens_of, lines))
+        if tokens and not came:
+            seen.begun(asked, now)
+        seen.take(now, tokens)
+        came += tokens
+        ended = ended or DONE in lines
     status = connection.framing.status
     client.give_back(connection)
-    tokens = tokens_of(raw)
-    if status != 200 or not first or not tokens or not raw.rstrip().endswith(b"[DONE]"):
-        raise Broke(f"an answer of {model} broke (status {status}): {raw[-500:]!r}")
-    return first, tokens
+    if status != 200 or not came or not ended:
+        raise Broke(f"an answer of {model} broke: status {status}, {came} tokens, {'ended' if ended else 'no end'}")
 
 
-def speaks(raw: bytes) -> bool:
-    """Whether the first token has come: vLLM's first event has only a role, and one with a token follows it."""
-    for line in raw.split(b"\n"):
-        if line.startswith(DATA) and line.endswith(b"}"):
-            chunk = json.loads(line[len(DATA) - 1 :])
-            if any((choice.get("delta") or {}).get("content") for choice in chunk.get("choices", ())):
-                return True
-    return False
-
-
-def tokens_of(raw: bytes) -> int:
-    """What the stream's last words say of its tokens; 0 where they say nothing."""
-    digits = raw.rpartition(USAGE)[2].lstrip()
-    return int(digits[: len(digits) - len(digits.lstrip(b"0123456789"))] or 0)
+def tokens_of(line: bytes) -> int:
+    """How many tokens one line of a stream brings."""
+    if not line.startswith(DATA):
+        return 0
+    return sum(len(choice.get("token_ids") or ()) for choice in orjson.loads(line[len(DATA) - 1 :])["choices"])
 
 
 def row(kind: str, adapters: int, clients: int, seen: Seen, seconds: float) -> dict[str, Any]:
