@@ -11,6 +11,7 @@ import pytest
 from reward.checks import CheckConfig, Checks, TurnView, run, sandbox
 from reward.checks.sandbox import LimitOptions
 
+pytestmark = pytest.mark.processes
 TESTS = "def test_it():\n    assert double(4) == 8\ndef test_zero():\n    assert double(0) == 0\n"
 RIGHT = "def double(x):\n    return 2 * x\n"
 
