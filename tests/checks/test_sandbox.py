@@ -94,7 +94,7 @@ def children() -> set[int]:
 
 
 def test_an_endless_recursion_that_takes_all_memory_is_no_opinion() -> None:
-    verdict = run(check(memory_mb=256), TurnView("def f(): return f()\nimport sys; sys.setrecursionlimit(10**8); f()"))
+    verdict = run(check(memory_mb=96), TurnView("def f(): return f()\nimport sys; sys.setrecursionlimit(10**8); f()"))
     assert verdict.failure in ("crashed", "killed", "memory")  # the interpreter's own end varies
 
 
