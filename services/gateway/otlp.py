@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -29,7 +30,8 @@ from services.gateway.refusals import Refused
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
 MOST = 20_000  # spans of one request
-MOST_ATTRIBUTES = 4096  # of one span
+MOST_OBJECTS = 200_000  # of JSON: a span with its attributes is a few dozen
+MOST_ATTRIBUTES = 4096  # of one span that are read
 ERROR = trace_pb2.Status.STATUS_CODE_ERROR
 DETAILS = "gen_ai.client.inference.operation.details"  # an event that has what the span's attributes lack
 
@@ -65,10 +67,12 @@ def form(request: web.Request) -> str:
 
 def read(raw: bytes, form: str) -> list[SpanRead]:
     """The spans of an export request. Raises Refused: 400 where it is none, 413 where there are too many."""
+    if form == JSON and raw.count(b"{") > MOST_OBJECTS:
+        raise _too_many(f"more than {MOST_OBJECTS:,} JSON objects")
     request = _parsed(raw, form)
-    count = sum(len(scope.spans) for group in request.resource_spans for scope in group.scope_spans)
-    if count > MOST:
-        raise Refused(413, f"{count:,} spans in one request; send at most {MOST:,}, in smaller batches", "too_many")
+    for what, count in _counts(request):
+        if count > MOST:
+            raise _too_many(f"{count:,} {what}")
     return list(_spans(request, form == JSON))
 
 
@@ -86,6 +90,17 @@ def refusal(form: str, refused: Refused) -> web.Response:
 def _response(status: int, message: Message, form: str, headers: dict[str, str]) -> web.Response:
     body = orjson.dumps(MessageToDict(message)) if form == JSON else message.SerializeToString()
     return web.Response(status=status, body=body, content_type=form, headers=headers)
+
+
+def _counts(request: ExportTraceServiceRequest) -> Iterator[tuple[str, int]]:
+    """How many there are of what is gone through one by one; each is looked at only where those before are few."""
+    yield "resources", len(request.resource_spans)
+    yield "scopes", sum(len(group.scope_spans) for group in request.resource_spans)
+    yield "spans", sum(len(scope.spans) for group in request.resource_spans for scope in group.scope_spans)
+
+
+def _too_many(what: str) -> Refused:
+    return Refused(413, f"{what} in one request; send at most {MOST:,} spans, in smaller batches", "too_many")
 
 
 def _parsed(raw: bytes, form: str) -> ExportTraceServiceRequest:
@@ -136,12 +151,7 @@ def _id(raw: bytes, hexadecimal: bool) -> str:
 
 
 def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
-    found = {}
-    for pair in pairs:
-        if len(found) == MOST_ATTRIBUTES:
-            break
-        found[pair.key] = _value(pair.value)
-    return found
+    return {pair.key: _value(pair.value) for pair in islice(pairs, MOST_ATTRIBUTES)}
 
 
 def _value(value: AnyValue) -> Any:

@@ -296,6 +296,8 @@ def bomb(size: int) -> bytes:
         (b"x", {"key": "ek_nobodys"}, 401, "not known"),
         (bomb(50_000_000), {"Content_Encoding": "gzip"}, 413, "4,194,304"),
         (batch(*[Span()] * 20_001), {}, 413, "20,001 spans"),
+        (b"\x0a\x00" * 20_001, {}, 413, "20,001 resources"),
+        (b'{"resourceSpans":[' + b"{}," * 200_001 + b"{}]}", {"Content_Type": "application/json"}, 413, "JSON objects"),
     ],
 )
 async def test_what_is_no_export_is_refused_for_good(
