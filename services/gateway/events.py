@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from aiohttp import web
-from everloop.event import Event
+from everloop.event import ELSEWHERE, Event
 from pydantic import ValidationError
 
 from services.gateway.ask import parse
@@ -99,7 +99,9 @@ class EventDesk(Desk):
             return {"kind": "feedback", "feedback": feedback.model_dump()}
         if payload["kind"] == "call":
             ours = {"arm": "live", "release": None, "probability": 1.0}
-            return {**payload, **ours, "tokens": payload.get("tokens") if key.may("pin") else None}
+            knows = key.may("pin")  # a researcher may bring in what a version of ours answered, with its tokens
+            ours["policy_version"] = (payload.get("policy_version") if knows else None) or ELSEWHERE
+            return {**payload, **ours, "tokens": payload.get("tokens") if knows else None}
         return payload
 
 
