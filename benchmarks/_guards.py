@@ -113,7 +113,7 @@ def trip(answers: Sequence[Answer], adapter: str, limits: CanaryConfig | None = 
     seen, limits = Seen("benchmark", adapter=adapter), limits or CanaryConfig()
     for answer in answers:
         if answer.arm in ARMS:
-            seen.take_call(_call(answer), answer.unit)
+            seen.take_call(_call(answer), answer.unit, answer.sent)
             if seen.breach(limits):
                 return answer.came
     return None
