@@ -86,4 +86,4 @@ bench: $(STAMP)  ## run one benchmark: make bench NAME=gateway [ARGS=--quick]
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 clean:           ## delete what was installed and built (not .everloop, your data)
-	rm -rf $(VENV) build *.egg-info sdk/*.egg-info sdk/build
+	rm -rf $(VENV) build *.egg-info sdk/*.egg-info sdk/build tests/clients/js/node_modules
