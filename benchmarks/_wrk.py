@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ BODY = {
     ],
 }
 PATIENCE = 30  # seconds for one answer
+FIRST = 8
 SCRIPT = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
@@ -67,6 +69,7 @@ class Load:
     def __init__(self, folder: Path, key: str) -> None:
         self._wrk = find_wrk()
         folder.mkdir(parents=True, exist_ok=True)
+        self._key = key
         self._scripts = {}
         for stream, body in ((False, BODY), (True, {**BODY, "stream": True})):
             script = self._scripts[stream] = folder / f"request{'-stream' * stream}.lua"
@@ -86,6 +89,15 @@ class Load:
             check=True,
         ).stdout
         return read(out)
+
+    def first(self, url: str, *, stream: bool = False) -> None:
+        """A few answers one by one: the first of a process may take seconds. Raises OSError where none comes."""
+        body = json.dumps({**BODY, "stream": stream}).encode()
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        for _ in range(FIRST):
+            asked = urllib.request.Request(f"{url}/v1/chat/completions", body, headers)
+            with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
+                answer.read()
 
 
 def read(out: str) -> Round:

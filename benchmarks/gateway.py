@@ -79,7 +79,8 @@ def measure(sides: Sequence[Side], rounds: int, seconds: int) -> tuple[list[dict
     acknowledged = 0
     for side in sides:
         for stream in (False, True):  # the first ones warm everything up
-            warmed = side.load.run(side.url, 16, 2, stream=stream).requests
+            side.load.first(side.url, stream=stream)
+            warmed = side.load.run(side.url, 16, 3, stream=stream).requests
             acknowledged += warmed if side is sides[1] else 0
     rows: list[dict[str, Any]] = []
     for stream in (False, True):
