@@ -56,9 +56,17 @@ kafka: $(STAMP)  ## a real Kafka broker on this machine, data below .everloop/ka
 kafka-stop: $(STAMP) ## end it; its data stay
 	@$(BIN)/everloop kafka stop
 
+# Two runs side by side: the tests on a broker wait for most of their time. With ARGS: one run, of those alone.
 test: $(STAMP)   ## every check and every test
 	@$(MAKE) --no-print-directory check
+ifneq ($(ARGS),)
 	@$(BIN)/python -m pytest $(ARGS)
+else
+	@log=$$(mktemp); $(BIN)/python -m pytest -m kafka >$$log 2>&1 & beside=$$!; \
+	trap 'kill $$beside 2>/dev/null' INT TERM; \
+	$(BIN)/python -m pytest -m "not kafka"; first=$$?; wait $$beside; second=$$?; \
+	echo; echo "The tests on a Kafka broker, which ran beside these:"; cat $$log; rm -f $$log; exit $$((first || second))
+endif
 
 test-fast: $(STAMP) ## the tests that start no outside component
 	@$(BIN)/python -m pytest -m "not processes and not models and not ray and not mlflow and not kafka and not vllm" $(ARGS)
