@@ -164,7 +164,7 @@ def command(tmp_path: Path, url: str, *arguments: str, **settings: object) -> tu
 
 def told(start_seconds: float, tmp_path: Path, url: str, *arguments: str, **settings: object) -> str:
     """What a command says that cannot begin: one line, soon, and no password."""
-    for _ in range(6):  # a broker that has no processor time is told of as one that does not answer
+    for _ in range(2):  # a broker that has no processor time is told of as one that does not answer
         status, said, seconds = command(tmp_path, url, *arguments, **settings)
         if "does not answer" not in said:
             break

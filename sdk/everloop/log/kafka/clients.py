@@ -3,7 +3,8 @@
 What bites in kafka-python 3.0.12, and is dealt with here or by those who use this:
 
 - A client that cannot reach a broker says only that it timed out: ``diagnosis.py`` looks for the cause.
-- One whose password is refused says the same: see :class:`Connections`. It never tries the password again, so a
+- One whose password is refused says the same, or that the connection ended: see :class:`Connections`. It never tries
+  the password again, so a
   client that was refused is thrown away.
 - ``KafkaProducer.close(timeout=0)`` raises before it closes while anything is under way: see :func:`abandon`.
 - A batch that outlives ``delivery_timeout_ms`` wedges an idempotent producer for good: so there is no such limit,
@@ -20,8 +21,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -42,6 +44,7 @@ METADATA_SECONDS = 30.0  # after which a partition that was added is used
 RECORD_OVERHEAD = 65_536  # bytes a batch may have beyond the record in it
 FOR_EVER = 2**31 - 1
 AWAY_SECONDS = 0.05
+CUTS = 3
 REFUSALS = (
     kafka_errors.SaslAuthenticationFailedError,
     kafka_errors.UnsupportedSaslMechanismError,
@@ -66,16 +69,33 @@ class Unreachable(LogError):
 
 
 class Connections(KafkaConnectionManager):  # type: ignore[misc]  # kafka-python has no types
-    """Says at once that a password was refused, where kafka-python would try it until the time is over."""
+    """Says at once that a password was refused, where kafka-python would try it until the time is over.
+
+    A broker that refuses one does not always say so: it may close the connection first. After CUTS times in a row, at
+    the password each time, that is taken for the answer; one that goes away takes no further connection.
+    """
 
     _refusal: Exception | None = None
+    _cuts = 0
 
     def get_connection(self, node_id: Any, **options: Any) -> Any:
         if self._refusal is not None:
             raise self._refusal
         connection = super().get_connection(node_id, **options)
         connection.init_future.add_errback(self._remember)
+        if not isinstance(connection._sasl_authenticate, partial):
+            connection._sasl_authenticate = partial(self._authenticate, connection._sasl_authenticate)
         return connection
+
+    async def _authenticate(self, ask: Callable[..., Awaitable[None]], *timeout: Any, **named: Any) -> None:
+        try:
+            await ask(*timeout, **named)
+        except kafka_errors.KafkaConnectionError:
+            self._cuts += 1
+            if self._cuts >= CUTS:
+                self._refusal = kafka_errors.SaslAuthenticationFailedError("the connection ends at the password")
+            raise
+        self._cuts = 0
 
     def _remember(self, error: Exception) -> None:
         if isinstance(error, REFUSALS):
