@@ -4,8 +4,7 @@ What bites in kafka-python 3.0.12, and is dealt with here or by those who use th
 
 - A client that cannot reach a broker says only that it timed out: ``diagnosis.py`` looks for the cause.
 - One whose password is refused says the same, or that the connection ended: see :class:`Connections`. It never tries
-  the password again, so a
-  client that was refused is thrown away.
+  the password again, so a client that was refused is thrown away.
 - ``KafkaProducer.close(timeout=0)`` raises before it closes while anything is under way: see :func:`abandon`.
 - A batch that outlives ``delivery_timeout_ms`` wedges an idempotent producer for good: so there is no such limit,
   and the whole producer is thrown away instead.
