@@ -129,7 +129,7 @@ def test_names_answer_before_any_gate_and_while_a_run_goes_on(
     assert version(research, "desk@1") == first.name
     assert version(client, "desk@1") == "403 insufficient_scope"
     assert version(client, "desk") == "base"
-    assert [one["adapter"] for one in said(platform)["waiting"]] == [first.name]
+    until(lambda: [one["adapter"] for one in said(platform)["waiting"]] == [first.name])
     assert listed(research, "desk@") == ["desk@1"]
 
     # By an alias, from a plain client; and then the gate decides.
