@@ -26,12 +26,14 @@ from everloop.serving.base import Serving
 from everloop.wire import decode
 
 from services.gateway.app import Gateway
+from tests.conftest import random_adapter
 from tests.engines import EngineProcess
 from trainer.policy import lora
 from trainer.policy.base import Policy
 
 pytestmark = [pytest.mark.models, pytest.mark.processes, pytest.mark.vllm]
 BOUND = 1e-3  # nats, at the 99th percentile, in float32
+SLOTS = 6  # of adapters: serving.resident_adapters as it is by default
 CLEARLY = 20 * BOUND
 TEXTS = [
     f"where is my card number {at}, and who can block it" for at in range(5)
@@ -70,9 +72,17 @@ async def serving(vllm_engine: EngineProcess) -> AsyncIterator[Serving]:
 
 
 async def test_it_computes_what_the_trainer_computes_with_base_and_adapters_side_by_side(
-    vllm_engine: EngineProcess, serving: Serving, policy: Policy, on_attention: list[Path]
+    vllm_engine: EngineProcess, serving: Serving, policy: Policy, on_attention: list[Path], tmp_path: Path
 ) -> None:
-    """And the bound would not hold with the adapter dropped, with the other one, or with one of its modules ignored."""
+    """And the bound would not hold with the adapter dropped, with the other one, or with one of its modules ignored.
+
+    So it is when more adapters have been loaded than there are slots: in the last one lies somebody's weights.
+    """
+    for seed in range(SLOTS):
+        passing = random_adapter(policy, tmp_path, ("attention",), 10 + seed)
+        await serving.load(passing.name, copied(passing, vllm_engine))
+        await serving.complete("completions", {"model": passing.name, "prompt": "Hello", "max_tokens": 1})
+        await serving.unload(passing.name)
     for adapter in on_attention:
         await serving.load(adapter.name, copied(adapter, vllm_engine))
     names = [str(vllm_engine.base), *(adapter.name for adapter in on_attention)]
