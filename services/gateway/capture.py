@@ -154,10 +154,7 @@ class Capture:
         done.add_done_callback(lambda done: self._tell(loop, waiting, done))
 
     def _tell(self, loop: asyncio.AbstractEventLoop, waiting: Waiting, done: Future[int]) -> None:
-        """Called in the log's thread, or in the event loop's own: the scribe's answers come there."""
-        if asyncio._get_running_loop() is loop:  # nobody to wake: two system calls less
-            self._settle(waiting, done)
-            return
+        """Called in the log's thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
             loop.call_soon_threadsafe(self._settle, waiting, done)
 
