@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from aiohttp import web
-from everloop.event import ELSEWHERE, Event
+from everloop.event import ELSEWHERE, PROVIDER, Event
 from pydantic import ValidationError
 
 from services.gateway.ask import parse
@@ -100,7 +100,8 @@ class EventDesk(Desk):
         if payload["kind"] == "call":
             ours = {"arm": "live", "release": None, "probability": 1.0}
             knows = key.may("pin")  # a researcher may bring in what a version of ours answered, with its tokens
-            ours["policy_version"] = (payload.get("policy_version") if knows else None) or ELSEWHERE
+            said = payload.get("policy_version")
+            ours["policy_version"] = said if said and (knows or said == PROVIDER) else ELSEWHERE
             return {**payload, **ours, "tokens": payload.get("tokens") if knows else None}
         return payload
 

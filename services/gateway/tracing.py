@@ -207,7 +207,7 @@ class CallTrace:
             "gen_ai.request.max_tokens": ask.sampling["max_tokens"],
             "gen_ai.request.stream": ask.stream,
             "gen_ai.response.id": turn.response,
-            "gen_ai.response.model": turn.base,
+            "gen_ai.response.model": turn.model,
             "gen_ai.response.finish_reasons": [choice.finish_reason or "" for choice in answer.choices],
             "gen_ai.usage.input_tokens": usage.get("prompt_tokens", prompt),
             "gen_ai.usage.output_tokens": usage.get("completion_tokens", completion),

@@ -31,6 +31,7 @@ from everloop.serving.base import Serving
 from everloop.wire import decode, encode
 
 from services.gateway.app import Gateway
+from tests.provider import KEY, StrictProvider
 
 BASE_MODEL = "tiny"
 TENANTS = {
@@ -277,6 +278,15 @@ async def start(home: Home) -> AsyncIterator[Callable[..., Awaitable[Bench]]]:
 @pytest.fixture
 async def bench(start: Callable[..., Awaitable[Bench]]) -> Bench:
     return await start()
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictProvider]:
+    """A provider that takes OpenAI's own parameters alone, its key in the environment."""
+    monkeypatch.setenv("PROVIDER_KEY_OF_THIS_TEST", KEY)
+    made = StrictProvider()
+    yield made
+    made.close()
 
 
 @pytest.fixture

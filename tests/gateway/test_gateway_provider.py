@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,6 @@ from tests.provider import KEY, MODEL, StrictProvider, streamed
 
 CHAT = "chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "return_token_ids": True}
-
-
-@pytest.fixture
-def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictProvider]:
-    monkeypatch.setenv("PROVIDER_KEY_OF_THIS_TEST", KEY)
-    made = StrictProvider()
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,6 @@ Started = Callable[..., Awaitable[Any]]
 
 def away() -> ServingError:
     return ServingError("no engine answers", status=503, code="engine_unavailable")
-
-
-@pytest.fixture
-def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictProvider]:
-    monkeypatch.setenv("PROVIDER_KEY_OF_THIS_TEST", KEY)
-    made = StrictProvider()
-    yield made
-    made.close()
 
 
 @pytest.fixture
