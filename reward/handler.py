@@ -29,7 +29,7 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, REWARDS, SCORES
 
-from reward import evidence
+from reward import declaration, evidence
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
@@ -72,7 +72,10 @@ class Known:
 
 
 class RewardHandler:
-    """See the module. ``encoders`` gives the encoder of a configured name; it may load its weights late."""
+    """See the module. ``encoders`` gives the encoder of a configured name; it may load its weights late.
+
+    Raises ConfigError where a policy's reward declaration is none.
+    """
 
     name = "score"
     topics = (EPISODES.name,)
@@ -84,6 +87,8 @@ class RewardHandler:
         self._waiting: list[Read] = []
         self._desks: dict[tuple[str, str], Desk] = {}
         self._status: dict[str, dict[str, Any]] = {}
+        for tenant, policy in config.policies():  # what is wrong in a declaration is refused at the start
+            declaration.load(config.policy(tenant, policy).reward.declaration)
 
     @staticmethod
     def route_of(key: str) -> str | None:

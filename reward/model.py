@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from everloop.config import RewardConfig
 
-from reward import features
+from reward import declaration, features
 from reward.calibration import Calibration
 from reward.features import Example, Structure
 from reward.heads import Heads, Lesson, Reservoir, probability
@@ -134,7 +134,9 @@ class RewardModel:
     """
 
     def __init__(self, config: RewardConfig, encoder: Vectors) -> None:
-        self.config = config
+        self.declaration = declaration.load(config.declaration)
+        pessimism = self.declaration.combine.pessimism
+        self.config = config if pessimism is None else config.model_copy(update={"pessimism": pessimism})
         self.encoder = encoder
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
