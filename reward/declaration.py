@@ -11,12 +11,14 @@ import json
 import runpy
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from everloop.errors import ConfigError
 from everloop.refusal import explain
 from everloop.section import Section, check_url
 from pydantic import Field, ValidationError, field_validator, model_validator
+
+from reward.derived import DerivedSignals
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,56}$"
 
@@ -40,7 +42,10 @@ class CheckDeclaration(Section):
 
     name: str = Field(pattern=NAME)
     kind: str = Field(min_length=1, description="which check it is")
-    reference: str | None = Field(default=None, description="what to compare with; None: the check needs nothing")
+    reference: Literal["correction", "constant"] | None = Field(
+        default=None, description="what to compare with: the better answer that somebody gave, or ``constant``"
+    )
+    constant: Any = Field(default=None, description="the reference 'constant': the same for every answer")
     options: dict[str, Any] = {}
     verifiable: bool = Field(default=False, description="True: its verdict is an outcome, not an opinion to be weighed")
     share: float = Field(default=1.0, gt=0, le=1, description="of the answers that are checked")
@@ -90,6 +95,10 @@ class Declaration(Section):
     check: tuple[CheckDeclaration, ...] = ()
     judge: tuple[JudgeDeclaration, ...] = ()
     critic: CriticDeclaration | None = None
+    derived: DerivedSignals = DerivedSignals()
+    also: tuple[Literal["held-out", "synthetic", "quarantined"], ...] = Field(
+        default=(), description="episodes that checks, judges and derived signals look at besides the others"
+    )
     combine: Combine = Combine()
 
     @field_validator("signals")
