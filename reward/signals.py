@@ -47,8 +47,8 @@ ABANDONED = "derived:abandoned"
 class Remembered:
     """Of one episode. ``verdicts``: by ``call<tab>check``, the hash of what was checked and the value (None: none).
 
-    ``active``: hash of what people did. ``due``: event time at which the answer ``waiting`` counts as abandoned if nothing
-    is done until then; 0: never. ``abandoned``: the call that was; empty: none.
+    ``active``: hash of what people did. ``due``: event time at which the answer ``waiting`` counts as abandoned if
+    nothing is done until then; 0: never. ``abandoned``: the call that was; empty: none.
     """
 
     version: int = -1
@@ -197,7 +197,7 @@ def _config(check: CheckDeclaration) -> CheckConfig:
 def _verdicts(
     check: CheckDeclaration, episode: Episode, before: Mapping[str, list[Any]]
 ) -> tuple[dict[str, tuple[str, float | None]], list[str]]:
-    """By call: hash of what was checked and verdict, as before where it is the same; and the failures that there were."""
+    """By call: hash of what was checked and verdict, as before where it is the same; and the failures."""
     config, failures, timeouts = _config(check), [], 0
     found: dict[str, tuple[str, float | None]] = {}
     for turn in episode.turns:

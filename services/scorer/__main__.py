@@ -7,9 +7,9 @@
     log: episodes ──▶ thread "signals" ──▶ log: events     checks and derived signals; state/signals.db
 
 It waits for the log alone, and scores never wait for checks. "signals" runs where a policy's declaration asks for it,
-in one process of the installation. On Kafka each partition has a handler, the episodes of a policy are all in one partition,
-and other processes may share them (``everloop worker score``); the numbers are of the policies that are here.
- ``/status`` shows under ``rewards``, by ``tenant/policy``:
+in one process of the installation. On Kafka each partition of "score" has a handler, the episodes of a policy are all
+in one partition, and other processes may share them (``everloop worker score``); the numbers are of the policies that
+are here. ``/status`` shows under ``rewards``, by ``tenant/policy``:
 
 - ``version``: the snapshot that scores; ``snapshot_updates``: what it had learned; ``updates``: what the live one has
 - ``labels``, ``good_labels``; ``may_judge``: whether that is enough for an opinion; ``refused``: not finite
