@@ -28,6 +28,7 @@ from reward.calibration import Calibration
 from reward.features import Example, Structure
 from reward.heads import Heads, Lesson, Reservoir, probability
 from reward.prototypes import Prototypes, key_of
+from reward.reliability import Reliability
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
@@ -137,6 +138,7 @@ class RewardModel:
         self.declaration = declaration.load(config.declaration)
         pessimism = self.declaration.combine.pessimism
         self.config = config if pessimism is None else config.model_copy(update={"pessimism": pessimism})
+        self.reliability = Reliability(self.declaration)
         self.encoder = encoder
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)

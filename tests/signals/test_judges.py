@@ -4,6 +4,7 @@ with a real model, so a small server answers as a judge in that state would."""
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ from everloop.home import Home
 from reward.asking import FAILED, TRIES, Asker
 from reward.judges import JudgesHandler
 from reward.ledger import Ledger
+from reward.reliability import Piece, Reliability, rater_of, source_of
 
 NOON = 1_763_900_000.0
 DAY = 86_400
@@ -57,6 +59,10 @@ class Judge:
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
     def declared(self, **more: Any) -> str:
         fields = {"name": "j", "url": f"http://127.0.0.1:{self.server.server_port}/v1", "model": "m", "share": 1.0}
         fields |= {"rubric": "It names the topic.", **more}
@@ -67,8 +73,7 @@ class Judge:
 def judge() -> Iterator[Judge]:
     made = Judge()
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.close()
 
 
 def failures(it: Any) -> dict[str, int]:
@@ -186,6 +191,41 @@ def test_a_day_has_a_budget_by_event_time_which_a_restart_does_not_renew(bench, 
     assert len(judge.asked) == 3
     it.take(it.call("e", "And today?", "card", episode="ep_e", time=NOON + DAY))
     assert it.words("e", "ep_e") == {"judge:j": ("implicit", 1.0)}
+
+
+def planted(right: float, seed: int) -> Judge:
+    """A judge that is right so often: an answer is good where it is the card's."""
+    dice, made = random.Random(seed), Judge()
+
+    def say(asked: dict[str, Any]) -> str:
+        good = asked["answer"].startswith("card") == (dice.random() < right)
+        return json.dumps({"grade": 5 if good else 1})
+
+    made.say = say
+    return made
+
+
+def test_a_judge_weighs_nothing_until_people_bear_it_out_and_a_hostile_one_never_does(bench):
+    judges = {"good": planted(0.9, 1), "random": planted(0.5, 2), "hostile": planted(0.1, 3)}
+    it = bench("".join(one.declared(name=name) for name, one in judges.items()), JudgesHandler)
+    dice, events = random.Random(4), []
+    for i in range(150):
+        good, slip = dice.random() < 0.6, dice.random() < 0.05
+        events.append(it.call(f"c{i}", f"Where is it, {i}?", f"{'card' if good else 'loan'} {i}", episode=f"ep_{i}"))
+        thumb = 1 if good != slip else -1
+        events.append(it.word(f"f{i}", kind="thumb", value=thumb, call=f"c{i}", rater=f"r{i}", episode=f"ep_{i}"))
+    it.take(*events)
+    trust = Reliability()
+    before = {name: sum(trust.weighs(f"judge:{name}")) for name in judges}
+    for episode in it.episodes.values():
+        words = episode.turns[0].feedback
+        assert {word.source for word in words} == {None, *(f"judge:{name}" for name in judges)}
+        trust.learn([Piece(source_of(word), rater_of(word), word.success) for word in words])
+    weight = {name: sum(trust.weighs(f"judge:{name}")) / 2 for name in judges}
+    assert set(before.values()) == {0.0}
+    assert weight["good"] > 0.8 > 0.5 > weight["random"] >= weight["hostile"] == 0.0
+    for one in judges.values():
+        one.close()
 
 
 def test_an_instruction_in_an_answer_stays_material(bench, judge):
