@@ -112,6 +112,8 @@ class Desk:
             "refused": live.refused,
             "auc": live.calibration.auc,
             "calibration_error": live.calibration.error,
+            "sources": live.reliability.status(),
+            "raters": len(live.reliability.own),
             "answers_known": len(live.prototypes.rows),
             "snapshot_updates": self.scoring.updates,
             **self.watch.status(),

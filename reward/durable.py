@@ -1,7 +1,8 @@
 """A live model as small pieces of bytes, so that what one label changed can be written with the label's offset.
 
-Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``answer/<row>`` (one prototype) and ``lesson/<slot>``
-(one remembered lesson). :func:`changes` gives those that changed since the last call; :func:`restore` takes all.
+Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``answer/<row>`` (one prototype) ``lesson/<slot>``
+(one remembered lesson), ``sources`` (what the sources said together) and ``rater/<slot>`` (the same of one rater).
+ :func:`changes` gives those that changed since the last call; :func:`restore` takes all.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
         yield f"answer/{row:05d}", model.prototypes.pack(row)
     for slot in sorted(model.changed_slots):
         yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lessons[slot])
+    believed = model.reliability
+    if believed.changed:
+        yield "sources", json.dumps(believed.dump()).encode()
+    for slot in sorted(believed.changed_slots):
+        yield f"rater/{slot:05d}", json.dumps(believed.dump_rater(slot)).encode()
+    believed.changed = False
+    believed.changed_slots.clear()
     model.changed_rows.clear()
     model.changed_slots.clear()
     yield "core", _pack_core(model)
@@ -53,6 +61,8 @@ def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
     try:
         core = _unpack_core(held.pop("core"))
         _take_encoder(model, core["shape"])
+        raters = [json.loads(held.pop(name)) for name in sorted(held) if name.startswith("rater/")]
+        model.reliability.take(json.loads(held.pop("sources", b"[]")), raters)
         for name, value in sorted(held.items()):
             kind, _, number = name.partition("/")
             if kind == "answer":
@@ -60,7 +70,7 @@ def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
             else:
                 model.reservoir.lessons.append(_unpack_lesson(value, model))
         _take_core(model, core)
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ContractError(f"the reward model's state is damaged: {error!r}; delete it to rebuild it") from None
     return True
 

@@ -3,9 +3,12 @@
 A score follows the strongest source there is:
 
 - an **outcome** was measured: it is the value, whatever the model thinks ("outcome");
-- somebody **spoke** (thumb, rating, correction): by Bayes, the model's opinion times what was said, knowing that
-  one thumb in twenty is a slip ("feedback"), so that a thumb against all other evidence weighs mildly;
-- nobody did: the model's opinion ("model"), moved a little by implicit signals.
+- somebody **spoke** (thumb, rating, correction): by Bayes, the model's opinion times what was said, each word weighed
+  by how far its source and its rater are found to be right ("feedback"), so that a thumb against all other evidence
+  weighs mildly, and that of somebody careless hardly at all;
+- nobody did: the model's opinion ("model"), moved by implicit signals, checks and judges as far as they bear it out.
+
+How far that is, :mod:`reward.reliability` learns; before it has heard anything a thumb in twenty is a slip.
 
 Credit: what is said about an episode as a whole is about its last answer. The three answers before it are taught
 the same with a weight that falls by half each time, so that the model can judge an episode under way; their scores
@@ -14,24 +17,24 @@ remain the model's opinion, since a trainer spreads the outcome over turns itsel
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from everloop.episode import Episode, Turn
 from everloop.feedback import Feedback, FeedbackKind
 
 from reward.features import Example, answer_text
-from reward.model import SLIPS, Estimate, Label, Pair, opinion
+from reward.model import Estimate, Label, Pair, opinion
 from reward.prototypes import key_of
+from reward.reliability import MODEL, OUTCOME, Piece, Reliability, rater_of, source_of, vote
 
-THUMB = math.log((1 - SLIPS) / SLIPS)  # log-odds that one thumb is worth
-CORRECTED = 4.0  # who writes a better answer means it
-IMPLICIT = 0.5  # of a product's guess: an answer kept, edited, asked again
-MOST = 6.0  # log-odds, whatever many people say
 SUREST = 4.0  # log-odds that an opinion may bring against them
 CREDIT = 0.5  # weight of an episode's label for the answer before its last
 BEFORE = 3  # answers before the last that are taught it
 SPOKEN = (FeedbackKind.THUMB, FeedbackKind.RATING)
+
+
+SUPPOSED = Reliability()
+"""What is believed of everybody before anything was heard."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Said:
     """Everything that was said of one call, in one form.
 
     ``label``: 0 to 1, what it amounts to; None: nothing explicit. ``certain``: measured or corrected. ``odds``: the
-    log-odds that the words add to an opinion. ``outcome``: measured; None: it was not.
+    log-odds that the words add to an opinion. ``outcome``: measured; None: it was not. ``value`` and ``weight``: what
+    is learned of the label, and how much, 0 to 1: each word as believable as its source and rater are.
     """
 
     label: float | None
@@ -48,31 +52,63 @@ class Said:
     outcome: float | None
     corrections: tuple[Feedback, ...] = ()
     preferences: tuple[Feedback, ...] = ()
+    value: float = 0.0
+    weight: float = 1.0
 
 
 NOTHING = Said(None, False, 0.0, None)
 
 
-def said_of(answer: str, words: tuple[Feedback, ...]) -> Said:
-    """What these settled words amount to for an answer."""
-    outcome = next((word.value for word in reversed(words) if word.kind is FeedbackKind.OUTCOME), None)
-    corrections = tuple(word for word in words if word.kind is FeedbackKind.CORRECTION)
-    spoken = [word.success for word in words if word.kind in SPOKEN and word.success is not None]
-    guessed = [word.success for word in words if word.kind is FeedbackKind.IMPLICIT and word.success is not None]
-    odds = THUMB * sum(2 * value - 1 for value in spoken) + IMPLICIT * sum(2 * value - 1 for value in guessed)
-    confirmed = [key_of(word.text or "") == key_of(answer) for word in corrections]
-    odds += CORRECTED * sum(1 if same else -1 for same in confirmed)
-    label = sum(spoken) / len(spoken) if spoken else None
-    if confirmed:
-        label = float(all(confirmed))
+def goodness(answer: str, word: Feedback) -> float | None:
+    """How good a word says that the answer is, 0 to 1; None: it does not say."""
+    if word.kind is FeedbackKind.CORRECTION:
+        return float(key_of(word.text or "") == key_of(answer))
+    return word.success
+
+
+def said_of(answer: str, words: tuple[Feedback, ...], trust: Reliability = SUPPOSED) -> Said:
+    """What these settled words amount to for an answer, as far as they are to be trusted."""
+    words = tuple(word for word in words if trust.counts(word))
+    outcome = next((word.value for word in reversed(words) if source_of(word) == OUTCOME), None)
+    told = [(word, good) for word in words if (good := goodness(answer, word)) is not None]
+    odds = sum(trust.odds(source_of(w), rater_of(w), good) for w, good in told if source_of(w) != OUTCOME)
+    people = [(word, good) for word, good in told if word.source is None]
+    corrected = [(word, good) for word, good in people if word.kind is FeedbackKind.CORRECTION]
+    spoken = corrected or [(word, good) for word, good in people if word.kind in SPOKEN]
+    label = sum(good for _, good in spoken) / len(spoken) if spoken else None
+    if corrected:
+        label = float(all(good for _, good in corrected))
+    value, weight = (label or 0.0, 1.0) if corrected else _believable(spoken, trust)
+    most = trust.declaration.combine.cap
     return Said(
         label=label if outcome is None else outcome,
-        certain=outcome is not None or bool(confirmed),
-        odds=min(max(odds, -MOST), MOST),
+        certain=outcome is not None or bool(corrected),
+        odds=min(max(odds, -most), most),
         outcome=outcome,
-        corrections=tuple(word for word, same in zip(corrections, confirmed, strict=True) if not same),
-        preferences=tuple(word for word in words if word.kind is FeedbackKind.PREFERENCE),
+        corrections=tuple(word for word, good in corrected if not good),
+        preferences=tuple(word for word in words if word.kind is FeedbackKind.PREFERENCE and word.source is None),
+        value=value if outcome is None else outcome,
+        weight=weight if outcome is None else 1.0,
     )
+
+
+def _believable(spoken: list[tuple[Feedback, float]], trust: Reliability) -> tuple[float, float]:
+    """Mean of what was said, each word as believable as it is; and how believable they are on the mean."""
+    worths = [trust.worth(source_of(word), rater_of(word)) for word, _ in spoken]
+    if not sum(worths):
+        return sum(good for _, good in spoken) / max(1, len(spoken)), 0.0
+    value = sum(worth * good for worth, (_, good) in zip(worths, spoken, strict=True)) / sum(worths)
+    return value, sum(worths) / len(worths)
+
+
+def pieces(episode: Episode, number: int, expected: float | None, trust: Reliability) -> list[Piece]:
+    """All that was said of a turn, to learn who is right how far; with the model's opinion from before, if any."""
+    turn = episode.turns[number]
+    answer = answer_text(turn.call.output)
+    words = turn.feedback + (episode.feedback if number == last_turn(episode) else ())
+    told = [(w, good) for w in words if trust.counts(w) and (good := goodness(answer, w)) is not None]
+    found = [Piece(source_of(word), rater_of(word), good) for word, good in told if source_of(word) != MODEL]
+    return found + ([vote(expected)] if found and expected is not None else [])
 
 
 def last_turn(episode: Episode) -> int | None:
@@ -80,34 +116,35 @@ def last_turn(episode: Episode) -> int | None:
     return episode.judged
 
 
-def said(episode: Episode) -> list[Said]:
+def said(episode: Episode, trust: Reliability = SUPPOSED) -> list[Said]:
     """What was said of each turn of an episode, the words about the whole with its last turn."""
     last = last_turn(episode)
     return [
-        said_of(answer_text(turn.call.output), turn.feedback + (episode.feedback if number == last else ()))
+        said_of(answer_text(turn.call.output), turn.feedback + (episode.feedback if number == last else ()), trust)
         for number, turn in enumerate(episode.turns)
     ]
 
 
-def lessons(episode: Episode, examples: list[Example]) -> list[tuple[int, Label | Pair]]:
+def lessons(episode: Episode, examples: list[Example], trust: Reliability = SUPPOSED) -> list[tuple[int, Label | Pair]]:
     """What there is to learn from an episode, each with its turn. Ids name what was said: unchanged, it is the same.
 
     A label that an earlier version of the episode had and this one has not was revised or withdrawn: the handler takes
     it back. A pair stays learned: what it was about is not said any more.
     """
     found: list[tuple[int, Label | Pair]] = []
-    for number, (turn, one, example) in enumerate(zip(episode.turns, said(episode), examples, strict=True)):
+    for number, (turn, one, example) in enumerate(zip(episode.turns, said(episode, trust), examples, strict=True)):
         if turn.call.error is not None:
             continue
         found += [(number, label) for label in _labels(turn, one, example)]
         found += [(number, pair) for pair in _pairs(one, example)]
-    return found + _credited(episode, examples)
+    return found + _credited(episode, examples, trust)
 
 
 def _labels(turn: Turn, one: Said, example: Example) -> list[Label]:
     if one.label is None:
         return []
-    return [Label(f"{turn.call.id}={one.label:g}{'!' * one.certain}", example, one.label, certain=one.certain)]
+    name = f"{turn.call.id}={one.label:g}{'!' * one.certain}"
+    return [Label(name, example, one.value, weight=one.weight, certain=one.certain)]
 
 
 def _pairs(one: Said, example: Example) -> list[Pair]:
@@ -120,10 +157,10 @@ def _pairs(one: Said, example: Example) -> list[Pair]:
     ]
 
 
-def _credited(episode: Episode, examples: list[Example]) -> list[tuple[int, Label | Pair]]:
+def _credited(episode: Episode, examples: list[Example], trust: Reliability) -> list[tuple[int, Label | Pair]]:
     """The label of the episode as a whole, for the answers before its last."""
     last = last_turn(episode)
-    whole = said_of("", episode.feedback)
+    whole = said_of("", episode.feedback, trust)
     if last is None or whole.label is None or whole.corrections:
         return []
     positions = episode.positions
@@ -134,8 +171,8 @@ def _credited(episode: Episode, examples: list[Example]) -> list[tuple[int, Labe
             Label(
                 f"{episode.turns[number].call.id}<{whole.label:g}",
                 examples[number],
-                whole.label,
-                weight=CREDIT ** ago[number],
+                whole.value,
+                weight=whole.weight * CREDIT ** ago[number],
                 certain=whole.certain,
                 watched=False,
             ),

@@ -124,7 +124,7 @@ def structures(episode: Episode) -> Iterator[Structure]:
     """The structure at each turn of an episode, in order."""
     positions = episode.positions
     tools = [len(turn.tools) for turn in episode.turns]
-    errors = [sum(result.error or _says_error(result.result) for result in turn.tools) for turn in episode.turns]
+    errors = [sum(result.error or says_error(result.result) for result in turn.tools) for turn in episode.turns]
     firsts = [positions.index(at) for at in positions]  # of the answers to the same request
     repeats = [i == firsts[i] and _repeats(turn, episode.turns[:i]) for i, turn in enumerate(episode.turns)]
     for number, turn in enumerate(episode.turns):
@@ -139,7 +139,7 @@ def structures(episode: Episode) -> Iterator[Structure]:
         )
 
 
-def _says_error(result: str) -> bool:
+def says_error(result: str) -> bool:
     """Whether a tool's answer is an error by its own word: many tools report errors as ordinary text."""
     start = result.lstrip()[:200].lower()
     if start.startswith("{"):
@@ -154,7 +154,7 @@ def _says_error(result: str) -> bool:
 def course(messages: Sequence[Message | Mapping[str, Any]], turn: int) -> Structure:
     """The structure of an answer that nobody sent, as far as its prompt tells: a trainer's rollouts have no episode."""
     results = [_words(message) for message in messages if _field(message, "role") == "tool"]
-    return Structure(turn=turn, tools=len(results), tool_errors=sum(map(_says_error, results)))
+    return Structure(turn=turn, tools=len(results), tool_errors=sum(map(says_error, results)))
 
 
 def examples(episode: Episode) -> list[Example]:

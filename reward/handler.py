@@ -29,11 +29,12 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, REWARDS, SCORES
 
-from reward import evidence
+from reward import declaration, evidence
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
 from reward.model import Estimate, Label, Pair, Trace, Vectors
+from reward.reliability import MOST_WORDS, Piece
 
 Encoders = Callable[[str], Vectors]
 """The encoder of a configured name; the same object for the same name."""
@@ -54,8 +55,8 @@ class Read:
 class Known:
     """What is remembered of an episode.
 
-    ``calls``: by call id, what was expected, what it was scored by, and under ``taught`` the trace of each label
-    that was learned, by its id.
+    ``calls``: by call id, what was expected, what it was scored by, under ``taught`` the trace of each label that was
+    learned, by its id, and under ``heard`` the words from which it was learned how far whom is right.
     """
 
     version: int = -1
@@ -72,7 +73,10 @@ class Known:
 
 
 class RewardHandler:
-    """See the module. ``encoders`` gives the encoder of a configured name; it may load its weights late."""
+    """See the module. ``encoders`` gives the encoder of a configured name; it may load its weights late.
+
+    Raises ConfigError where a policy's reward declaration is none.
+    """
 
     name = "score"
     topics = (EPISODES.name,)
@@ -84,6 +88,8 @@ class RewardHandler:
         self._waiting: list[Read] = []
         self._desks: dict[tuple[str, str], Desk] = {}
         self._status: dict[str, dict[str, Any]] = {}
+        for tenant, policy in config.policies():  # what is wrong in a declaration is refused at the start
+            declaration.load(config.policy(tenant, policy).reward.declaration)
 
     @staticmethod
     def route_of(key: str) -> str | None:
@@ -188,6 +194,9 @@ def teaches(episode: Episode) -> bool:
 def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Learn each word that was not learned before; note what was expected of a call before its first label."""
     outputs = []
+    trust = desk.live.reliability
+    _unhear(desk, read.episode, known)
+    read = replace(read, lessons=evidence.lessons(read.episode, read.examples, trust) if read.lessons else [])
     _take_back(desk, read, known)
     for number, lesson in read.lessons:
         if lesson.id in known.learned:
@@ -196,16 +205,46 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
         if isinstance(lesson, Label):
             lesson = replace(lesson, watched=first)
+        able = desk.live.may_judge
         expected, due = desk.learn(lesson)
         known.learned.append(lesson.id)
         if desk.live.trace is not None:
             call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
+            if able:
+                call["vote"] = expected
             desk.watch.labels.add(lesson.value)
         if due:
             outputs.append(version_record(desk, read.episode.updated))
+    _hear(desk, read.episode, known)
     return outputs
+
+
+def _unhear(desk: Desk, episode: Episode, known: Known) -> None:
+    """Take back what was learned of whom is right from words that stand no more as they did: before what stands now is
+    weighed, so that it is not by what the same person said before."""
+    numbers = {turn.call.id: number for number, turn in enumerate(episode.turns)}
+    for name, call in known.calls.items():
+        if "heard" in call and call["heard"] != _words(desk, episode, numbers.get(name), call):
+            desk.live.reliability.learn([Piece(*piece) for piece in call.pop("heard")], sign=-1)
+
+
+def _hear(desk: Desk, episode: Episode, known: Known) -> None:
+    """Learn how far whom is right from all the words that stand about an answer."""
+    for number, turn in enumerate(episode.turns):
+        call = known.call(turn.call.id)
+        if "heard" not in call and (words := _words(desk, episode, number, call)):
+            desk.live.reliability.learn([Piece(*piece) for piece in words])
+            call["heard"] = words
+
+
+def _words(desk: Desk, episode: Episode, number: int | None, call: dict[str, Any]) -> list[list[Any]]:
+    """The words about a turn that anything may be learned from, as they are kept; of a turn that is gone, none."""
+    if number is None or not teaches(episode):
+        return []
+    found = evidence.pieces(episode, number, call.get("vote"), desk.live.reliability)
+    return [list(piece) for piece in found[:MOST_WORDS]]
 
 
 def _take_back(desk: Desk, read: Read, known: Known) -> None:
@@ -228,13 +267,14 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     calls = [known.call(turn.call.id) for turn in episode.turns]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.scoring.estimate([read.examples[i] for i in fresh])
+    said = evidence.said(episode, desk.scoring.reliability)
     outputs = []
     for i, estimate in zip(fresh, estimates, strict=True):
         score = score_of(
             episode,
             i,
             estimate,
-            read.said[i],
+            said[i],
             version=desk.version,
             pessimism=desk.scoring.config.pessimism,
             predicted=calls[i].get("predicted"),

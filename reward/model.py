@@ -23,11 +23,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from everloop.config import RewardConfig
 
-from reward import features
+from reward import declaration, features
 from reward.calibration import Calibration
 from reward.features import Example, Structure
 from reward.heads import Heads, Lesson, Reservoir, probability
 from reward.prototypes import Prototypes, key_of
+from reward.reliability import Reliability
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
@@ -134,7 +135,10 @@ class RewardModel:
     """
 
     def __init__(self, config: RewardConfig, encoder: Vectors) -> None:
-        self.config = config
+        self.declaration = declaration.load(config.declaration)
+        pessimism = self.declaration.combine.pessimism
+        self.config = config if pessimism is None else config.model_copy(update={"pessimism": pessimism})
+        self.reliability = Reliability(self.declaration)
         self.encoder = encoder
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)

@@ -108,7 +108,7 @@ def _rescored(
     its = [examples(episode) for episode in episodes]
     estimates = iter(model.estimate([example for one in its for example in one]))
     for episode in episodes:
-        for turn, said in enumerate(evidence.said(episode)):
+        for turn, said in enumerate(evidence.said(episode, model.reliability)):
             estimate = next(estimates)
             held = before.get((episode.id, episode.turns[turn].call.id))
             if held is None or held.reward_version != version or held.version != episode.version:

@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from reward.encoder import precisions
 from reward.model import RewardModel, Vectors
+from reward.reliability import restored
 
 KEPT = 64  # newest snapshots of a policy; older ones can be rebuilt from the log
-CODE = ("calibration", "encoder", "evidence", "features", "heads", "model", "prototypes")
+CODE = ("calibration", "declaration", "encoder", "evidence", "features", "heads", "model", "prototypes", "reliability")
 
 
 def _code_version() -> str:
@@ -59,7 +60,10 @@ def _facts(model: RewardModel) -> dict[str, Any]:
     return {
         "code": CODE_VERSION,
         "encoder": {"name": model.encoder.name, "version": model.encoder.version},
-        "config": model.config.model_dump(),
+        "config": model.config.model_dump(exclude={"declaration"}),  # its place is no part of what it says
+        "declaration": model.declaration.content,
+        "sources": model.reliability.dump(),
+        "raters": model.reliability.dump_raters(),
         "offsets": dict(sorted(model.offsets.items())),
         "updates": model.updates,
         "seen": model.seen,
@@ -68,7 +72,8 @@ def _facts(model: RewardModel) -> dict[str, Any]:
 
 
 def version_of(model: RewardModel) -> str:
-    """16 hexadecimal digits: the hash of code, config, encoder, offsets read, calibration and weights."""
+    """16 hexadecimal digits: the hash of code, config, declaration, encoder, offsets read,
+    calibration, what is believed of the sources, and weights."""
     digest = hashlib.sha256(json.dumps(_facts(model), sort_keys=True).encode())
     for name, array in sorted(_arrays(model).items()):
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
@@ -126,6 +131,8 @@ def load(folder: Path, encoder: Vectors) -> RewardModel:
                 f"{encoder.name} {encoder.version}: give the same one, or score with a newer reward version"
             )
         model = RewardModel(RewardConfig.model_validate(facts["config"]), same)
+        model.reliability = restored(facts)
+        model.declaration = model.reliability.declaration
         _take(model, facts, arrays)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ContractError(f"{folder} is not a whole snapshot of a reward model: {error!r}") from None

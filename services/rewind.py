@@ -24,7 +24,13 @@ from everloop.topics import EPISODES, EVENTS, HANDLERS, TOPICS
 from services.changelog import Changelog, writer_name
 from services.state import StateStore, owned
 
-REPLAYED = {"assemble": (EVENTS.name,), "score": (EPISODES.name,), "archive": tuple(TOPICS)}
+REPLAYED = {
+    "assemble": (EVENTS.name,),
+    "score": (EPISODES.name,),
+    "signals": (EPISODES.name,),
+    "judge": (EPISODES.name,),
+    "archive": tuple(TOPICS),
+}
 """The topics of each handler that can be set back."""
 
 Back = dict[TopicPartition, tuple[int, int]]

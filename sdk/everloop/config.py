@@ -201,6 +201,10 @@ class RewardConfig(Section):
     reservoir: int = Field(default=4096, ge=64, description="labelled answers kept for replay")
     window: int = Field(default=500, ge=50, description="labels over which AUC and calibration are shown")
     snapshot_every: int = Field(default=50, ge=1, description="updates between immutable snapshots")
+    declaration: str | None = Field(
+        default=None,
+        description="TOML or Python file of what counts and how much, relative to this file; None: all that comes",
+    )
 
 
 class TrainConfig(Section):
@@ -505,6 +509,19 @@ def _sources_around(folder: Path) -> Path | None:
     return next((source for source in sources if where.is_relative_to(source)), None)
 
 
+def _beside(fields: dict[str, Any], folder: Path) -> None:
+    """Make the paths that a file gives relative to itself such that hold from anywhere."""
+    for tenant in _tables(fields.get("tenants")):
+        for policy in _tables(tenant.get("policies")):
+            for reward in _tables({"reward": policy.get("reward")}):
+                if isinstance(reward.get("declaration"), str):
+                    reward["declaration"] = str((folder / reward["declaration"]).absolute())
+
+
+def _tables(named: Any) -> list[dict[str, Any]]:
+    return [one for one in named.values() if isinstance(one, dict)] if isinstance(named, dict) else []
+
+
 def load(path: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
     """The configuration from ``path`` (else ``EVERLOOP_CONFIG``, else ``everloop.toml`` here, else the defaults).
 
@@ -526,6 +543,7 @@ def load(path: Path | None = None, environment: Mapping[str, str] | None = None)
             raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
     elif named is not None:
         raise ConfigError(f"there is no configuration at {source}; 'everloop init' writes one")
+    _beside(fields, source.parent)
     variables = overlay(fields, environment)
     try:
         return Config.model_validate(fields)

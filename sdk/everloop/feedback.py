@@ -33,6 +33,9 @@ RANGES = {
 }
 
 
+SOURCE = r"^[a-z]+:[A-Za-z0-9._-]{1,62}$"
+
+
 class Feedback(Contract):
     """One piece of feedback. Written by the gateway, read by assembly and reward.
 
@@ -53,6 +56,12 @@ class Feedback(Contract):
     chosen: str | None = None
     rejected: str | None = None
     name: str | None = Field(default=None, description="which outcome or which implicit signal")
+    source: str | None = Field(
+        default=None,
+        pattern=SOURCE,
+        description="who found it out: 'check:<name>', 'judge:<name>', 'critic:<name>' or 'derived:<name>'; None: "
+        "somebody said it through the product",
+    )
     withdrawn: bool = False
 
     @field_validator("time")
@@ -82,9 +91,9 @@ class Feedback(Contract):
         return self
 
     @property
-    def topic(self) -> tuple[str | None, str | None, FeedbackKind, str | None]:
-        """What a later word by the same rater replaces."""
-        return (self.call, self.rater, self.kind, self.name)
+    def topic(self) -> tuple[str | None, str | None, FeedbackKind, str | None, str | None]:
+        """What a later word by the same rater, or of the same source, replaces."""
+        return (self.call, self.rater, self.kind, self.name, self.source)
 
     @property
     def success(self) -> float | None:
@@ -97,12 +106,12 @@ class Feedback(Contract):
 def settle(feedback: Iterable[Feedback]) -> tuple[Feedback, ...]:
     """The final state of feedback that arrived in any order, with duplicates and revisions.
 
-    For each (call, rater, kind, name) the newest by (time, id) stands; a withdrawn one leaves nothing.
-    Anonymous words (rater None) do not replace each other unless they share an id.
+    For each (call, rater, kind, name, source) the newest by (time, id) stands; a withdrawn one leaves nothing.
+    Anonymous words (neither rater nor source) do not replace each other unless they share an id.
     """
     newest: dict[object, Feedback] = {}
     for item in feedback:
-        key = item.topic if item.rater is not None else (item.topic, item.id)
+        key = item.topic if item.rater is not None or item.source is not None else (item.topic, item.id)
         held = newest.get(key)
         if held is None or (item.time, item.id) > (held.time, held.id):
             newest[key] = item

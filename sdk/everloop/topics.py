@@ -33,7 +33,7 @@ OPERATOR = "operator"
 """Who gives orders, replays and asks: people at the command line."""
 ALL_HANDLERS = ("assembler", "scorer", "learner")
 
-EVENTS = Topic("events", Event, "tenant/episode", ("gateway",), ("assembler", "releaser", "gateway"))
+EVENTS = Topic("events", Event, "tenant/episode", ("gateway", "scorer"), ("assembler", "releaser", "gateway"))
 EPISODES = Topic("episodes", Episode, "tenant/episode", ("assembler",), ("scorer", "assembler", "releaser"))
 TRAJECTORIES = Topic("trajectories", Trajectory, "tenant/episode", ("assembler",), ("assembler",))
 SCORES = Topic("scores", Score, "tenant/episode", ("scorer",), ("learner", "assembler"))
@@ -124,5 +124,12 @@ group has the handler's name."""
 RELEASER = "releaser"
 """The writer of releases and routes on Kafka: one at a time in the cluster, by this name."""
 
-GROUPS = {**HANDLERS, "archive": "assembler", "learn": "learner", "releaser": "releaser"}
+GROUPS = {
+    **HANDLERS,
+    "archive": "assembler",
+    "signals": "scorer",
+    "judge": "scorer",
+    "learn": "learner",
+    "releaser": "releaser",
+}
 """The service of each group of readers."""

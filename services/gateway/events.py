@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from services.gateway.ask import parse
 from services.gateway.desk import Desk, batch, unfit
-from services.gateway.feedback import checked
+from services.gateway.feedback import checked, refuse_source
 from services.gateway.keys import Key
 from services.gateway.sealing import Fields, Unsealed
 from services.gateway.turns import LATEST, named_episode
@@ -95,6 +95,7 @@ class EventDesk(Desk):
             said = payload.get("feedback")
             if not isinstance(said, dict):
                 raise unfit(f"{where}.payload.feedback must be an object", "payload")
+            refuse_source(key, said, f"{where}.payload.feedback")
             feedback = checked(self.ids, key.tenant, {"time": time.time(), **said}, f"{where}.payload.feedback")
             return {"kind": "feedback", "feedback": feedback.model_dump()}
         if payload["kind"] == "call":

@@ -29,7 +29,7 @@ from services.gateway.turns import named_episode
 
 LONGEST_TEXT = 65_536
 TARGET = frozenset({"response_id", "episode", "call", "choice", "policy"})
-SAID = frozenset({"kind", "value", "text", "chosen", "rejected", "name", "rater", "id", "time", "withdrawn"})
+SAID = frozenset({"kind", "value", "text", "chosen", "rejected", "name", "rater", "id", "time", "withdrawn", "source"})
 ACCEPTED = TARGET | SAID
 DEFAULT_TTL = 86_400
 
@@ -74,7 +74,7 @@ class FeedbackDesk(Desk):
         episode, call = self._target(rater.tenant, item)
         if isinstance(rater, Grant) and episode != rater.episode:
             raise Refused(404, "this token is for another episode", "episode_not_found")
-        feedback = self._feedback(rater.tenant, item, call, at, request, now)
+        feedback = self._feedback(rater, item, call, at, request, now)
         granted = rater.policy if isinstance(rater, Grant) else ""
         policy = self.policy(rater.tenant, item.get("policy"), episode, f"feedback[{at}]", granted)
         id = same_event(rater.tenant, episode, feedback.id, {**item, "time": item.get("time")})
@@ -82,13 +82,14 @@ class FeedbackDesk(Desk):
         return event_fields(rater.tenant, policy, episode, id, feedback.time, payload), feedback
 
     def _feedback(
-        self, tenant: str, item: dict[str, Any], call: str | None, at: int, request: web.Request, now: float
+        self, rater: Key | Grant, item: dict[str, Any], call: str | None, at: int, request: web.Request, now: float
     ) -> Feedback:
         fields = {name: value for name, value in item.items() if name in SAID and value is not None}
+        refuse_source(rater, fields, f"feedback[{at}]")
         if "id" not in fields:
             key = header(request, IDEMPOTENCY_KEY)
-            fields["id"] = unique("fb_") if key is None else _named("fb_", tenant, key, str(at))
-        return checked(self.ids, tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
+            fields["id"] = unique("fb_") if key is None else _named("fb_", rater.tenant, key, str(at))
+        return checked(self.ids, rater.tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
 
     def _target(self, tenant: str, item: dict[str, Any]) -> tuple[str, str | None]:
         """(episode, call) that an item is about. Raises Refused: 404 for what is not this tenant's."""
@@ -114,6 +115,19 @@ class FeedbackDesk(Desk):
         if isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < 1000:
             raise unfit("'choice' must be the index of one of the answers, from 0 up", "choice")
         return found, call or choice_call(first, choice)
+
+
+def refuse_source(rater: Key | Grant, said: dict[str, Any], where: str) -> None:
+    """A check, judge or critic speaks through the platform's own handlers, or by a researcher's key: nobody else may
+    say that what they send is one's. Raises Refused (400)."""
+    if said.get("source") is not None and (isinstance(rater, Grant) or not rater.may("source")):
+        raise Refused(
+            400,
+            f"{where}: 'source' says that a check or judge of the platform found this out; leave it out, or send it "
+            "with a key of scope 'research'",
+            "source_not_yours",
+            "source",
+        )
 
 
 def checked(ids: Ids, tenant: str, fields: dict[str, Any], where: str) -> Feedback:

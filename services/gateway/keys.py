@@ -20,7 +20,7 @@ from everloop.section import NAME
 PREFIX = "ek_"
 SCOPES: dict[str, frozenset[str]] = {
     "agent": frozenset({"call", "events", "feedback"}),
-    "research": frozenset({"call", "events", "feedback", "pin"}),
+    "research": frozenset({"call", "events", "feedback", "pin", "source"}),
     "feedback": frozenset({"feedback"}),
 }
 RECHECK = 1.0  # seconds for which a found key is believed without looking: the longest a revoked key works

@@ -18,6 +18,7 @@ from reward import evidence
 from reward.evidence import Said
 from reward.features import Example, examples
 from reward.model import Estimate
+from reward.reliability import Reliability, of_snapshot
 
 Estimator = Callable[[Path, str, Sequence[Example]], Sequence[Estimate]]
 """(folder of a snapshot, name of its encoder, answers) to what the snapshot says of each."""
@@ -27,7 +28,7 @@ def rescoring(store: Store, tenant: str, policy: str, snapshot: Path, config: Re
     """What ``select`` asks for the opinion of the snapshot in a folder."""
 
     def rescore(items: Sequence[BatchItem]) -> list[tuple[float, bool]]:
-        seen = _seen(store, tenant, policy, items)
+        seen = _seen(store, tenant, policy, items, of_snapshot(snapshot))
         known = [item.call for item in items if item.call in seen]
         estimates = dict(zip(known, ask(snapshot, config.encoder, [seen[call][0] for call in known]), strict=True))
         return [
@@ -38,11 +39,13 @@ def rescoring(store: Store, tenant: str, policy: str, snapshot: Path, config: Re
     return rescore
 
 
-def _seen(store: Store, tenant: str, policy: str, items: Sequence[BatchItem]) -> dict[str, tuple[Example, Said]]:
-    """Each call as the reward model sees it, and what was said of it."""
+def _seen(
+    store: Store, tenant: str, policy: str, items: Sequence[BatchItem], trust: Reliability
+) -> dict[str, tuple[Example, Said]]:
+    """Each call as the reward model sees it, and what was said of it, as far as the snapshot trusts whom."""
     found = {}
     for episode in store.versions(tenant, policy, {item.episode: item.version for item in items}):
-        turns = zip(episode.turns, examples(episode), evidence.said(episode), strict=True)
+        turns = zip(episode.turns, examples(episode), evidence.said(episode, trust), strict=True)
         found.update({turn.call.id: (example, said) for turn, example, said in turns})
     return found
 

@@ -4,9 +4,13 @@
 
     log: episodes ──▶ thread "score" ──▶ log: scores, reward-versions     state/score.db, rewards/<t>/<p>/<version>/
 
-It waits for the log alone. On Kafka each partition has a handler, the episodes of a policy are all in one partition,
-and other processes may share them (``everloop worker score``); the numbers are of the policies that are here.
- ``/status`` shows under ``rewards``, by ``tenant/policy``:
+    log: episodes ──▶ thread "signals" ──▶ log: events     checks and derived signals; state/signals.db
+    log: episodes ──▶ thread "judge" ──▶ log: events       what rubric judges think; state/judge.db, state/judges.db
+
+It waits for the log alone, and scores never wait for checks or judges. "signals" and "judge" run where a policy's
+declaration asks for them, in one process of the installation. On Kafka each partition of "score" has a handler, the
+episodes of a policy are all in one partition, and other processes may share them (``everloop worker score``); the
+numbers are of the policies that are here. ``/status`` shows under ``rewards``, by ``tenant/policy``:
 
 - ``version``: the snapshot that scores; ``snapshot_updates``: what it had learned; ``updates``: what the live one has
 - ``labels``, ``good_labels``; ``may_judge``: whether that is enough for an opinion; ``refused``: not finite
@@ -14,13 +18,16 @@ and other processes may share them (``everloop worker score``); the numbers are 
 - ``reward_mean``, ``thumbs_up_share``: over the newest ``reward.window`` calls; ``reward_fall``, ``thumbs_up_fall``:
   the window before less the newest, positive where it got worse; null: too few
 - ``answers_known``: recurring answers whose ratings are remembered
+
+and under ``checks``, likewise, the ``words`` said since the start by source, and the ``failures`` of checks by name;
+under ``judges`` the same of judges, with the ``questions``, time and tokens of each.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from everloop.config import Config
@@ -30,14 +37,22 @@ from everloop.stream import Handler
 from everloop.topics import EPISODES
 from prometheus_client import REGISTRY
 
+from reward import judges, signals
 from reward.encoder import Encoder
 from reward.handler import RewardHandler
-from services.scorer.metrics import RewardMetrics
+from reward.judges import JudgesHandler
+from reward.signals import SignalsHandler
+from services.scorer.metrics import RewardMetrics, SaidMetrics
 from services.service import Service, main
-from services.stream import share
+from services.stream import attach, share
 
 AT_ONCE = 32
 """Episodes of a batch where workers share partitions: about a second's work, all of it in ``flush``."""
+
+CHECKED_AT_ONCE = 50
+"""Episodes of a batch of checks: what a check that takes its whole time holds back."""
+JUDGED_AT_ONCE = 32
+"""And of a batch of judges: asked about for :data:`reward.asking.PATIENCE` at most."""
 
 
 @functools.cache
@@ -48,14 +63,15 @@ def encoder(name: str) -> Encoder:
 
 def serve(config: Config) -> int:
     """Run until stopped; returns the exit status."""
-    return work(Service("scorer", config, config.services.reward_port))
+    return work(Service("scorer", config, config.services.reward_port), _signals)
 
 
-def work(service: Service) -> int:
-    """Score in this service until it is stopped."""
+def work(service: Service, beside: Callable[[Service, Log], None] = lambda *_: None) -> int:
+    """Score in this service until it is stopped; ``beside`` adds what else it does."""
     config, home = service.config, Home(service.config.home)
     log = open_log(config)
     try:
+        beside(service, log)
         runner = share(service, lambda: RewardHandler(config, home, encoder), log, home, at_once=AT_ONCE)
 
         def status() -> dict[str, Any]:
@@ -66,6 +82,21 @@ def work(service: Service) -> int:
         return service.run()
     finally:
         log.close()
+
+
+def _signals(service: Service, log: Log) -> None:
+    """What is said of answers by checks, judges and the course of episodes, where a policy asks for it."""
+    config, home = service.config, Home(service.config.home)
+    if signals.declared(config):
+        handler = SignalsHandler(config, home)
+        attach(service, handler, log, home, max_records=CHECKED_AT_ONCE)
+        REGISTRY.register(SaidMetrics("everloop_check", handler.status))
+        service.describe("checks", handler.status)
+    if judges.declared(config):
+        asking = JudgesHandler(config, home)
+        attach(service, asking, log, home, max_records=JUDGED_AT_ONCE)
+        REGISTRY.register(SaidMetrics("everloop_judge", asking.status))
+        service.describe("judges", asking.status)
 
 
 def rewards(log: Log, handlers: Mapping[int | None, Handler]) -> dict[str, Any]:

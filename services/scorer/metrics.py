@@ -39,3 +39,27 @@ class RewardMetrics(Collector):
                     if numbers.get(field) is not None:
                         metric.add_metric([policy], numbers[field])
                 yield metric
+
+
+class SaidMetrics(Collector):
+    """What checks or judges said and how they failed: ``<prefix>_words`` by policy and source, ``<prefix>_failures`` by
+    policy, source and failure. As many series as the declarations name sources."""
+
+    def __init__(self, prefix: str, status: Status) -> None:
+        self._prefix = prefix
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        words = CounterMetricFamily(
+            f"{self._prefix}_words", "Words said of answers, taken back ones not included", labels=["policy", "source"]
+        )
+        failures = CounterMetricFamily(
+            f"{self._prefix}_failures", "Answers without an opinion, by why", labels=["policy", "source", "failure"]
+        )
+        for policy, its in self._status().items():
+            for source, count in its["words"].items():
+                words.add_metric([policy, source], count)
+            for name, count in its["failures"].items():
+                failures.add_metric([policy, *name.split(" ", 1)], count)
+        yield words
+        yield failures

@@ -15,12 +15,13 @@ from everloop.section import seconds
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHERS = ("pyproject.toml", "reward.toml")
 FOLDERS = ("examples", "infra", "helm", "benchmarks", "docs", "services", "trainer")
 
 
 def shipped() -> list[Path]:
     found = [ROOT / "everloop.toml", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.toml"))]
-    return [path for path in found if path.exists() and "recipes" not in path.parts and path.name != "pyproject.toml"]
+    return [path for path in found if path.exists() and "recipes" not in path.parts and path.name not in OTHERS]
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: str(path.relative_to(ROOT)))

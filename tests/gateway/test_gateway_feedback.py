@@ -141,6 +141,26 @@ async def test_a_token_gives_feedback_about_one_episode_and_nothing_else(bench: 
         assert (await bench.post("/v1/feedback/tokens", {"episode": "a", "ttl": ttl}))[0] == 422
 
 
+async def test_only_a_researcher_says_that_a_check_said_it(bench: Any) -> None:
+    said = {"kind": "implicit", "name": "topic", "value": 1, "source": "check:topic", "id": "f"}
+    sent = {"id": "e", "episode": "a", "payload": {"kind": "feedback", "feedback": said}}
+    token = (await bench.post("/v1/feedback/tokens", {"episode": "a"}))[1]["token"]
+    for path, body, key in (
+        ("/v1/feedback", {"episode": "a", **said}, None),
+        ("/v1/feedback", {"episode": "a", **said}, bench.new_key(scope="feedback")),
+        ("/v1/feedback", {"episode": "a", **said}, token),
+        ("/v1/events", {"events": [sent]}, None),
+    ):
+        status, answer, _ = await bench.post(path, body, *([key] if key else []))
+        assert (status, answer["error"]["code"]) == (400, "source_not_yours")
+    assert bench.events() == []
+    research = bench.new_key(scope="research")
+    assert (await bench.post("/v1/feedback", {"episode": "a", **said}, research))[0] == 202
+    assert (await bench.post("/v1/events", {"events": [sent]}, research))[0] == 202
+    assert [event.payload.feedback.source for event in bench.events()] == ["check:topic"] * 2
+    assert (await bench.post("/v1/feedback", {"episode": "a", **said, "source": "nobody"}, research))[0] == 422
+
+
 async def test_a_key_for_feedback_does_nothing_else(bench: Any) -> None:
     key = bench.new_key(scope="feedback")
     assert (await bench.post("/v1/feedback", {"episode": "a", "kind": "thumb", "value": 1}, key))[0] == 202

@@ -271,8 +271,8 @@ def test_a_spool_keeps_what_may_not_be_written_says_how_to_mend_it_and_goes_on(
     tmp_path: Path,
     until: Until,
 ) -> None:
-    user = user_of("scorer", Address((), PREFIX))
-    spool = Spool(tmp_path / "spool.db", as_service("scorer"), "events", max_record_bytes=10**6, max_bytes=10**8)
+    user = user_of("learner", Address((), PREFIX))
+    spool = Spool(tmp_path / "spool.db", as_service("learner"), "events", max_record_bytes=10**6, max_bytes=10**8)
     draining = threading.Thread(target=spool.drain)
     draining.start()
     admin = opened(secured, authority[0], ADMIN)

@@ -5,7 +5,7 @@ import math
 import pytest
 from everloop.feedback import Feedback
 
-from reward import evidence
+from reward.declaration import DEFAULT
 from reward.evidence import NOTHING, decide, lessons, said, said_of
 from reward.features import examples
 from reward.model import SLIPS, Label, Pair, meant, opinion
@@ -66,7 +66,7 @@ def test_a_correction_to_the_same_words_confirms_them():
 
 def test_many_words_stay_bounded():
     crowd = tuple(word("thumb", name=f"w{i}", value=1) for i in range(1000))
-    assert said_of("a", crowd).odds == evidence.MOST
+    assert said_of("a", crowd).odds == DEFAULT.combine.cap
 
 
 def test_a_correction_teaches_a_label_and_a_pair(kit):
