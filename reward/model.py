@@ -196,6 +196,23 @@ class RewardModel:
         """Learn from each in turn; returns what was expected before: P(it says good), or P(chosen is better)."""
         return [self._learn_pair(one) if isinstance(one, Pair) else self._learn_label(one) for one in lessons]
 
+    def foretell(self, one: Label | Pair) -> float:
+        """What is expected of a lesson that is not learned yet: P(it says good), or P(chosen is better)."""
+        if isinstance(one, Pair):
+            return self._expected_of_pair(*self._features(_sides(one)))
+        _, shared = features_of = self._features([one.example])
+        shared[:, LENGTH_COLUMNS] = 0
+        return self._expected_of_label(self.heads.logits(*features_of)[:, 0])[0]
+
+    def _expected_of_label(self, logits: Array) -> tuple[float, float]:
+        """P(a label says good), and P(the answer is good)."""
+        right = float(probability(self.calibration.line(logits)).mean())
+        return self.calibration.heard(right), right
+
+    def _expected_of_pair(self, own: Array, shared: Array) -> float:
+        difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
+        return float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
+
     def take_back(self, name: str, example: Example, trace: Trace) -> None:
         """Undo a label that nobody stands by any more: in its answer's prototype, the counts and replay.
 
@@ -216,8 +233,7 @@ class RewardModel:
         neutral[:, LENGTH_COLUMNS] = 0
         self.trace = None
         logits = self.heads.logits(own, neutral)[:, 0]
-        right = float(probability(self.calibration.line(logits)).mean())
-        expected = self.calibration.heard(right)
+        expected, right = self._expected_of_label(logits)
         if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(shared).all()):
             return self._refuse()
         members = _members(label.id, self.config.heads)
@@ -231,12 +247,11 @@ class RewardModel:
         return expected
 
     def _learn_pair(self, pair: Pair) -> float:
-        chosen = Example(pair.prompt, pair.chosen, pair.structure)
-        rejected = Example(pair.prompt, pair.rejected, pair.structure)
+        chosen, rejected = _sides(pair)
         own, shared = self._features([chosen, rejected])
         self.trace = None
         difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
-        expected = float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
+        expected = self._expected_of_pair(own, shared)
         if not (math.isfinite(expected) and np.isfinite(alike).all()):
             return self._refuse()
         members = _members(pair.id, self.config.heads)
@@ -265,6 +280,11 @@ class RewardModel:
         self.changed_slots.add(self.reservoir.add(lesson))
         self.heads.step([lesson, *replayed])
         self.updates += 1
+
+
+def _sides(pair: Pair) -> list[Example]:
+    """The chosen and the rejected answer."""
+    return [Example(pair.prompt, answer, pair.structure) for answer in (pair.chosen, pair.rejected)]
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:
