@@ -24,7 +24,18 @@ from reward.encoder import precisions
 from reward.model import RewardModel, Vectors
 
 KEPT = 64  # newest snapshots of a policy; older ones can be rebuilt from the log
-CODE = ("calibration", "encoder", "evidence", "features", "heads", "model", "prototypes")
+CODE = (
+    "calibration",
+    "drift",
+    "encoder",
+    "evidence",
+    "features",
+    "heads",
+    "model",
+    "prototypes",
+    "reservoir",
+    "topics",
+)
 
 
 def _code_version() -> str:
@@ -51,6 +62,8 @@ def _arrays(model: RewardModel) -> dict[str, Any]:
         "bad": np.ascontiguousarray(known.bad[:, :width]),
         "counts": np.ascontiguousarray(known.counts[:, :, :width]),
         "totals": known.totals,
+        "centres": model.topics.centres,
+        "shares": model.calibration.shares.means,
     }
 
 
@@ -141,5 +154,6 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
         parts = (arrays["answer_vectors"][row], arrays["good"][:, row], arrays["bad"][:, row])
         known.put(row, key.tobytes(), *parts, arrays["counts"][:, :, row])
     known.totals[:] = arrays["totals"]
-    model.calibration.curve[:] = facts["curve"]
+    model.topics.centres = arrays["centres"]
+    model.calibration.curve[:], model.calibration.shares.means[:] = facts["curve"], arrays["shares"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]
