@@ -51,7 +51,9 @@ def folder() -> Path:
     """Where the data lie. Raises DataError where EVERLOOP_DATA does not say so."""
     named = os.environ.get("EVERLOOP_DATA")
     if not named or not Path(named).is_dir():
-        raise DataError("these streams are of public data: set EVERLOOP_DATA to the folder that holds hh_rlhf, gsm8k, …")
+        raise DataError(
+            "these streams are of public data: set EVERLOOP_DATA to the folder that holds hh_rlhf, gsm8k, …"
+        )
     return Path(named)
 
 

@@ -85,21 +85,18 @@ def null_wins(judge: RewardModel, choices: list[Choice]) -> float:
 @contextmanager
 def without(guard: str) -> Iterator[None]:
     """The model with one guard, or all, taken out."""
-    columns, echoes = model.STYLE_COLUMNS, floor.ECHO
-    practised = model.PRACTICE
+    columns, echo = model.STYLE_COLUMNS, floor.ECHO
     if guard in ("style is scored too", "no guard"):
         model.STYLE_COLUMNS = slice(0, 0)
     if guard in ("copies have no floor", "no guard"):
         floor.ECHO = 2.0
-    if guard in ("nothing is practised", "no guard"):
-        model.PRACTICE = 0
     try:
         yield
     finally:
-        model.STYLE_COLUMNS, floor.ECHO, model.PRACTICE = columns, echoes, practised
+        model.STYLE_COLUMNS, floor.ECHO = columns, echo
 
 
-GUARDS = ("all guards", "style is scored too", "copies have no floor", "nothing is practised", "no guard")
+GUARDS = ("all guards", "style is scored too", "copies have no floor", "no guard")
 
 
 def judged(encoder: Remembering, seed: int) -> dict[str, float]:
@@ -133,7 +130,9 @@ def main() -> int:
         for guard in GUARDS:
             with without(guard):
                 found = [judged(encoder, seed) for seed in (QUICK_SEEDS if options.quick else SEEDS)]
-            rows.append({"model": guard} | {key: round(statistics.mean(one[key] for one in found), 3) for key in found[0]})
+            rows.append(
+                {"model": guard} | {key: round(statistics.mean(one[key] for one in found), 3) for key in found[0]}
+            )
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -142,7 +141,12 @@ def main() -> int:
         aim("adversarial accuracy", 0.5, guarded["adversarial"]),
         aim("|correlation with length|", 0.1, abs(guarded["length"]), most=True),
         aim("share of null answers that win", 0.05, guarded["null"], most=True),
-        aim("points of ordinary accuracy that the guards cost", 2, 100 * (bare["ordinary"] - guarded["ordinary"]), most=True),
+        aim(
+            "points of ordinary accuracy that the guards cost",
+            2,
+            100 * (bare["ordinary"] - guarded["ordinary"]),
+            most=True,
+        ),
     ]
     notes = [
         "ordinary: HH pairs that were not learned; natural, adversarial: LLMBar, of which nothing was learned",

@@ -28,7 +28,14 @@ MARK = struct.Struct("<QI")  # a lesson's number and slice
 def shape_of(model: RewardModel) -> str:
     """Hash of what must be equal for pieces to fit: encoder, members, and how much is remembered."""
     config = model.config
-    parts = (FORMAT, model.encoder.version, config.heads, config.reservoir, model.prototypes.capacity, model.heads.shared.shape)
+    parts = (
+        FORMAT,
+        model.encoder.version,
+        config.heads,
+        config.reservoir,
+        model.prototypes.capacity,
+        model.heads.shared.shape,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -26,8 +26,9 @@ from everloop.config import RewardConfig
 
 from reward import features
 from reward.calibration import Calibration
-from reward.features import Example, Structure
 from reward.drift import Drift
+from reward.features import Example, Structure
+from reward.floor import worthless
 from reward.heads import Heads, Lesson, probability
 from reward.prototypes import Prototypes, key_of
 from reward.reservoir import Reservoir, slice_of
@@ -41,7 +42,7 @@ MAX_SPREAD = 0.35  # above it the members contradict each other
 KEEP = 0.8  # share of the members that see a label: what makes them differ
 EMPHASIS = 4.0  # of structure and style, a few features beside a thousand: how much faster they are learned
 SLIPS = 0.05  # share of thumbs that say the opposite of what was meant
-NEVER = -30.0  # logit of an answer that says and does nothing: there is nothing in it to be right
+NEVER = -30.0  # logit of an answer that says nothing, or only says back: there is nothing in it to be right
 RECALIBRATE = 100  # newest labels that a recalibration keeps
 FROZEN = 200  # updates for which a freeze lasts
 RETRAIN = 300  # steps of 64 lessons that learn the heads anew: half a second
@@ -171,7 +172,7 @@ class RewardModel:
         columns = self.calibration.line(*self._logits(examples)).T.tolist()
         silent = (NEVER,) * self.config.heads
         return [
-            opinion(tuple(column) if example.answer.strip() else silent, self.config.pessimism, self.may_judge)
+            opinion(silent if worthless(example) else tuple(column), self.config.pessimism, self.may_judge)
             for example, column in zip(examples, columns, strict=True)
         ]
 

@@ -30,6 +30,7 @@ CODE = (
     "encoder",
     "evidence",
     "features",
+    "floor",
     "heads",
     "model",
     "prototypes",
