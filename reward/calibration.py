@@ -45,8 +45,8 @@ def calibration_error(predicted: Array, labels: Array, bins: int = BINS) -> floa
 class Shares:
     """How far the line of each topic lies from the line of all, where its own labels say so.
 
-    Each is a Gaussian around no difference, with PRIOR as its precision (a label brings up to 0.25), moved by one Newton step a label; what
-    was learned fades by FADE a label, so a topic's line follows, and falls back to that of all where it is quiet.
+    Each is a Gaussian around no difference, with PRIOR as its precision (a label brings up to 0.25 of that), moved by
+    one Newton step a label. What was learned fades by FADE a label, so that a topic's line follows the newest.
     ``means`` (topics, 2): added to slope and shift. ``known`` (topics, 2, 2): precisions beyond the prior's.
     """
 

@@ -7,8 +7,8 @@
 
 Everything that learns is learned at once, in constant time: a label predicts first (for AUC and calibration), then
 moves the prototypes of its answer, makes one step of the heads with replay, and refits the line. What changes
-meanwhile is told apart by :mod:`reward.drift`, and answered as the policy's ``[reward] on_drift`` says. Nothing is drawn
-by chance: bootstrap masks hash the label's id, replay is drawn by the count of lessons; the same labels in the
+meanwhile is told apart by :mod:`reward.drift`, and answered as the policy's ``[reward] on_drift`` says. Nothing is
+drawn by chance: bootstrap masks hash the label's id, replay is drawn by the count of lessons; the same labels in the
 same order give the same bits.
 """
 

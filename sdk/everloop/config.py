@@ -208,7 +208,7 @@ class RewardConfig(Section):
     snapshot_every: int = Field(default=50, ge=1, description="updates between immutable snapshots")
     on_drift: dict[DriftKind, tuple[DriftAction, ...]] = Field(
         default={"inputs": ("page",), "labels": ("page",), "calibration": ("page", "recalibrate")},
-        description="what is done where prompts, labels or what probabilities mean have changed; a kind left out: nothing",
+        description="what is done where prompts, labels or what probabilities mean changed; a kind left out: nothing",
     )
 
     @field_validator("on_drift")
