@@ -14,6 +14,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 FEWEST = 20  # pairs below which nothing is said
 BINS = 10
+REFIT = 8  # steps after which a curve that begins anew has settled
 
 
 def auc(predicted: Array, labels: Array) -> float | None:
@@ -41,6 +42,35 @@ def calibration_error(predicted: Array, labels: Array, bins: int = BINS) -> floa
     return float(sum(abs(predicted[part].mean() - labels[part].mean()) * part.size for part in parts) / len(order))
 
 
+class Shares:
+    """How far the line of each topic lies from the line of all, where its own labels say so.
+
+    Each is a Gaussian around no difference, with PRIOR as its precision (a label brings up to 0.25 of that), moved by
+    one Newton step a label. What was learned fades by FADE a label, so that a topic's line follows the newest.
+    ``means`` (topics, 2): added to slope and shift. ``known`` (topics, 2, 2): precisions beyond the prior's.
+    """
+
+    PRIOR = np.diag([100.0, 100.0])
+    FADE = 0.999
+    MOST = 1.5  # of a difference either way
+
+    def __init__(self, topics: int) -> None:
+        self.means = np.zeros((topics, 2))
+        self.known = np.zeros((topics, 2, 2))
+
+    def add(self, topic: int, logit: float, label: float, curve: Array) -> None:
+        seen = np.array([logit, 1.0])
+        slips = curve[2]
+        good = 1 / (1 + np.exp(-np.clip((curve[:2] + self.means[topic]) @ seen, -30, 30)))
+        said = slips + (1 - 2 * slips) * good
+        steep = (1 - 2 * slips) * good * (1 - good) / (said * (1 - said) + 1e-6)
+        worth = steep**2 * said * (1 - said)
+        self.means[topic] *= self.FADE
+        self.known[topic] = self.FADE * self.known[topic] + worth * np.outer(seen, seen)
+        step = np.linalg.solve(self.PRIOR + self.known[topic], seen * steep * (label - said))
+        self.means[topic] = np.clip(self.means[topic] + step, -self.MOST, self.MOST)
+
+
 class Calibration:
     """The last ``window`` pairs, and the curve through them from a logit to a probability.
 
@@ -54,14 +84,27 @@ class Calibration:
     PRIOR = np.array([20.0, 20.0, 1000.0])  # precisions: the first two are worth about twenty labels
     LEAST, MOST = np.array([0.1, -5.0, 0.0]), np.array([10.0, 5.0, 0.2])
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, topics: int = 1) -> None:
         self.pairs: deque[tuple[float, float, float]] = deque(maxlen=window)  # logit, predicted, label
         self.curve = self.START.copy()
+        self.shares = Shares(topics)
 
-    def add(self, logit: float, predicted: float, label: float) -> None:
+    def add(self, logit: float, predicted: float, label: float, topic: int = 0) -> None:
         self.pairs.append((logit, predicted, label))
         if len(self.pairs) >= FEWEST:
             self._fit()
+        self.shares.add(topic, logit, label, self.curve)
+
+    def forget(self, kept: int) -> None:
+        """Begin anew from the newest ``kept`` pairs: what came before them no longer holds."""
+        newest = list(self.pairs)[-kept:]
+        self.pairs.clear()
+        self.pairs.extend(newest)
+        self.curve = self.START.copy()
+        self.shares = Shares(len(self.shares.means))
+        if len(self.pairs) >= FEWEST:
+            for _ in range(REFIT):
+                self._fit()
 
     def _fit(self) -> None:
         logits, _, labels = np.array(self.pairs, np.float64).T
@@ -76,9 +119,10 @@ class Calibration:
         if np.isfinite(moved).all():
             self.curve = np.clip(moved, self.LEAST, self.MOST)
 
-    def line(self, logits: Any) -> Any:
-        """Calibrated logits of being good."""
-        return self.curve[0] * logits + self.curve[1]
+    def line(self, logits: Any, topics: Any = None) -> Any:
+        """Calibrated logits of being good, of answers to prompts of these topics (n,); None: by the line of all."""
+        slope, shift = self.curve[:2] if topics is None else (self.curve[:2] + self.shares.means[topics]).T
+        return np.maximum(slope, self.LEAST[0]) * logits + shift
 
     def heard(self, good: float) -> float:
         """The probability that a label says "good" of an answer that is good with this probability."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from everloop.config import RewardConfig
+from everloop.config import DriftKind, RewardConfig
 from everloop.errors import ContractError
 from everloop.run import RewardVersion
 from everloop.stream import State
 
 from reward import durable
-from reward.model import Label, Pair, RewardModel, Vectors
+from reward.features import Example
+from reward.model import Estimate, Label, Pair, RewardModel, Vectors
 from reward.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,11 @@ WAY_OUT = (
     "Set this policy's [reward] encoder, heads and reservoir back; or, to learn again what the log still has, stop the "
     "reward service and delete its state (state/score.db below the home; docs/operations.md for Kafka)"
 )
+DRIFTED: dict[DriftKind, str] = {
+    "inputs": "what is asked has",
+    "labels": "how answers are rated has",
+    "calibration": "what the model's probabilities mean has",
+}
 
 
 class Desk:
@@ -84,6 +91,11 @@ class Desk:
         (expected,) = self.live.learn([lesson])
         return expected, self.live.updates > before and self.live.updates % self.live.config.snapshot_every == 0
 
+    def estimate(self, examples: list[Example]) -> list[Estimate]:
+        """What the snapshot says of each answer; nothing that is to be trained on while a drift has frozen that."""
+        found = self.scoring.estimate(examples)
+        return [replace(one, mask=False) for one in found] if self.live.frozen else found
+
     def freeze(self, time: float) -> RewardVersion:
         """Save the live model as it is; from here on this version scores. Doing it twice gives the same."""
         self.version = self.live.save(self._folder)
@@ -99,6 +111,15 @@ class Desk:
             offsets=dict(self.live.offsets),
             time=time,
         )
+
+    def _paged(self) -> str | None:
+        """What somebody should know of the kinds of drift that page; None: nothing changed."""
+        kinds = [
+            f"{words} changed {count}x"
+            for kind, words in DRIFTED.items()
+            if "page" in self.live.config.on_drift[kind] and (count := self.live.drift.counts[kind])
+        ]
+        return "; ".join(kinds) or None
 
     def status(self) -> dict[str, Any]:
         """JSON values; see ``services/scorer``."""
@@ -116,5 +137,9 @@ class Desk:
             "raters": len(live.reliability.own),
             "answers_known": len(live.prototypes.rows),
             "snapshot_updates": self.scoring.updates,
+            **{f"drift_{kind}": count for kind, count in live.drift.counts.items()},
+            "drift": self._paged(),
+            "frozen": live.frozen,
+            "topics": len(live.topics.centres),
             **self.watch.status(),
         }

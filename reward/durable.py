@@ -1,14 +1,16 @@
 """A live model as small pieces of bytes, so that what one label changed can be written with the label's offset.
 
-Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``answer/<row>`` (one prototype) ``lesson/<slot>``
-(one remembered lesson), ``sources`` (what the sources said together) and ``rater/<slot>`` (the same of one rater).
- :func:`changes` gives those that changed since the last call; :func:`restore` takes all.
+Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``drift`` (what its detectors go on from: 5 kB),
+``topics`` (their centres, when one is new), ``answer/<row>`` (one prototype), ``lesson/<slot>`` (one remembered
+lesson), ``sources`` (what the sources said together) and ``rater/<slot>`` (the same of one rater).
+:func:`changes` gives those that changed since the last call; :func:`restore` takes all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,12 +22,21 @@ from reward.heads import Lesson
 from reward.model import RewardModel
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+FORMAT = 2  # of the pieces
+MARK = struct.Struct("<QI")  # a lesson's number and slice
 
 
 def shape_of(model: RewardModel) -> str:
     """Hash of what must be equal for pieces to fit: encoder, members, and how much is remembered."""
     config = model.config
-    parts = (model.encoder.version, config.heads, config.reservoir, model.prototypes.capacity, model.heads.shared.shape)
+    parts = (
+        FORMAT,
+        model.encoder.version,
+        config.heads,
+        config.reservoir,
+        model.prototypes.capacity,
+        model.heads.shared.shape,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -34,7 +45,9 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
     for row in sorted(model.changed_rows):
         yield f"answer/{row:05d}", model.prototypes.pack(row)
     for slot in sorted(model.changed_slots):
-        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lessons[slot])
+        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lessons[slot], model.reservoir.marks[slot])
+    if model.changed_slots:
+        yield "topics", np.ascontiguousarray(model.topics.centres, "<f4").tobytes()
     believed = model.reliability
     if believed.changed:
         yield "sources", json.dumps(believed.dump()).encode()
@@ -44,6 +57,7 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
     believed.changed_slots.clear()
     model.changed_rows.clear()
     model.changed_slots.clear()
+    yield "drift", model.drift.pack()
     yield "core", _pack_core(model)
 
 
@@ -63,14 +77,19 @@ def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
         _take_encoder(model, core["shape"])
         raters = [json.loads(held.pop(name)) for name in sorted(held) if name.startswith("rater/")]
         model.reliability.take(json.loads(held.pop("sources", b"[]")), raters)
+        model.drift.unpack(held.pop("drift"))
+        centres = np.frombuffer(held.pop("topics", b""), "<f4").reshape(-1, model.encoder.size)
+        model.topics.centres = centres.astype(np.float32)
+        lessons = []
         for name, value in sorted(held.items()):
             kind, _, number = name.partition("/")
             if kind == "answer":
                 model.prototypes.unpack(int(number), value)
             else:
-                model.reservoir.lessons.append(_unpack_lesson(value, model))
+                lessons.append(_unpack_lesson(value, model))
+        model.reservoir.restore(lessons, core["lessons"])
         _take_core(model, core)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise ContractError(f"the reward model's state is damaged: {error!r}; delete it to rebuild it") from None
     return True
 
@@ -87,19 +106,21 @@ def _take_encoder(model: RewardModel, shape: str) -> None:
     )
 
 
-def _pack_lesson(lesson: Lesson) -> bytes:
+def _pack_lesson(lesson: Lesson, mark: tuple[int, int]) -> bytes:
     numbers = np.array([lesson.label, lesson.weight], np.float32)
     parts = (numbers, lesson.members, lesson.own, lesson.shared)
-    return b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
+    return MARK.pack(*mark) + b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
 
 
-def _unpack_lesson(packed: bytes, model: RewardModel) -> Lesson:
+def _unpack_lesson(packed: bytes, model: RewardModel) -> tuple[int, int, Lesson]:
+    """Its number, its slice, and the lesson."""
     members, own = model.config.heads, model.heads.own.shape
-    numbers = np.frombuffer(packed, "<f4")
+    number, slice_ = MARK.unpack_from(packed)
+    numbers = np.frombuffer(packed[MARK.size :], "<f4")
     head, seen, mine, shared = np.split(numbers, np.cumsum([2, members, own[0] * own[1]]))
     if shared.shape != model.heads.shared.shape[1:]:
         raise ValueError(f"a lesson of {len(packed)} bytes")
-    return Lesson(mine.reshape(own), shared, float(head[0]), float(head[1]), seen)
+    return number, slice_, Lesson(mine.reshape(own), shared, float(head[0]), float(head[1]), seen)
 
 
 def _pack_core(model: RewardModel) -> bytes:
@@ -114,6 +135,9 @@ def _pack_core(model: RewardModel) -> bytes:
         "totals": model.prototypes.totals.tolist(),
         "curve": calibration.curve.tolist(),
         "pairs": list(calibration.pairs),
+        "shares": [calibration.shares.means.tolist(), calibration.shares.known.tolist()],
+        "drifts": model.drift.counts,
+        "frozen_until": model.frozen_until,
     }
     arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
     return json.dumps(small, sort_keys=True).encode() + b"\0" + b"".join(arrays)
@@ -132,7 +156,9 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     for array, part in zip(model.heads.arrays().values(), np.split(numbers, np.cumsum(sizes)[:-1]), strict=True):
         array[:] = part.reshape(array.shape)
     model.updates, model.seen, model.offsets = core["updates"], core["seen"], core["offsets"]
-    model.reservoir.count = core["lessons"]
+    model.drift.counts.update(core["drifts"])
+    model.frozen_until = core["frozen_until"]
+    model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]
     model.calibration.pairs.extend(tuple(pair) for pair in core["pairs"])

@@ -1,15 +1,16 @@
 """What the reward model sees of a call: two texts, and the structure of the episode up to it.
 
 ``prompt_text`` and ``answer_text`` are also what a trainer must use for its fresh rollouts, so that the model
-scores them on the same view. Length stands apart from the other features: the heads are trained with it, so that
-it can explain away what raters owe to it, and it is left out when they score (as in ODIN, Chen et al. 2024,
-arXiv:2402.07319).
+scores them on the same view. Style (length, lists, headings, emphasis) stands apart from the other features: the
+heads are trained with it, so that it can explain away what raters owe to it, and it is left out when they score (as
+in ODIN, Chen et al. 2024, arXiv:2402.07319).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,13 +73,22 @@ class Example:
     structure: Structure = Structure()
 
 
-def length_vector(answer: str) -> list[float]:
-    """Length of an answer: the logarithm of its words, and of its words above a hundred, both about 0 to 1."""
+def style_vector(answer: str) -> list[float]:
+    """How an answer looks: STYLES numbers of about 0 to 1.
+
+    The logarithm of its words, and of its words above a hundred; then, as logarithms of how often, list items,
+    headings, code fences, bold words, exclamation marks and lines.
+    """
     words = len(answer.split())
-    return [math.log1p(words) / 5, math.log1p(max(0, words - 100)) / 5]
+    marks = [len(pattern.findall(answer)) for pattern in MARKS]
+    return [math.log1p(words) / 5, math.log1p(max(0, words - 100)) / 5, *(math.log1p(many) / 3 for many in marks)]
 
 
-LENGTHS = 2
+MARKS = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (r"^\s*(?:[-*•]|\d+[.)])\s", r"^#{1,6}\s", r"```", r"\*\*|__", r"!", r"\n")
+)
+STYLES = 2 + len(MARKS)
 
 
 def _field(message: Message | Mapping[str, Any], name: str) -> Any:

@@ -266,7 +266,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     ]
     calls = [known.call(turn.call.id) for turn in episode.turns]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
-    estimates = desk.scoring.estimate([read.examples[i] for i in fresh])
+    estimates = desk.estimate([read.examples[i] for i in fresh])
     said = evidence.said(episode, desk.scoring.reliability)
     outputs = []
     for i, estimate in zip(fresh, estimates, strict=True):
@@ -279,8 +279,10 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             pessimism=desk.scoring.config.pessimism,
             predicted=calls[i].get("predicted"),
         )
-        if "scored" not in calls[i] and teaches(episode) and score.mask:
-            desk.watch.rewards.add(score.reward)
+        if "scored" not in calls[i] and teaches(episode):
+            desk.live.saw(read.examples[i])
+            if score.mask:
+                desk.watch.rewards.add(score.reward)
         calls[i]["scored"] = digests[i]
         outputs.append(score_record(score))
     return outputs

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-REPLAY = 64  # remembered labels in each step, beside the new one
-RECENT = 512  # half of them are drawn from so many newest
 OWN_RATE, SHARED_RATE = 16.0, 6.0  # times the learning rate: few features are steered faster than many
 DECAY = 1e-4  # of the weights of shared features, a step
 
@@ -94,38 +92,3 @@ class Heads:
             "own_sums": self.own_sums,
             "shared_sums": self.shared_sums,
         }
-
-
-class Reservoir:
-    """The newest ``capacity`` lessons, from which each step replays; slot ``n % capacity`` holds the n-th."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.lessons: list[Lesson] = []
-        self.count = 0
-
-    def add(self, lesson: Lesson) -> int:
-        """Returns the slot that was written."""
-        slot = self.count % self.capacity
-        if slot == len(self.lessons):
-            self.lessons.append(lesson)
-        else:
-            self.lessons[slot] = lesson
-        self.count += 1
-        return slot
-
-    def silence(self, number: int) -> int | None:
-        """Have the lesson that was added as the ``number``-th (from 0) teach nothing more; its slot, if it is there."""
-        slot = number % self.capacity
-        if self.count - number > self.capacity:
-            return None
-        self.lessons[slot] = self.lessons[slot]._replace(weight=0.0)
-        return slot
-
-    def sample(self) -> list[Lesson]:
-        """REPLAY lessons, half of them from the RECENT newest; the draw depends on the count alone."""
-        random = np.random.default_rng(self.count)
-        anywhere = random.integers(len(self.lessons), size=REPLAY // 2)
-        back = random.integers(min(RECENT, len(self.lessons)), size=REPLAY - REPLAY // 2)
-        slots = [*anywhere, *((self.count - 1 - back) % self.capacity)]
-        return [self.lessons[slot] for slot in slots]

@@ -6,8 +6,9 @@
     structure, length, product of the vectors: features all share ────────┴▶ heads ─▶ line ─▶ probability
 
 Everything that learns is learned at once, in constant time: a label predicts first (for AUC and calibration), then
-moves the prototypes of its answer, makes one step of the heads with replay, and refits the line. Nothing is drawn
-by chance: bootstrap masks hash the label's id, replay is drawn by the count of lessons; the same labels in the
+moves the prototypes of its answer, makes one step of the heads with replay, and refits the line. What changes
+meanwhile is told apart by :mod:`reward.drift`, and answered as the policy's ``[reward] on_drift`` says. Nothing is
+drawn by chance: bootstrap masks hash the label's id, replay is drawn by the count of lessons; the same labels in the
 same order give the same bits.
 """
 
@@ -25,19 +26,27 @@ from everloop.config import RewardConfig
 
 from reward import declaration, features
 from reward.calibration import Calibration
+from reward.drift import Drift
 from reward.features import Example, Structure
-from reward.heads import Heads, Lesson, Reservoir, probability
+from reward.floor import worthless
+from reward.heads import Heads, Lesson, probability
 from reward.prototypes import Prototypes, key_of
 from reward.reliability import Reliability
+from reward.reservoir import Reservoir, slice_of
+from reward.topics import MOST as MOST_TOPICS
+from reward.topics import Topics
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
 FEWEST_OF_A_KIND = 5
 MAX_SPREAD = 0.35  # above it the members contradict each other
 KEEP = 0.8  # share of the members that see a label: what makes them differ
-EMPHASIS = 4.0  # of structure and length, a few features beside a thousand: how much faster they are learned
+EMPHASIS = 4.0  # of structure and style, a few features beside a thousand: how much faster they are learned
 SLIPS = 0.05  # share of thumbs that say the opposite of what was meant
-NEVER = -30.0  # logit of an answer that says and does nothing: there is nothing in it to be right
+NEVER = -30.0  # logit of an answer that says nothing, or only says back: there is nothing in it to be right
+RECALIBRATE = 100  # newest labels that a recalibration keeps
+FROZEN = 200  # updates for which a freeze lasts
+RETRAIN = 300  # steps of 64 lessons that learn the heads anew: half a second
 RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
 PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0], np.float32)  # weights of (1, *prototypes.NAMES) at the start
 
@@ -109,8 +118,8 @@ class Estimate:
 
 
 def shared_features(prompts: Array, answers: Array, examples: Sequence[Example]) -> Array:
-    """(n, SHARED + 3·size): structure, length, and the texts' vectors with their product."""
-    structure = [[*example.structure.vector(), *features.length_vector(example.answer)] for example in examples]
+    """(n, SHARED + 3·size): structure, style, and the texts' vectors with their product."""
+    structure = [[*example.structure.vector(), *features.style_vector(example.answer)] for example in examples]
     few = np.array(structure, np.float32).reshape(-1, SHARED) * EMPHASIS
     product = prompts * answers * math.sqrt(prompts.shape[1])
     return np.concatenate([few, product, answers, prompts], axis=1)
@@ -123,8 +132,8 @@ def shared_prior(size: int) -> Array:
     return weights
 
 
-SHARED = len(features.NAMES) + features.LENGTHS
-LENGTH_COLUMNS = slice(len(features.NAMES), SHARED)
+SHARED = len(features.NAMES) + features.STYLES
+STYLE_COLUMNS = slice(len(features.NAMES), SHARED)
 
 
 class RewardModel:
@@ -143,7 +152,10 @@ class RewardModel:
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
         self.reservoir = Reservoir(config.reservoir)
-        self.calibration = Calibration(config.window)
+        self.topics = Topics(encoder.size)
+        self.calibration = Calibration(config.window, MOST_TOPICS)
+        self.drift = Drift(encoder.size)
+        self.frozen_until = 0  # updates before which no opinion is to be trained on
         self.updates = 0
         self.seen = [0, 0]  # bad and good labels
         self.refused = 0  # labels that were not learned because something in them was not finite
@@ -161,27 +173,28 @@ class RewardModel:
         """What the model says of each answer; distinct texts are encoded once."""
         if not examples:
             return []
-        columns = self.calibration.line(self._logits(examples)).T.tolist()
+        columns = self.calibration.line(*self._logits(examples)).T.tolist()
         silent = (NEVER,) * self.config.heads
         return [
-            opinion(tuple(column) if example.answer.strip() else silent, self.config.pessimism, self.may_judge)
+            opinion(silent if worthless(example) else tuple(column), self.config.pessimism, self.may_judge)
             for example, column in zip(examples, columns, strict=True)
         ]
 
-    def _logits(self, examples: Sequence[Example]) -> Array:
-        own, shared = self._features(examples)
-        shared[:, LENGTH_COLUMNS] = 0
-        return self.heads.logits(own, shared)
+    def _logits(self, examples: Sequence[Example]) -> tuple[Array, Array]:
+        """Each member's logits (heads, n), what is only style left out, and the prompts' topics (n,)."""
+        own, shared, topics = self._features(examples)
+        shared[:, STYLE_COLUMNS] = 0
+        return self.heads.logits(own, shared), topics
 
-    def _features(self, examples: Sequence[Example]) -> tuple[Array, Array]:
-        """Own (heads, n, 1 + prototypes) and shared (n, …) features."""
+    def _features(self, examples: Sequence[Example]) -> tuple[Array, Array, Array]:
+        """Own (heads, n, 1 + prototypes) and shared (n, …) features, and the prompts' topics (n,)."""
         prompts, which = _distinct([example.prompt for example in examples])
         answers, pairs = _distinct([example.answer for example in examples])
         vectors = self.encoder.encode([*prompts, *answers])
         asked, said = vectors[: len(prompts)], vectors[len(prompts) :]
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
         own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
-        return own, shared_features(asked[which], said[pairs], examples)
+        return own, shared_features(asked[which], said[pairs], examples), self.topics.of(asked)[which]
 
     def save(self, root: Path) -> str:
         """Write an immutable snapshot below ``root``; returns its version. See :mod:`reward.snapshot`."""
@@ -200,6 +213,22 @@ class RewardModel:
         """Learn from each in turn; returns what was expected before: P(it says good), or P(chosen is better)."""
         return [self._learn_pair(one) if isinstance(one, Pair) else self._learn_label(one) for one in lessons]
 
+    def foretell(self, one: Label | Pair) -> float:
+        """What is expected of a lesson that is not learned yet: P(it says good), or P(chosen is better)."""
+        if isinstance(one, Pair):
+            own, shared, _ = self._features(_sides(one))
+            return self._expected_of_pair(own, shared)
+        return self._expected_of_label(*self._logits([one.example]))[0]
+
+    def _expected_of_label(self, logits: Array, topic: Array) -> tuple[float, float]:
+        """P(a label says good), and P(the answer is good)."""
+        right = float(probability(self.calibration.line(logits, topic)).mean())
+        return self.calibration.heard(right), right
+
+    def _expected_of_pair(self, own: Array, shared: Array) -> float:
+        difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
+        return float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
+
     def take_back(self, name: str, example: Example, trace: Trace) -> None:
         """Undo a label that nobody stands by any more: in its answer's prototype, the counts and replay.
 
@@ -215,32 +244,59 @@ class RewardModel:
         self.seen[trace.value > 0.5] -= 1
 
     def _learn_label(self, label: Label) -> float:
-        own, shared = self._features([label.example])
+        own, shared, topic = self._features([label.example])
         neutral = shared.copy()
-        neutral[:, LENGTH_COLUMNS] = 0
+        neutral[:, STYLE_COLUMNS] = 0
         self.trace = None
-        logits = self.heads.logits(own, neutral)[:, 0]
-        right = float(probability(self.calibration.line(logits)).mean())
-        expected = self.calibration.heard(right)
+        logits = self.heads.logits(own, neutral)
+        expected, right = self._expected_of_label(logits, topic)
         if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(shared).all()):
             return self._refuse()
         members = _members(label.id, self.config.heads)
         good = label.value if label.certain else meant(label.value, right)
         self.trace = Trace(label.value, label.weight * good, label.weight * (1 - good), self.reservoir.count)
         self._remember(label.example, members, self.trace.good, self.trace.bad)
-        self._step(Lesson(own[:, 0], shared[0], label.value, label.weight, members))
+        self._step(Lesson(own[:, 0], shared[0], label.value, label.weight, members), label.example)
         self.seen[label.value > 0.5] += 1
         if label.watched:
-            self.calibration.add(float(logits.mean()), expected, label.value)
+            self.calibration.add(float(logits.mean()), expected, label.value, int(topic[0]))
+            self._answer(self.drift.told(label.value, expected))
         return expected
 
+    def saw(self, example: Example) -> None:
+        """Watch what is asked: once for each call, whether or not anybody says anything of it."""
+        (prompt,) = self.encoder.encode([example.prompt])
+        self._answer(self.drift.asked(prompt))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether what this model thinks is not to be trained on for now, since something has changed."""
+        return self.updates < self.frozen_until
+
+    def _answer(self, changed: list[str]) -> None:
+        """Do what the configuration says about each kind of drift."""
+        for kind in changed:
+            for action in self.config.on_drift[kind]:
+                if action == "recalibrate":
+                    self.calibration.forget(RECALIBRATE)
+                elif action == "retrain":
+                    self._retrain()
+                elif action == "freeze":
+                    self.frozen_until = self.updates + FROZEN
+
+    def _retrain(self) -> None:
+        """Learn the heads anew from what is remembered: what was said before counts no more than its share of it."""
+        size = self.encoder.size
+        self.heads = Heads(self.config.heads, PRIOR, shared_prior(size), self.config.learning_rate)
+        for step in range(RETRAIN if self.reservoir.lessons else 0):
+            self.heads.step(self.reservoir.sample(step))
+
     def _learn_pair(self, pair: Pair) -> float:
-        chosen = Example(pair.prompt, pair.chosen, pair.structure)
-        rejected = Example(pair.prompt, pair.rejected, pair.structure)
-        own, shared = self._features([chosen, rejected])
+        chosen, rejected = _sides(pair)
+        own, shared, _ = self._features([chosen, rejected])
         self.trace = None
         difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
-        expected = float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
+        expected = self._expected_of_pair(own, shared)
         if not (math.isfinite(expected) and np.isfinite(alike).all()):
             return self._refuse()
         members = _members(pair.id, self.config.heads)
@@ -250,7 +306,7 @@ class RewardModel:
         self._remember(chosen, members, weight, 0.0)
         if not pair.absolute:
             self._remember(rejected, members, 0.0, weight)
-        self._step(Lesson(difference, alike, 1.0, pair.weight, members))
+        self._step(Lesson(difference, alike, 1.0, pair.weight, members), chosen)
         return expected
 
     def _refuse(self) -> float:
@@ -264,11 +320,18 @@ class RewardModel:
             row = self.prototypes.add(key_of(example.answer), answer, prompt, members, good, bad)
             self.changed_rows.add(row)
 
-    def _step(self, lesson: Lesson) -> None:
+    def _step(self, lesson: Lesson, about: Example) -> None:
         replayed = self.reservoir.sample() if self.reservoir.lessons else []
-        self.changed_slots.add(self.reservoir.add(lesson))
+        (prompt,) = self.encoder.encode([about.prompt])
+        where = slice_of(self.topics.place(prompt), about.structure.turn)
+        self.changed_slots.add(self.reservoir.add(lesson, where))
         self.heads.step([lesson, *replayed])
         self.updates += 1
+
+
+def _sides(pair: Pair) -> list[Example]:
+    """The chosen and the rejected answer."""
+    return [Example(pair.prompt, answer, pair.structure) for answer in (pair.chosen, pair.rejected)]
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:

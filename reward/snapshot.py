@@ -25,7 +25,21 @@ from reward.model import RewardModel, Vectors
 from reward.reliability import restored
 
 KEPT = 64  # newest snapshots of a policy; older ones can be rebuilt from the log
-CODE = ("calibration", "declaration", "encoder", "evidence", "features", "heads", "model", "prototypes", "reliability")
+CODE = (
+    "calibration",
+    "declaration",
+    "drift",
+    "encoder",
+    "evidence",
+    "features",
+    "floor",
+    "heads",
+    "model",
+    "prototypes",
+    "reliability",
+    "reservoir",
+    "topics",
+)
 
 
 def _code_version() -> str:
@@ -52,6 +66,8 @@ def _arrays(model: RewardModel) -> dict[str, Any]:
         "bad": np.ascontiguousarray(known.bad[:, :width]),
         "counts": np.ascontiguousarray(known.counts[:, :, :width]),
         "totals": known.totals,
+        "centres": model.topics.centres,
+        "shares": model.calibration.shares.means,
     }
 
 
@@ -148,5 +164,6 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
         parts = (arrays["answer_vectors"][row], arrays["good"][:, row], arrays["bad"][:, row])
         known.put(row, key.tobytes(), *parts, arrays["counts"][:, :, row])
     known.totals[:] = arrays["totals"]
-    model.calibration.curve[:] = facts["curve"]
+    model.topics.centres = arrays["centres"]
+    model.calibration.curve[:], model.calibration.shares.means[:] = facts["curve"], arrays["shares"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]

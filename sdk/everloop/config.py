@@ -193,6 +193,11 @@ class RayConfig(Section):
         return gpus
 
 
+DriftKind = Literal["inputs", "labels", "calibration"]
+DriftAction = Literal["recalibrate", "retrain", "freeze", "page"]
+DRIFTS: tuple[DriftKind, ...] = ("inputs", "labels", "calibration")
+
+
 class RewardConfig(Section):
     encoder: str = Field(default="minilm", description="'minilm', or a sentence-transformers folder")
     heads: int = Field(default=5, ge=3, le=32, description="members of the ensemble")
@@ -205,6 +210,15 @@ class RewardConfig(Section):
         default=None,
         description="TOML or Python file of what counts and how much, relative to this file; None: all that comes",
     )
+    on_drift: dict[DriftKind, tuple[DriftAction, ...]] = Field(
+        default={"inputs": ("page",), "labels": ("page",), "calibration": ("page", "recalibrate")},
+        description="what is done where prompts, labels or what probabilities mean changed; a kind left out: nothing",
+    )
+
+    @field_validator("on_drift")
+    @classmethod
+    def _every_kind(cls, value: dict[DriftKind, tuple[DriftAction, ...]]) -> dict[DriftKind, tuple[DriftAction, ...]]:
+        return {kind: value.get(kind, ()) for kind in DRIFTS}
 
 
 class TrainConfig(Section):

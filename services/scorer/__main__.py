@@ -17,6 +17,8 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
 - ``auc``, ``calibration_error``: predict-then-learn, over the last ``reward.window`` labels; null: too few
 - ``reward_mean``, ``thumbs_up_share``: over the newest ``reward.window`` calls; ``reward_fall``, ``thumbs_up_fall``:
   the window before less the newest, positive where it got worse; null: too few
+- ``drift_inputs``, ``drift_labels``, ``drift_calibration``: alarms so far; ``drift``: those that page, in words;
+  ``frozen``: opinions are kept from training for now; ``topics``: of its prompts, found so far
 - ``answers_known``: recurring answers whose ratings are remembered
 
 and under ``checks``, likewise, the ``words`` said since the start by source, and the ``failures`` of checks by name;

@@ -15,10 +15,14 @@ GAUGES = {
     "everloop_reward_fall": ("reward_fall", "Mean reward of the window before less that of the newest"),
     "everloop_reward_thumbs_up_share": ("thumbs_up_share", "Mean of the newest labels, 0 to 1"),
     "everloop_reward_known_answers": ("answers_known", "Recurring answers whose ratings are remembered"),
+    "everloop_reward_frozen": ("frozen", "Whether opinions are kept from training, since something has drifted"),
 }
 COUNTERS = {
     "everloop_reward_updates": ("updates", "Labels and preferences that a reward model learned from"),
     "everloop_reward_refused": ("refused", "Labels that were not learned because they were not finite"),
+    "everloop_reward_drifts_inputs": ("drift_inputs", "Times that what is asked has changed"),
+    "everloop_reward_drifts_labels": ("drift_labels", "Times that how answers are rated has changed"),
+    "everloop_reward_drifts_calibration": ("drift_calibration", "Times that what probabilities mean has changed"),
 }
 Status = Callable[[], dict[str, dict[str, Any]]]
 

@@ -5,7 +5,7 @@ import math
 from everloop.episode import Turn
 from everloop.event import Call, Message, ToolResult
 
-from reward.features import NAMES, answer_text, examples, length_vector, prompt_text, structures
+from reward.features import NAMES, STYLES, answer_text, examples, prompt_text, structures, style_vector
 
 
 def say(role, content=None, **fields):
@@ -62,7 +62,13 @@ def test_a_turn_without_text_or_messages_is_data_not_a_crash(kit):
     assert (example.prompt, example.answer) == ("", "")
 
 
-def test_length_is_apart_and_bounded():
-    assert length_vector("") == [0.0, 0.0]
-    assert length_vector("word " * 10) == [math.log(11) / 5, 0.0]
-    assert all(value < 3 for value in length_vector("word " * 100_000))
+def test_style_is_apart_and_bounded():
+    assert style_vector("") == [0.0] * STYLES
+    assert style_vector("word " * 10) == [math.log(11) / 5, *[0.0] * (STYLES - 1)]
+    assert all(value < 3 for value in style_vector("word " * 100_000))
+
+
+def test_style_counts_what_only_looks():
+    shown = style_vector("# Plan\n- **one**!\n2. two\n```\n3 apples - none\n```")
+    counts = [round(math.exp(3 * value) - 1) for value in shown[2:]]
+    assert counts == [2, 1, 2, 2, 1, 5]

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from reward.heads import REPLAY, Heads, Lesson, Reservoir, loss_and_gradients, probability
+from reward.heads import Heads, Lesson, loss_and_gradients, probability
+from reward.reservoir import REPLAY, Reservoir
 
 
 def batch(random, heads=2, n=5, own=3, shared=4):

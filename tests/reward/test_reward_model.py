@@ -224,7 +224,7 @@ def test_length_is_corrected_for(words, monkeypatch):
             return super().encode([text.replace(" well", "") for text in texts])
 
     corrected = gain_by_length(Attentive())
-    monkeypatch.setattr("reward.model.LENGTH_COLUMNS", slice(0, 0))
+    monkeypatch.setattr("reward.model.STYLE_COLUMNS", slice(0, 0))
     as_rated = gain_by_length(Attentive())
     assert abs(corrected) < as_rated / 3
     assert as_rated > 0.06
@@ -282,3 +282,37 @@ def test_estimating_many_encodes_each_text_once(taught, words, monkeypatch):
     examples = [Example(f"{THINGS[i % 6]} {i // 8}", f"{THINGS[i % 5]} desk {i % 9}") for i in range(4000)]
     taught.estimate(examples)
     assert len(seen) == len({one.prompt for one in examples}) + len({one.answer for one in examples}) < 4000
+
+
+def test_an_answer_that_only_says_back_is_worth_nothing(taught):
+    asked = "please tell me where my new card is today"
+    back, own = taught.estimate([Example(asked, asked.upper()), Example(asked, "card desk")])
+    assert back.reward == pytest.approx(-1)
+    assert own.reward > back.reward
+    passage = " ".join(f"word{i}" for i in range(40))
+    assert taught.estimate([Example(f"shorten: {passage}", passage[:60])])[0].reward > -1, "an extract may be right"
+
+
+def test_a_topic_whose_raters_are_harsher_gets_a_line_of_its_own(words):
+    random, model = np.random.default_rng(0), RewardModel(RewardConfig(), words)
+    for i in range(1500):
+        harsh = i % 2 == 0
+        likes = 0.3 if harsh else 0.8
+        model.calibration.add(0.0, 0.5, float(random.random() < likes), topic=int(harsh))
+    mild, stern = (1 / (1 + np.exp(-model.calibration.line(0.0, topic))) for topic in (0, 1))
+    assert mild - stern > 0.25
+    assert stern < 1 / (1 + np.exp(-model.calibration.line(0.0))) < mild
+    model.calibration.forget(100)
+    assert len(model.calibration.pairs) == 100
+    assert model.calibration.line(0.0, 0) == model.calibration.line(0.0, 1)
+
+
+def test_a_head_that_is_not_finite_is_never_heard(words):
+    model = RewardModel(RewardConfig(), words)
+    model.learn([label for label, _ in labels(60)])
+    model.heads.shared[2, 0] = np.nan
+    (estimate,) = model.estimate([Example("card", "card desk")])
+    assert (estimate.mask, estimate.reward) == (False, 0.0)
+    before = model.updates
+    model.learn([label for label, _ in labels(1, seed=9)])
+    assert (model.refused, model.updates) == (1, before)
