@@ -201,6 +201,9 @@ class RewardConfig(Section):
     reservoir: int = Field(default=4096, ge=64, description="labelled answers kept for replay")
     window: int = Field(default=500, ge=50, description="labels over which AUC and calibration are shown")
     snapshot_every: int = Field(default=50, ge=1, description="updates between immutable snapshots")
+    trusted: tuple[str, ...] = Field(
+        default=(), description="names of held feedback (docs/reward.md) that a person vouches for, such as 'rater:…'"
+    )
 
 
 class TrainConfig(Section):
