@@ -40,4 +40,4 @@ def verdict(windows: Sequence[Window], since: float = 0.0) -> str | None:
     if len(newest) < WINDOWS or not all(parted(window) for window in newest):
         return None
     told = " and ".join(f"{w.proxy:+.2f} reward, {100 * w.gold:+.1f} gold points over {w.items} items" for w in newest)
-    return f"over-optimisation: in {WINDOWS} runs one after the other the reward model was pleased and gold was not ({told})"
+    return f"over-optimisation: in {WINDOWS} runs on end the reward model was pleased and gold was not ({told})"
