@@ -272,14 +272,15 @@ WITH pinned AS (
     SELECT * FROM history.scores WHERE tenant = $tenant AND policy = $policy AND reward_version = $reward_version
     QUALIFY row_number() OVER (PARTITION BY episode, call ORDER BY version DESC, log_offset DESC) = 1
 ), scored AS (
-    SELECT n.episode, n.call, n.source, n.label,
+    SELECT n.episode, n.call, n.source, n.label, n.quarantined,
            CASE WHEN n.source = 'model' AND p.call IS NOT NULL THEN p.reward ELSE n.reward END AS reward,
            CASE WHEN n.source = 'model' AND p.call IS NOT NULL THEN p.mask ELSE n.mask END AS mask,
            CASE WHEN n.source <> 'model' THEN n.source ELSE coalesce(p.reward_version, n.reward_version) END AS said_by
     FROM scores n LEFT JOIN pinned p ON p.episode = n.episode AND p.call = n.call
     WHERE n.tenant = $tenant AND n.policy = $policy
 ), able AS (
-    SELECT t.episode, t.version, t.call, t.subject, t.messages AS prompt_messages, t.answer, t.correction,
+    SELECT t.episode, t.version, t.call, t.subject, t.messages AS prompt_messages, t.answer,
+           CASE WHEN s.quarantined IS NULL THEN t.correction END AS correction,
            s.reward, s.mask, s.source, s.label, t.policy_version, t.temperature, t.turn, t.turns,
            coalesce(t.tools_offered, '[]') AS tools, t.raters, t.time AS started, s.said_by,
            coalesce(json_extract(t.output, '$.tool_calls')::VARCHAR, '[]') AS tool_calls

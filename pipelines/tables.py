@@ -163,6 +163,7 @@ FEEDS: dict[str, Feed] = {
                 "source": text,
                 "label": number,
                 "predicted": number,
+                "quarantined": text,
                 "time": number,
             },
             identity=("tenant", "policy", "episode", "call"),

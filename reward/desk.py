@@ -1,8 +1,8 @@
 """Everything that scores one (tenant, policy): the live model, the snapshot that scores, what is watched.
 
-State, below ``model/<tenant>/<policy>/``: the pieces of :mod:`reward.durable`, and ``desk`` (version that scores,
-what is watched, how often the desk was written). A desk in memory is a cache of it: ``stale`` tells where a batch
-was given up after the desk had learned from it.
+State, below ``model/<tenant>/<policy>/``: the pieces of :mod:`reward.durable`, below ``guard/`` those of
+:mod:`reward.poison`, and ``desk`` (version that scores, what is watched, how often the desk was written). A desk in
+memory is a cache of it: ``stale`` tells where a batch was given up after the desk had learned from it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from everloop.stream import State
 from reward import durable
 from reward.features import Example
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
+from reward.poison import Guard
 from reward.watch import Watch
 
 logger = logging.getLogger(__name__)
+GUARD = "guard/"
 WAY_OUT = (
     "Set this policy's [reward] encoder, heads and reservoir back; or, to learn again what the log still has, stop the "
     "reward service and delete its state (state/score.db below the home; docs/operations.md for Kafka)"
@@ -42,6 +44,7 @@ class Desk:
         self.tenant, self.policy = tenant, policy
         self.live = RewardModel(config, encoder)
         self.watch = Watch(config.window)
+        self.guard = Guard(config.reservoir, config.trusted)
         self.scoring = self.live
         self.version = ""
         self.prefix = f"model/{tenant}/{policy}/"
@@ -56,6 +59,8 @@ class Desk:
         """
         pieces = {key.removeprefix(self.prefix): value for key, value in state.scan(self.prefix)}
         desk = json.loads(pieces.pop("desk", b"{}"))
+        guarded = [name for name in pieces if name.startswith(GUARD)]
+        self.guard.restore({name.removeprefix(GUARD): pieces.pop(name) for name in guarded})
         try:
             if not durable.restore(self.live, pieces.items()):
                 return self
@@ -82,6 +87,11 @@ class Desk:
         self._writes += 1
         for name, value in durable.changes(self.live):
             state.put(self.prefix + name, value)
+        for name, held in self.guard.changes():
+            if held is None:
+                state.delete(f"{self.prefix}{GUARD}{name}")
+            else:
+                state.put(f"{self.prefix}{GUARD}{name}", held)
         desk = {"version": self.version, "writes": self._writes, "watch": self.watch.dump()}
         state.put(f"{self.prefix}desk", json.dumps(desk).encode())
 
@@ -141,5 +151,6 @@ class Desk:
             "drift": self._paged(),
             "frozen": live.frozen,
             "topics": len(live.topics.centres),
+            "poison": self.guard.status(),
             **self.watch.status(),
         }

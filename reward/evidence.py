@@ -125,6 +125,16 @@ def said(episode: Episode, trust: Reliability = SUPPOSED) -> list[Said]:
     ]
 
 
+def words_of(episode: Episode, number: int, lesson: Label | Pair) -> list[Feedback]:
+    """The words that a lesson about a turn was made of."""
+    whole = episode.feedback if number == last_turn(episode) or "<" in lesson.id else ()
+    words = [*episode.turns[number].feedback, *whole]
+    if isinstance(lesson, Pair):
+        return [word for word in words if word.id == lesson.id]
+    labelling = (*SPOKEN, FeedbackKind.OUTCOME, FeedbackKind.CORRECTION)
+    return [word for word in words if word.kind in labelling]
+
+
 def lessons(episode: Episode, examples: list[Example], trust: Reliability = SUPPOSED) -> list[tuple[int, Label | Pair]]:
     """What there is to learn from an episode, each with its turn. Ids name what was said: unchanged, it is the same.
 

@@ -29,7 +29,7 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, REWARDS, SCORES
 
-from reward import declaration, evidence
+from reward import declaration, evidence, poison
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
@@ -128,8 +128,10 @@ class RewardHandler:
                 self._open(state, tenant, policy)
             self._encode()
             outputs = [record for read in self._waiting for record in self._take(state, read)]
-            for at in desks:
-                self._desks[at].write(state)
+            for at, desk in self._desks.items():
+                if at in desks or desk.guard.vouched():
+                    outputs += _let_in(state, desk, now)
+                    desk.write(state)
         except BaseException:
             self._desks.clear()
             raise
@@ -199,17 +201,18 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     read = replace(read, lessons=evidence.lessons(read.episode, read.examples, trust) if read.lessons else [])
     _take_back(desk, read, known)
     for number, lesson in read.lessons:
-        if lesson.id in known.learned:
-            continue
         call = known.call(read.episode.turns[number].call.id)
+        if lesson.id in known.learned or lesson.id in call.get("held", {}):
+            continue
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
         if isinstance(lesson, Label):
             lesson = replace(lesson, watched=first)
+        verdict = _weighed(desk, read, number, lesson)
+        if verdict.rule:
+            call.setdefault("held", {})[lesson.id] = verdict.says
+            continue
         able = desk.live.may_judge
-        expected, due = desk.learn(lesson)
-        known.learned.append(lesson.id)
-        if desk.live.trace is not None:
-            call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]
+        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call)
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             if able:
@@ -241,10 +244,46 @@ def _hear(desk: Desk, episode: Episode, known: Known) -> None:
 
 def _words(desk: Desk, episode: Episode, number: int | None, call: dict[str, Any]) -> list[list[Any]]:
     """The words about a turn that anything may be learned from, as they are kept; of a turn that is gone, none."""
-    if number is None or not teaches(episode):
+    if number is None or not teaches(episode) or call.get("held"):
         return []
     found = evidence.pieces(episode, number, call.get("vote"), desk.live.reliability)
     return [list(piece) for piece in found[:MOST_WORDS]]
+def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair) -> poison.Verdict:
+    """What the guard makes of a lesson; what it holds is kept for a person."""
+    episode = read.episode
+    call = episode.turns[number].call.id
+    words = evidence.words_of(episode, number, lesson)
+    raters = [word.rater or episode.subject for word in words if word.source is None]
+    time = max((word.time for word in words), default=episode.updated)
+    verdict = desk.guard.weigh(lesson, [rater for rater in raters if rater], call, time)
+    if verdict.rule:
+        desk.guard.hold(lesson, verdict, episode.id, call, time)
+    return verdict
+
+
+def _teach(desk: Desk, lesson: Label | Pair, known: Known, call: dict[str, Any]) -> tuple[float, bool]:
+    """See :meth:`Desk.learn`; the episode remembers it."""
+    expected, due = desk.learn(lesson)
+    known.learned.append(lesson.id)
+    if desk.live.trace is not None:
+        call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]
+    return expected, due
+
+
+def _let_in(state: State, desk: Desk, now: float) -> list[NewRecord]:
+    """Learn what was held and a person trusts by now. Its score stays: the episode is not at hand."""
+    outputs = []
+    for about, lesson in desk.guard.vouched():
+        mark = f"episode/{desk.tenant}/{desk.policy}/{about['episode']}"
+        held = state.get(mark)
+        known = Known.unpacked(held) if held else Known()
+        call = known.call(about["call"])
+        call.get("held", {}).pop(lesson.id, None)
+        desk.guard.drop(lesson.id)
+        _, due = _teach(desk, lesson, known, call)
+        state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
+        outputs += [version_record(desk, about["time"])] if due else []
+    return outputs
 
 
 def _take_back(desk: Desk, read: Read, known: Known) -> None:
@@ -254,20 +293,27 @@ def _take_back(desk: Desk, read: Read, known: Known) -> None:
         taught = known.call(turn.call.id).get("taught", {})
         for name in [name for name in taught if name not in standing]:
             desk.live.take_back(name, example, Trace(*taught.pop(name)))
+            desk.guard.forget(name)
             known.learned.remove(name)
+        held = known.call(turn.call.id).get("held", {})
+        for name in [name for name in held if name not in standing]:
+            desk.guard.forget(name)
+            del held[name]
 
 
 def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Scores of the calls that are new, or of which something else is said than when they were scored last."""
     episode = read.episode
-    digests = [
-        hashlib.blake2b(repr((both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
-        for both in zip(read.said, read.examples, strict=True)
-    ]
     calls = [known.call(turn.call.id) for turn in episode.turns]
+    held = [next(iter(call.get("held", {}).values()), None) for call in calls]
+    digests = [
+        hashlib.blake2b(repr((*both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
+        for both in zip(read.said, held, read.examples, strict=True)
+    ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
-    said = evidence.said(episode, desk.scoring.reliability)
+    heard = evidence.said(episode, desk.scoring.reliability)
+    said = [evidence.NOTHING if why else one for one, why in zip(heard, held, strict=True)]
     outputs = []
     for i, estimate in zip(fresh, estimates, strict=True):
         score = score_of(
@@ -275,6 +321,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             i,
             estimate,
             said[i],
+            quarantined=held[i],
             version=desk.version,
             pessimism=desk.scoring.config.pessimism,
             predicted=calls[i].get("predicted"),
@@ -297,6 +344,7 @@ def score_of(
     version: str,
     pessimism: float,
     predicted: float | None,
+    quarantined: str | None = None,
 ) -> Score:
     """The score of one turn: the strongest source decides; a failed call or a quarantined episode is masked."""
     final, source = evidence.decide(estimate, said, pessimism)
@@ -315,6 +363,7 @@ def score_of(
         source=source,
         label=said.label,
         predicted=predicted,
+        quarantined=quarantined,
         time=episode.updated,
     )
 

@@ -37,6 +37,7 @@ class Spoken(NamedTuple):
     reward_version: str
     version: int
     predicted: float | None
+    quarantined: str | None = None
 
 
 def newest_version(log: Log, tenant: str, policy: str) -> str:
@@ -80,7 +81,8 @@ def rescore(
 def _spoken(scores: Iterable[Score]) -> dict[tuple[str, str], Spoken]:
     """By (episode, call): of all partitions together, since a score does not lie where its episode does."""
     return {
-        (score.episode, score.call): Spoken(score.reward_version, score.version, score.predicted) for score in scores
+        (score.episode, score.call): Spoken(score.reward_version, score.version, score.predicted, score.quarantined)
+        for score in scores
     }
 
 
@@ -112,10 +114,16 @@ def _rescored(
             estimate = next(estimates)
             held = before.get((episode.id, episode.turns[turn].call.id))
             if held is None or held.reward_version != version or held.version != episode.version:
-                said_before = held.predicted if held else None
-                pessimism = model.config.pessimism
+                why = held.quarantined if held else None
                 score = score_of(
-                    episode, turn, estimate, said, version=version, pessimism=pessimism, predicted=said_before
+                    episode,
+                    turn,
+                    estimate,
+                    evidence.NOTHING if why else said,
+                    version=version,
+                    pessimism=model.config.pessimism,
+                    predicted=held.predicted if held else None,
+                    quarantined=why,
                 )
                 yield score_record(score)
 

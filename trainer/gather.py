@@ -106,7 +106,9 @@ def _episodes(batch: Batch, recipe: Recipe) -> list[list[BatchItem]]:
 
 
 def _is_judged(item: BatchItem, recipe: Recipe) -> bool:
-    return item.label is not None if recipe.reward.source == "feedback" else item.mask
+    if recipe.reward.source == "feedback" and item.label is not None:
+        return fit(2 * item.label - 1)
+    return recipe.reward.source != "feedback" and item.mask and fit(item.reward)
 
 
 def _in_ppo(item: BatchItem, sources: Sources) -> bool:
@@ -253,32 +255,42 @@ def _fits(sample: Sample, policy: Policy) -> bool:
 
 
 def _beliefs(judge: Judge | None, examples: Sequence[Example]) -> list[float]:
-    """The judge's calibrated probability that each answer is good; 1 where it has no right to an opinion."""
+    """The judge's calibrated probability that each answer is good; 1 where it has no right to an opinion, 0 where what
+    it says is no probability.
+    """
     if judge is None or not examples:
         return [1.0] * len(examples)
-    return [estimate.value if estimate.mask else 1.0 for estimate in judge.estimate(examples)]
+    found = judge.estimate(examples)
+    return [(one.value if fit(one.reward, one.value) else 0.0) if one.mask else 1.0 for one in found]
 
 
 def fresh(sources: Sources, recipe: Recipe, engine: Engine, seed: int) -> list[Answer]:
     """Rollouts on the newest distinct prompts, last turns only, judged; identical answers once, with their count."""
     if recipe.rollouts.prompts == 0:
         return []
-    length = _longest(sources, recipe)
-    asked = _recent_prompts(sources, recipe.rollouts.prompts, length)
+    length = longest(sources, recipe)
+    asked = recent_prompts(sources, recipe.rollouts.prompts, length)
     drawn = engine.rollouts(list(asked), Sampling(recipe.rollouts.samples, length), seed)
-    made = [
-        _drawn(prompt, item, rollout, rollout.count / recipe.rollouts.samples, sources.policy)
-        for (prompt, item), rollouts in zip(asked.items(), drawn, strict=True)
-        for rollout in rollouts
-    ]
+    judged = judged_rollouts(asked, drawn, recipe.rollouts.samples, sources)
     answered = {item.episode: item for item in asked.values()}
-    judged = _judged(made, answered, sources.judge)
     if sources.keep is not None and judged:
         sources.keep([(answer, answered[answer.episode]) for answer in judged])
     return judged
 
 
-def _longest(sources: Sources, recipe: Recipe) -> int:
+def judged_rollouts(
+    asked: dict[tuple[int, ...], BatchItem], drawn: Sequence[Sequence[Rollout]], samples: int, sources: Sources
+) -> list[Answer]:
+    """Rollouts of each prompt, ``samples`` of it, with the judge's word."""
+    made = [
+        _drawn(prompt, item, rollout, rollout.count / samples, sources.policy)
+        for (prompt, item), rollouts in zip(asked.items(), drawn, strict=True)
+        for rollout in rollouts
+    ]
+    return _judged(made, {item.episode: item for item in asked.values()}, sources.judge)
+
+
+def longest(sources: Sources, recipe: Recipe) -> int:
     """Tokens of a rollout, at most. Half of the context is left to the prompt, whatever the policy may say."""
     return min(recipe.rollouts.max_tokens or sources.max_tokens, sources.policy.context // 2)
 
@@ -313,7 +325,7 @@ def heard(completion: Sequence[int], item: BatchItem, policy: Policy) -> dict[st
     return {"content": words, "tool_calls": calls}
 
 
-def _recent_prompts(sources: Sources, most: int, length: int) -> dict[tuple[int, ...], BatchItem]:
+def recent_prompts(sources: Sources, most: int, length: int) -> dict[tuple[int, ...], BatchItem]:
     """The newest ``most`` distinct prompts of last turns, by tokens, each with the call that it comes from.
 
     Prompts that leave no room for an answer of ``length`` tokens are passed over: one of them would cut all others.
@@ -341,10 +353,20 @@ def _judged(
         return []
     texts = {episode: prompt_text(item.prompt_messages) for episode, item in items.items()}
     estimates = judge.estimate([Example(texts[a.episode], a.text, structure) for a, structure in answers])
+    unfit = sum(not fit(said.reward, said.value) for said in estimates)
+    if unfit:
+        logger.warning("%d rewards of rollouts are no numbers from -1 to 1: those answers teach nothing", unfit)
     return [
-        replace(answer, reward=said.reward, belief=said.value) if said.mask else replace(answer, weight=0.0)
+        replace(answer, reward=said.reward, belief=said.value)
+        if said.mask and fit(said.reward, said.value)
+        else replace(answer, weight=0.0)
         for (answer, _), said in zip(answers, estimates, strict=True)
     ]
+
+
+def fit(reward: float, belief: float = 0.0) -> bool:
+    """Whether a judge's words are what they should be; what is not a number, or out of range, is never learned from."""
+    return -1 <= reward <= 1 and 0 <= belief <= 1
 
 
 def informative(rollouts: Sequence[Answer], recipe: Recipe, told: Sequence[Answer] = ()) -> list[Answer]:
@@ -371,7 +393,7 @@ def proposed(sources: Sources, recipe: Recipe) -> list[Answer]:
     """
     if recipe.replay.proposals == 0 or recipe.replay.believed == 0 or sources.judge is None:
         return []
-    asked = _recent_prompts(sources, recipe.rollouts.prompts, 1)
+    asked = recent_prompts(sources, recipe.rollouts.prompts, 1)
     texts = [prompt_text(item.prompt_messages) for item in asked.values()]
     found = _proposals(texts, sources.batch, sources.judge.encoder.encode, recipe.replay.proposals)
     made = [

@@ -25,6 +25,7 @@ from trainer.gather import Sources
 from trainer.material import Material
 from trainer.policy import base
 from trainer.policy.base import Policy
+from trainer.proxy import proxy
 from trainer.recipe import Recipe
 from trainer.request import PROGRESS, VALUE_HEAD, Request, Trained, write_json
 
@@ -114,8 +115,12 @@ class Learner:
             )
         # The engine has the parent's weights now, also in a run that will go on from a checkpoint.
         apart = mismatch.of_calls(sources.batch, sources.policy, training.engine, mismatch.parent_of(request.parent))
+        before = proxy(sources, recipe, training.engine)
         recipes.algorithm(recipe)(training)
+        after = proxy(sources, recipe, training.engine)
         metrics = {"seconds": time.monotonic() - started} | (apart.named("calls") if apart else {})
+        if before is not None and after is not None:
+            metrics |= {"proxy_before": before, "proxy_after": after}
         return self._finish(training, Path(request.adapters), metrics)
 
     def _finish(self, training: Training, adapters: Path, metrics: dict[str, float]) -> Trained:

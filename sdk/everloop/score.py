@@ -34,6 +34,7 @@ class Score(Contract):
     source: Literal["outcome", "feedback", "model"] = "model"
     label: float | None = Field(default=None, description="None: nobody said anything")
     predicted: float | None = Field(default=None, description="before learning from label; None without one")
+    quarantined: str | None = Field(default=None, description="why what was said is not believed; None: it is")
     time: float = Field(description="of the episode version, seconds since 1970")
 
     @property

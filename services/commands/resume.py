@@ -12,10 +12,11 @@ from services.installation import Installation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(parser, all_of_them=True)
+    parser.add_argument("--reason", metavar="TEXT", help="why runs may start again; kept in the log")
     add_wait(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         pairs = here.policies(options.policy)
-        return max(give(options, here, CommandKind.RESUME, pair) for pair in pairs)
+        return max(give(options, here, CommandKind.RESUME, pair, reason=options.reason) for pair in pairs)

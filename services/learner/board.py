@@ -38,6 +38,9 @@ RUNNING = Gauge("everloop_learner_running", "1 while a run is under way", ["poli
 SCORED = Gauge("everloop_learner_new_episodes", "Scored episodes since the last run started", ["policy"])
 
 
+FROZEN = Counter("everloop_learner_overoptimised", "Times that training was paused for over-optimisation", ["policy"])
+
+
 class Board:
     """The newest word on each policy."""
 
@@ -59,6 +62,9 @@ class Board:
             self._policy(key).update(changes)
         if isinstance(decision, Waiting):
             self.waiting(key, decision)
+
+    def frozen(self, key: str) -> None:
+        FROZEN.labels(key).inc()
 
     def waiting(self, key: str, waiting: Waiting) -> None:
         with self._lock:

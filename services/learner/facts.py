@@ -23,6 +23,8 @@ from everloop.stream import State
 from everloop.topics import ADAPTERS, COMMANDS, PAUSES, RELEASES, REWARDS, ROUTES, RUNS, SCORES
 from everloop.wire import BlobStore
 
+from pipelines.overoptimise import Window
+
 RECENT = 200
 """Calls over which the mean reward, and labels over which the share of good ones, are taken."""
 REMEMBERED = 64
@@ -35,7 +37,8 @@ class Facts:
 
     ``lives`` are the versions that were live, newest first. ``orders`` are retrain commands that no run came of yet,
     oldest first. ``deciding`` is the newest release that is on its way: adapter, state, time of that state.
-    ``runs`` maps adapters to the runs that made them.
+    ``runs`` maps adapters to the runs that made them. ``windows``: see :mod:`pipelines.overoptimise`, newest last;
+    ``resumed``: when a person last let runs start again, which looks away from the windows before.
     """
 
     scored: int = 0
@@ -44,6 +47,9 @@ class Facts:
     reward_before: float | None = None
     labels_before: float | None = None
     paused: bool = False
+    paused_why: str = ""
+    resumed: float = 0.0
+    windows: list[list[Any]] = field(default_factory=list)
     live: str = BASE
     uris: dict[str, str] = field(default_factory=dict)
     lives: list[str] = field(default_factory=lambda: [BASE])
@@ -132,10 +138,23 @@ def _route(facts: Facts, route: Route) -> None:
 
 
 def _release(facts: Facts, release: Release) -> None:
+    _window(facts, release)
     if release.state in DECIDING:
         facts.deciding = {"adapter": release.adapter, "state": release.state.value, "time": release.time}
     elif facts.deciding is not None and facts.deciding["adapter"] == release.adapter:
         facts.deciding = None
+
+
+def _window(facts: Facts, release: Release) -> None:
+    """What the gate said of a run's candidate, beside what the reward model had said: once a run."""
+    run, metrics = release.evidence.get("run"), release.evidence.get("metrics") or {}
+    gold = (release.evidence.get("gate") or {}).get("gold") or {}
+    if not {"proxy_before", "proxy_after"} <= metrics.keys() or not {"gain", "items"} <= gold.keys():
+        return
+    if run not in {window[0] for window in facts.windows}:
+        proxy = metrics["proxy_after"] - metrics["proxy_before"]
+        window = Window(str(run), proxy, float(gold["gain"]), int(gold["items"]), release.time)
+        facts.windows = [*facts.windows, list(window)][-REMEMBERED:]
 
 
 def _adapter(facts: Facts, adapter: Adapter) -> None:
@@ -151,6 +170,8 @@ def _command(facts: Facts, command: Command) -> None:
 def _pause(facts: Facts, command: Command) -> None:
     if command.kind in (CommandKind.PAUSE, CommandKind.RESUME):
         facts.paused = command.kind is CommandKind.PAUSE
+        facts.paused_why = str(command.arguments.get("reason") or "") if facts.paused else ""
+        facts.resumed = facts.resumed if facts.paused else command.time
 
 
 def _run(facts: Facts, run: Run) -> None:

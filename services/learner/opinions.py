@@ -15,7 +15,7 @@ from everloop.config import RewardConfig
 from pipelines.batch import BatchItem, Rescore
 from pipelines.store import Store
 from reward import evidence
-from reward.evidence import Said
+from reward.evidence import NOTHING, Said
 from reward.features import Example, examples
 from reward.model import Estimate
 from reward.reliability import Reliability, of_snapshot
@@ -32,7 +32,9 @@ def rescoring(store: Store, tenant: str, policy: str, snapshot: Path, config: Re
         known = [item.call for item in items if item.call in seen]
         estimates = dict(zip(known, ask(snapshot, config.encoder, [seen[call][0] for call in known]), strict=True))
         return [
-            _final(estimates[item.call], seen[item.call][1], config.pessimism) if item.call in seen else (0.0, False)
+            _final(estimates[item.call], _believed(item, seen[item.call][1]), config.pessimism)
+            if item.call in seen
+            else (0.0, False)
             for item in items
         ]
 
@@ -48,6 +50,11 @@ def _seen(
         turns = zip(episode.turns, examples(episode), evidence.said(episode, trust), strict=True)
         found.update({turn.call.id: (example, said) for turn, example, said in turns})
     return found
+
+
+def _believed(item: BatchItem, said: Said) -> Said:
+    """Nothing, where the scorer did not believe what was said: then the score was the model's though somebody spoke."""
+    return NOTHING if item.source == "model" and said.label is not None else said
 
 
 def _final(estimate: Estimate, said: Said, pessimism: float) -> tuple[float, bool]:

@@ -26,6 +26,7 @@ from everloop.home import Home
 from everloop.registry import Registry
 from everloop.run import Run
 
+from pipelines.overoptimise import Window, verdict
 from reward.features import Example
 from reward.model import Estimate
 from services.learner.board import Board
@@ -99,6 +100,7 @@ class Runner:
             if self._stop.is_set():
                 return
             key = f"{tenant}/{policy}"
+            self._freeze(tenant, policy, self._facts.known(key))
             facts = self._facts.known(key)
             decision = decide(facts, self._config.policy(tenant, policy).train, self._clock())
             self._board.facts(key, facts, decision)
@@ -106,6 +108,17 @@ class Runner:
                 run = self._begin(tenant, policy, decision, facts)
                 if run is not None:
                     self._carry_through(run)
+
+    def _freeze(self, tenant: str, policy: str, facts: Facts) -> None:
+        """Order a pause where the reward model is over-optimised; wait until it is noted, so that no run starts."""
+        why = None if facts.paused else verdict([Window(*each) for each in facts.windows], since=facts.resumed)
+        if why is None:
+            return
+        self._runs.pause(tenant, policy, why, facts.windows[-1][0], self._clock())
+        logger.warning("%s/%s: no more runs: %s", tenant, policy, why)
+        self._board.frozen(f"{tenant}/{policy}")
+        while not self._stop.is_set() and not self._facts.known(f"{tenant}/{policy}").paused:
+            self._stop.wait(0.05)
 
     def _begin(self, tenant: str, policy: str, due: Due, facts: Facts) -> Run | None:
         """None where it cannot start: an order is answered with the cause, a trigger is looked at again later."""

@@ -31,8 +31,8 @@ from everloop.log.base import Log, NewRecord
 from everloop.names import Checkpoint, Checkpoints
 from everloop.registry import Registry
 from everloop.release import Adapter
-from everloop.run import Run, RunState
-from everloop.topics import ADAPTERS, CHECKPOINTS, RUNS
+from everloop.run import Command, CommandKind, Run, RunState
+from everloop.topics import ADAPTERS, CHECKPOINTS, PAUSES, RUNS
 
 from pipelines.batch import Batch, newest_reward, select
 from pipelines.gold import GoldSet
@@ -173,6 +173,19 @@ class Runs:
             return base.folder(self._config.policy(tenant, policy).base, self._config.cache.absolute())
 
         return servable.of(self._config.serving, folder)
+
+    def pause(self, tenant: str, policy: str, why: str, about: str, now: float) -> None:
+        """Order that no run and no canary starts until a person resumes; the same order for the same run's window."""
+        pause = Command(
+            id=f"overoptimised-{about}",
+            kind=CommandKind.PAUSE,
+            tenant=tenant,
+            policy=policy,
+            arguments={"reason": why},
+            by="the learner",
+            time=now,
+        )
+        self._append((PAUSES.name, pause))
 
     def under_way(self) -> list[Run]:
         """Runs that a kill interrupted, oldest first."""

@@ -39,7 +39,8 @@ def decide(facts: Facts, train: TrainConfig, now: float) -> Due | Waiting:
         return Due(f"ordered by {facts.orders[0].get('by') or 'a person'}", facts.orders[0])
     numbers = {"scored": float(facts.scored), "min_scored": float(train.min_scored)}
     if facts.paused:
-        return Waiting("paused: 'everloop resume' lets the next run start", numbers)
+        why = f" by {facts.paused_why}" if facts.paused_why else ""
+        return Waiting(f"paused{why}: 'everloop resume' lets the next run start", numbers)
     if (trial := _trial(facts, now)) is not None:
         return Waiting(trial, numbers)
     reason = _new_episodes(facts, train) or _cadence(facts, train, now) or _worse(facts, train)

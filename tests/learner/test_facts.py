@@ -170,3 +170,33 @@ def test_policies_do_not_mix(fold: Fold):
 def test_bytes_that_are_no_contract_are_refused(fold: Fold):
     with pytest.raises(ContractError):
         fold.handler.handle(fold.state, Record(RUNS.name, 0, 0, "bank/desk", b"junk", {}, 0.0), 0.0)
+
+
+def examined(name: str, gain: float, time: float) -> tuple[Any, Release]:
+    """The release of a run's candidate after the gate."""
+    evidence = {
+        "run": f"run-{name}",
+        "metrics": {"proxy_before": 0.1, "proxy_after": 0.3},
+        "gate": {"gold": {"gain": gain, "items": 100}},
+    }
+    return RELEASES, Release(
+        id=name, **BY, adapter=name, uri="u", state=ReleaseState.REJECTED, evidence=evidence, time=time
+    )
+
+
+def test_each_run_s_candidate_is_one_window(fold: Fold):
+    facts = fold.read(examined("a", 0.02, 3.0), examined("a", 0.02, 4.0), examined("b", -0.01, 5.0))
+    assert facts.windows == [
+        ["run-a", pytest.approx(0.2), 0.02, 100, 3.0],
+        ["run-b", pytest.approx(0.2), -0.01, 100, 5.0],
+    ]
+    without = RELEASES, Release(id="c", **BY, adapter="c", uri="u", evidence={"run": "c"}, time=6.0)
+    assert fold.read(without).windows == facts.windows
+
+
+def test_a_pause_keeps_its_reason_until_somebody_resumes(fold: Fold):
+    pause = Command(id="p", kind=CommandKind.PAUSE, **BY, arguments={"reason": "over-optimisation"}, time=6.0)
+    facts = fold.read((PAUSES, pause))
+    assert (facts.paused_why, facts.resumed) == ("over-optimisation", 0.0)
+    facts = fold.read((PAUSES, Command(id="r", kind=CommandKind.RESUME, **BY, time=7.0)))
+    assert (facts.paused, facts.paused_why, facts.resumed) == (False, "", 7.0)

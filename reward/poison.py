@@ -1,0 +1,310 @@
+"""Who may move the reward model, and how far: shares, bursts and duplicates. One guard for each (tenant, policy).
+
+::
+
+    lesson ─▶ burst? duplicate? ──yes──▶ held: not learned, counted, named, shown; a person's trust lets it in
+                 └──no──▶ weight cut to its raters' share ─▶ learned
+
+**Share.** Of the newest ``window`` lessons, which are what replay draws from, no rater holds more than 1% of the
+weight, or three equal shares where there are fewer than 300 raters, at the time each lesson is learned. A lesson that
+hardly any weight is left for is held.
+
+**Burst.** In a minute of event time, more than BURST lessons of one rater, of one call, or in favour of one answer
+(by many raters), and more than TIMES what their part of the window before makes expected. So what was always frequent
+is no burst, and nothing is while little is known.
+
+**Duplicate.** The same words of the same rater about the same prompt, more than TWINS times in the window.
+
+A lesson whose rater is not known has no share and is no rater's burst. The first BURST lessons of a burst are learned:
+until then it is none. Event times may come in any order within LATE minutes of the newest; what is later counts with
+the oldest minute kept. The same lessons in the same order give the same verdicts. Memory: ``window`` slots of about 100
+bytes, LATE minutes of at most WATCHED keys, MOST_HELD held lessons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple, TypeVar
+
+import ormsgpack
+
+from reward.features import Example, Structure
+from reward.model import Label, Pair
+
+WORDS = re.compile(r"\w+")
+MOST_SHARE = 0.01
+EQUAL_SHARES = 3
+MINUTE = 60.0
+BURST = 20
+TIMES = 10.0
+TWINS = 3
+LATE = 5
+WATCHED = 2000
+MOST_HELD = 1000
+LEAST = 0.05  # of a lesson's weight: with less, it is held
+RULES = ("burst of a rater", "burst about a call", "burst for an answer", "duplicate", "share")
+V = TypeVar("V")
+
+
+class Seen(NamedTuple):
+    """A learned lesson in the window. ``raters``: names, none where they are not known."""
+
+    lesson: str
+    raters: list[str]
+    answer: str
+    twin: str
+    weight: float
+
+
+EMPTY = Seen("", [], "", "", 0.0)
+
+
+class Verdict(NamedTuple):
+    """The weight that a lesson is learned with; 0: it is held, by the rule and for the ``name`` to trust."""
+
+    weight: float
+    rule: str = ""
+    name: str = ""
+    says: str = ""
+
+
+def share_of_each(raters: int) -> float:
+    """The largest share that one of so many raters may hold. Example: ``share_of_each(10) == 0.3``."""
+    return min(1.0, max(MOST_SHARE, EQUAL_SHARES / max(raters, 1)))
+
+
+def normal(text: str) -> str:
+    """Near-identical texts are one: case, punctuation and white space do not count."""
+    return " ".join(WORDS.findall(text.lower())) or text
+
+
+def name_of(kind: str, *parts: str) -> str:
+    return f"{kind}:{hashlib.blake2b(chr(0).join(parts).encode('utf-8', 'replace'), digest_size=8).hexdigest()}"
+
+
+class Guard:
+    """``trusted``: names (``rater:…``, ``answer:…``, ``call:…``) that a person vouches for; shares bind them too."""
+
+    def __init__(self, window: int, trusted: Iterable[str] = ()) -> None:
+        self.window = window
+        self.trusted = frozenset(trusted)
+        self.slots: list[Seen] = []
+        self.count = 0
+        self.minutes: dict[int, Counter[str]] = {}
+        self.counted: Counter[str] = Counter()
+        self.held: dict[str, bytes] = {}
+        self._weights: defaultdict[str, float] = defaultdict(float)
+        self._numbers: Counter[str] = Counter()
+        self._named = 0.0
+        self._slot_of: dict[str, int] = {}
+        self._changed_slots: set[int] = set()
+        self._changed_held: set[str] = set()
+
+    def weigh(self, lesson: Label | Pair, raters: Iterable[str], call: str, time: float) -> Verdict:
+        """What becomes of a lesson said at ``time`` (event time, seconds); what is learned is noted as learned."""
+        seen = _seen(lesson, [name_of("rater", rater) for rater in sorted(set(raters))])
+        minute = self._minute(time, [*seen.raters, name_of("call", call), seen.answer])
+        verdict = self._burst(seen, name_of("call", call), minute) or self._twin(seen) or self._cut(seen)
+        if verdict.rule:
+            self.counted[verdict.rule] += 1
+            return verdict
+        if verdict.weight < seen.weight:
+            self.counted["cut"] += 1
+        self._note(seen._replace(weight=verdict.weight))
+        return verdict
+
+    def _minute(self, time: float, names: Iterable[str]) -> Counter[str]:
+        """Count a lesson in its minute; returns the minute, ``""`` being how many lessons it has."""
+        newest = max([int(time // MINUTE), *self.minutes])
+        at = max(int(time // MINUTE), newest - LATE + 1)
+        for old in [each for each in self.minutes if each <= newest - LATE]:
+            del self.minutes[old]
+        minute = self.minutes.setdefault(at, Counter())
+        minute[""] += 1
+        for name in names:
+            if name in minute or len(minute) < WATCHED:
+                minute[name] += 1
+        return minute
+
+    def _burst(self, seen: Seen, call: str, minute: Counter[str]) -> Verdict | None:
+        rushed = [rater for rater in seen.raters if self._rushes(rater, minute)]
+        if rushed and len(rushed) == len(seen.raters):
+            return _held(RULES[0], rushed[0], f"{minute[rushed[0]]} words of one rater in a minute")
+        if self._rushes(call, minute):
+            return _held(RULES[1], call, f"{minute[call]} words about one call in a minute")
+        if self._rushes(seen.answer, minute):
+            return _held(RULES[2], seen.answer, f"{minute[seen.answer]} words for one answer in a minute")
+        return None
+
+    def _rushes(self, name: str, minute: Counter[str]) -> bool:
+        now, all_now = minute[name], minute[""]
+        if now <= BURST or name in self.trusted:
+            return False
+        before = max(self._numbers[name] - now + 1, 0) + 1
+        all_before = max(len(self.slots) - all_now + 1, 0) + 1
+        return now > TIMES * all_now * before / all_before
+
+    def _twin(self, seen: Seen) -> Verdict | None:
+        if not seen.raters or self._numbers[seen.twin] < TWINS or self.trusted.issuperset(seen.raters):
+            return None
+        return _held(RULES[3], seen.raters[0], f"one rater said the same of the same words {TWINS} times before")
+
+    def _cut(self, seen: Seen) -> Verdict:
+        """x with held + x ≤ share · (all + x), for the rater who has least left; each has an equal part of x."""
+        if not seen.raters:
+            return Verdict(seen.weight)
+        share = share_of_each(len(self._weights) + sum(rater not in self._weights for rater in seen.raters))
+        if share >= 1:
+            return Verdict(seen.weight)
+        left = min((share * self._named - self._weights.get(rater, 0.0)) / (1 - share) for rater in seen.raters)
+        weight = min(seen.weight, len(seen.raters) * left)
+        if weight >= LEAST * seen.weight:
+            return Verdict(weight)
+        return _held(RULES[4], seen.raters[0], f"its rater holds {share:.1%} of the window's weight already")
+
+    def _note(self, seen: Seen) -> None:
+        slot = self.count % self.window
+        if slot < len(self.slots):
+            self._clear(slot)
+            self.slots[slot] = seen
+        else:
+            self.slots.append(seen)
+        self._add(seen, 1)
+        self._slot_of[seen.lesson] = slot
+        self.count += 1
+        self._changed_slots.add(slot)
+
+    def forget(self, lesson: str) -> None:
+        """Its words were taken back: it is held no more, or gives its raters their share again."""
+        self.drop(lesson)
+        if lesson in self._slot_of:
+            self._changed_slots.add(self._slot_of[lesson])
+            self._clear(self._slot_of[lesson])
+
+    def _clear(self, slot: int) -> None:
+        self._add(self.slots[slot], -1)
+        self._slot_of.pop(self.slots[slot].lesson, None)
+        self.slots[slot] = EMPTY
+
+    def _add(self, seen: Seen, sign: int) -> None:
+        for rater in seen.raters:
+            self._weights[rater] += sign * seen.weight / len(seen.raters)
+        self._named += sign * seen.weight * bool(seen.raters)
+        for name in (*seen.raters, seen.answer, seen.twin) if seen.lesson else ():
+            self._numbers[name] += sign
+            if self._numbers[name] == 0:
+                del self._numbers[name]
+                self._weights.pop(name, None)
+
+    def shares(self) -> dict[str, float]:
+        """Each known rater's share of the window's weight."""
+        return {name: weight / self._named for name, weight in self._weights.items()} if self._named else {}
+
+    def hold(self, lesson: Label | Pair, verdict: Verdict, episode: str, call: str, time: float) -> None:
+        """Keep a lesson for a person to look at; the oldest goes where there are too many."""
+        about = {"rule": verdict.rule, "name": verdict.name, "says": verdict.says, "episode": episode, "call": call}
+        self.held[lesson.id] = ormsgpack.packb({**about, "time": time, "lesson": _packed(lesson)})
+        self._changed_held.add(lesson.id)
+        if len(self.held) > MOST_HELD:
+            self.drop(next(iter(self.held)))
+
+    def drop(self, lesson: str) -> None:
+        """Hold it no more."""
+        if self.held.pop(lesson, None) is not None:
+            self._changed_held.add(lesson)
+
+    def vouched(self) -> list[tuple[dict[str, Any], Label | Pair]]:
+        """Held lessons that a person trusts by now, and what was noted with each; shares bind them still."""
+        found = [ormsgpack.unpackb(one) for one in self.held.values()] if self.trusted else []
+        return [
+            (one, _unpacked(one["lesson"])) for one in found if one["name"] in self.trusted and one["rule"] != "share"
+        ]
+
+    def changes(self) -> Iterator[tuple[str, bytes | None]]:
+        """Pieces of the state that changed since the last call; None: delete it."""
+        for slot in sorted(self._changed_slots):
+            yield f"slot/{slot:07d}", ormsgpack.packb(tuple(self.slots[slot]))
+        for name in sorted(self._changed_held):
+            yield f"held/{name}", self.held.get(name)
+        self._changed_slots.clear()
+        self._changed_held.clear()
+        minutes = [[at, dict(minute)] for at, minute in self.minutes.items()]
+        yield "core", ormsgpack.packb([self.count, dict(self.counted), minutes])
+
+    def restore(self, pieces: Mapping[str, bytes]) -> None:
+        """What was ``changes`` before, in a new guard."""
+        for name, value in sorted(pieces.items()):
+            kind, _, rest = name.partition("/")
+            if kind == "slot":
+                self.slots.append(Seen(*ormsgpack.unpackb(value)))
+                self._add(self.slots[-1], 1)
+                self._slot_of[self.slots[-1].lesson] = len(self.slots) - 1
+            elif kind == "held":
+                self.held[rest] = value
+        self.held = dict(sorted(self.held.items(), key=lambda item: (ormsgpack.unpackb(item[1])["time"], item[0])))
+        if "core" in pieces:
+            self.count, counted, minutes = ormsgpack.unpackb(pieces["core"])
+            self.counted = Counter(counted)
+            self.minutes = {at: Counter(minute) for at, minute in minutes}
+
+    def status(self, most: int = 20) -> dict[str, Any]:
+        """JSON values: counts by rule, how many are held and the newest of them, and the largest share."""
+        newest = [ormsgpack.unpackb(one) for one in list(self.held.values())[-most:]]
+        shown = [{key: value for key, value in one.items() if key != "lesson"} for one in reversed(newest)]
+        return {
+            "quarantined": {rule: self.counted[rule] for rule in RULES if self.counted[rule]},
+            "cut_to_share": self.counted["cut"],
+            "held": len(self.held),
+            "newest_held": shown,
+            "largest_share": max(self.shares().values(), default=0.0),
+        }
+
+
+def same_without(
+    votes: Mapping[str, V], decide: Callable[[list[V]], object], weight: Callable[[V], float], top: int = 3
+) -> str:
+    """Why a decision hangs on a few users; empty: it does not.
+
+    ``votes``: what each user brings. It is decided anew without each of the ``top`` users of the largest weight, and
+    without all of them: where that differs, the decision should not be taken.
+    """
+    first = decide(list(votes.values()))
+    largest = sorted(votes, key=lambda user: (-abs(weight(votes[user])), user))[:top]
+    for left_out in [*([user] for user in largest), largest]:
+        other = decide([vote for user, vote in votes.items() if user not in left_out])
+        if other != first:
+            return f"without {', '.join(left_out)} the decision would be {other!r}, not {first!r}: it is not taken"
+    return ""
+
+
+def _held(rule: str, name: str, says: str) -> Verdict:
+    return Verdict(0.0, rule, name, says)
+
+
+def _seen(lesson: Label | Pair, raters: list[str]) -> Seen:
+    if isinstance(lesson, Pair):
+        prompt, answer, way = lesson.prompt, lesson.chosen, "up"
+    else:
+        prompt, answer, way = lesson.example.prompt, lesson.example.answer, "up" if lesson.value > 0.5 else "down"
+    pushed = name_of("answer", normal(answer), way)
+    return Seen(lesson.id, raters, pushed, name_of("twin", *raters, normal(prompt), normal(answer), way), lesson.weight)
+
+
+def _packed(lesson: Label | Pair) -> dict[str, Any]:
+    return {"pair": isinstance(lesson, Pair), **asdict(lesson)}
+
+
+def _unpacked(held: dict[str, Any]) -> Label | Pair:
+    if held.pop("pair"):
+        return Pair(**{**held, "structure": Structure(**held["structure"])})
+    example = held.pop("example")
+    return Label(**held, example=Example(**{**example, "structure": Structure(**example["structure"])}))
+
+
+def weighted(lesson: Label | Pair, weight: float) -> Label | Pair:
+    """The lesson with the weight that the guard left it."""
+    return lesson if weight == lesson.weight else replace(lesson, weight=weight)
