@@ -13,6 +13,8 @@ and other processes may share them (``everloop worker score``); the numbers are 
 - ``auc``, ``calibration_error``: predict-then-learn, over the last ``reward.window`` labels; null: too few
 - ``reward_mean``, ``thumbs_up_share``: over the newest ``reward.window`` calls; ``reward_fall``, ``thumbs_up_fall``:
   the window before less the newest, positive where it got worse; null: too few
+- ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``refused_version``,
+  ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many did not
 - ``answers_known``: recurring answers whose ratings are remembered
 """
 
