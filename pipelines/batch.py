@@ -255,9 +255,10 @@ def select(
 
 
 def newest_reward(store: Store, tenant: str, policy: str) -> str:
-    """The newest snapshot of the policy's reward model; where none was announced, whose opinion is the newest."""
+    """The newest released reward version of the policy; where none was announced, whose opinion is the newest."""
     for query in (
-        "SELECT version FROM rewards WHERE tenant = ? AND policy = ? ORDER BY time DESC, log_offset DESC LIMIT 1",
+        "SELECT version FROM rewards WHERE tenant = ? AND policy = ? AND state IS DISTINCT FROM 'refused' "
+        "ORDER BY time DESC, log_offset DESC LIMIT 1",
         "SELECT reward_version AS version FROM scores WHERE tenant = ? AND policy = ? "
         "ORDER BY time DESC, log_offset DESC LIMIT 1",
     ):

@@ -240,9 +240,12 @@ FEEDS: dict[str, Feed] = {
                 "auc": number,
                 "calibration_error": number,
                 "offsets": text,
+                "state": text,
+                "reason": text,
+                "evidence": text,
                 "time": number,
             },
-            structured=("offsets",),
+            structured=("offsets", "evidence"),
             identity=("tenant", "policy", "version"),
         ),
         _feed(

@@ -1,14 +1,16 @@
 """Everything that scores one (tenant, policy): the live model, the snapshot that scores, what is watched.
 
 State, below ``model/<tenant>/<policy>/``: the pieces of :mod:`reward.durable`, below ``guard/`` those of
-:mod:`reward.poison`, and ``desk`` (version that scores, what is watched, how often the desk was written). A desk in
-memory is a cache of it: ``stale`` tells where a batch was given up after the desk had learned from it.
+:mod:`reward.poison`, and ``desk`` (version that scores, what it and the live model foretold, what is watched, how often
+the desk was written). A desk in memory is a cache of it: ``stale`` tells where a batch was given up after the desk had
+learned from it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from reward import durable
 from reward.features import Example
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
 from reward.poison import Guard
+from reward.release import Shadow, Verdict
 from reward.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,9 @@ class Desk:
         self.live = RewardModel(config, encoder)
         self.watch = Watch(config.window)
         self.guard = Guard(config.reservoir, config.trusted)
+        self.shadow = Shadow(config.window)
+        self.refused: tuple[str, str] | None = None  # the newest snapshot, where it did not take over, and why
+        self.refusals = 0
         self.scoring = self.live
         self.version = ""
         self.prefix = f"model/{tenant}/{policy}/"
@@ -68,6 +74,9 @@ class Desk:
             raise ContractError(f"{self.tenant}/{self.policy}: {error}. {WAY_OUT}") from None
         self._writes = desk["writes"]
         self.watch = Watch(self.live.config.window, **desk["watch"])
+        self.shadow = Shadow(self.live.config.window, **desk.get("shadow", {}))
+        self.refused = (str(held[0]), str(held[1])) if (held := desk.get("refused")) else None
+        self.refusals = desk.get("refusals", 0)
         self._score_with(desk["version"])
         return self
 
@@ -92,14 +101,31 @@ class Desk:
                 state.delete(f"{self.prefix}{GUARD}{name}")
             else:
                 state.put(f"{self.prefix}{GUARD}{name}", held)
-        desk = {"version": self.version, "writes": self._writes, "watch": self.watch.dump()}
+        desk = {
+            "version": self.version,
+            "writes": self._writes,
+            "watch": self.watch.dump(),
+            "shadow": self.shadow.dump(),
+            "refused": self.refused,
+            "refusals": self.refusals,
+        }
         state.put(f"{self.prefix}desk", json.dumps(desk).encode())
 
     def learn(self, lesson: Label | Pair) -> tuple[float, bool]:
         """Learn at once; what was expected before, and whether it is time for a snapshot."""
         before = self.live.updates
+        watched = lesson if isinstance(lesson, Label) and lesson.watched and self.scoring.may_judge else None
+        beside = self._foretold(watched) if watched is not None else 0.5
         (expected,) = self.live.learn([lesson])
-        return expected, self.live.updates > before and self.live.updates % self.live.config.snapshot_every == 0
+        learned = self.live.updates > before
+        if watched is not None and learned:
+            self.shadow.add(beside, expected, watched.value, watched.example)
+        return expected, learned and self.live.updates % self.live.config.snapshot_every == 0
+
+    def _foretold(self, label: Label) -> float:
+        """What the version that scores expects of a label that nobody has learned yet."""
+        (estimate,) = self.scoring.estimate([label.example])
+        return self.scoring.calibration.heard(estimate.value)
 
     def estimate(self, examples: list[Example]) -> list[Estimate]:
         """What the snapshot says of each answer; nothing that is to be trained on while a drift has frozen that."""
@@ -107,30 +133,37 @@ class Desk:
         return [replace(one, mask=False) for one in found] if self.live.frozen else found
 
     def freeze(self, time: float) -> RewardVersion:
-        """Save the live model as it is; from here on this version scores. Doing it twice gives the same."""
-        self.version = self.live.save(self._folder)
-        self.scoring = RewardModel.load(self._folder / self.version, self.live.encoder)
+        """Save the live model as it is: a candidate, which scores from here on if it is released.
+
+        Doing it twice gives the same. Where nothing frozen scores yet, it is released at once.
+        """
+        version = self.live.save(self._folder)
+        candidate = RewardModel.load(self._folder / version, self.live.encoder)
+        verdict = self._verdict(candidate)
+        if verdict.takes_over:
+            self.version, self.scoring = version, candidate
+            self.shadow.pairs.clear()
+            self.refused = None
+        else:
+            self.refused = (version, verdict.reason)
+            self.refusals += 1
+            os.utime(self._folder / self.version / "model.json")  # what scores is the last to make room
         return RewardVersion(
-            version=self.version,
+            version=version,
             tenant=self.tenant,
             policy=self.policy,
-            path=str((self._folder / self.version).relative_to(self._root)),
+            path=str((self._folder / version).relative_to(self._root)),
             updates=self.live.updates,
             auc=self.live.calibration.auc,
             calibration_error=self.live.calibration.error,
             offsets=dict(self.live.offsets),
+            state="released" if verdict.takes_over else "refused",
+            reason=verdict.reason,
+            evidence=verdict.evidence,
             time=time,
         )
 
-    def _paged(self) -> str | None:
-        """What somebody should know of the kinds of drift that page; None: nothing changed."""
-        kinds = [
-            f"{words} changed {count}x"
-            for kind, words in DRIFTED.items()
-            if "page" in self.live.config.on_drift[kind] and (count := self.live.drift.counts[kind])
-        ]
-        return "; ".join(kinds) or None
-
+x
     def status(self) -> dict[str, Any]:
         """JSON values; see ``services/scorer``."""
         live = self.live
@@ -152,5 +185,9 @@ class Desk:
             "frozen": live.frozen,
             "topics": len(live.topics.centres),
             "poison": self.guard.status(),
+            "shadow_labels": len(self.shadow.pairs),
+            "snapshots_refused": self.refusals,
+            "refused_version": self.refused[0] if self.refused else None,
+            "refused_because": self.refused[1] if self.refused else None,
             **self.watch.status(),
         }

@@ -41,8 +41,9 @@ class Spoken(NamedTuple):
 
 
 def newest_version(log: Log, tenant: str, policy: str) -> str:
-    """The reward version that was announced last. Raises NotEnoughData where none was."""
-    found = [v for _, v in _records(log, REWARDS.name, 0, RewardVersion, None) if v.key == f"{tenant}/{policy}"]
+    """The reward version that was released last. Raises NotEnoughData where none was."""
+    known = (v for _, v in _records(log, REWARDS.name, 0, RewardVersion, None) if v.key == f"{tenant}/{policy}")
+    found = [version for version in known if version.state == "released"]
     if not found:
         raise NotEnoughData(f"{tenant}/{policy} has no reward version yet: the first episode that is scored makes one")
     return found[-1].version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -42,7 +42,10 @@ class Run(Contract):
 
 
 class RewardVersion(Contract):
-    """An immutable snapshot of a reward model. ``version`` hashes code, config, encoder, weights and offsets read."""
+    """An immutable snapshot of a reward model. ``version`` hashes code, config, encoder, weights and offsets read.
+
+    Only a released one scores, and gives opinions to a batch; a refused one is kept with the sentence that says why.
+    """
 
     schema_version: int = 1
     version: str
@@ -53,6 +56,9 @@ class RewardVersion(Contract):
     auc: float | None = Field(default=None, description="predict-then-learn, over the recent window; None: too few")
     calibration_error: float | None = Field(default=None, description="expected calibration error, 0 to 1")
     offsets: dict[str, int] = Field(default={}, description="'topic/partition' to the next offset not yet read")
+    state: Literal["released", "refused"] = Field(default="released", description="refused: the one before it stays")
+    reason: str = Field(default="", description="one sentence: why it took over, or why not")
+    evidence: dict[str, Any] = Field(default={}, description="what was compared with the version that scored")
     time: float
 
     @property

@@ -194,6 +194,8 @@ def _reward(its: dict[str, Any]) -> Iterator[str]:
     calibration = f", calibration error {error:.3f}" if error is not None else ""
     version = str(its.get("version") or "none")[:12]
     yield f"  reward model  {version}: {quality}{calibration}, {its.get('labels', 0)} labels"
+    if its.get("refused_version"):
+        yield f"                its newest snapshot {its['refused_version'][:12]}: {its['refused_because']}"
 
 
 def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:

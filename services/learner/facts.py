@@ -129,7 +129,8 @@ def _score(facts: Facts, score: Score, state: State) -> None:
 
 
 def _reward(facts: Facts, version: RewardVersion) -> None:
-    facts.reward_version, facts.reward_path = version.version, version.path
+    if version.state == "released":
+        facts.reward_version, facts.reward_path = version.version, version.path
 
 
 def _route(facts: Facts, route: Route) -> None:

@@ -19,6 +19,8 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
   the window before less the newest, positive where it got worse; null: too few
 - ``drift_inputs``, ``drift_labels``, ``drift_calibration``: alarms so far; ``drift``: those that page, in words;
   ``frozen``: opinions are kept from training for now; ``topics``: of its prompts, found so far
+- ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``refused_version``,
+  ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many did not
 - ``answers_known``: recurring answers whose ratings are remembered
 
 and under ``checks``, likewise, the ``words`` said since the start by source, and the ``failures`` of checks by name;

@@ -14,11 +14,13 @@ GAUGES = {
     "everloop_reward_mean": ("reward_mean", "Mean reward of the newest scored calls, -1 to 1"),
     "everloop_reward_fall": ("reward_fall", "Mean reward of the window before less that of the newest"),
     "everloop_reward_thumbs_up_share": ("thumbs_up_share", "Mean of the newest labels, 0 to 1"),
+    "everloop_reward_shadow_labels": ("shadow_labels", "Labels on which the next snapshot is judged beside this one"),
     "everloop_reward_known_answers": ("answers_known", "Recurring answers whose ratings are remembered"),
     "everloop_reward_frozen": ("frozen", "Whether opinions are kept from training, since something has drifted"),
 }
 COUNTERS = {
     "everloop_reward_updates": ("updates", "Labels and preferences that a reward model learned from"),
+    "everloop_reward_snapshots_refused": ("snapshots_refused", "Snapshots that did not take over"),
     "everloop_reward_refused": ("refused", "Labels that were not learned because they were not finite"),
     "everloop_reward_drifts_inputs": ("drift_inputs", "Times that what is asked has changed"),
     "everloop_reward_drifts_labels": ("drift_labels", "Times that how answers are rated has changed"),
@@ -36,6 +38,13 @@ class RewardMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """The label is the configured policy as ``tenant/policy``: as many as the configuration names."""
         desks = self._status()
+        info = GaugeMetricFamily(
+            "everloop_reward_version_info", "1 for the version that scores", labels=["policy", "version"]
+        )
+        for policy, numbers in desks.items():
+            if numbers.get("version"):
+                info.add_metric([policy, numbers["version"]], 1)
+        yield info
         for family, names in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, (field, words) in names.items():
                 metric = family(name, words, labels=["policy"])

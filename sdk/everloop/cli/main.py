@@ -25,7 +25,21 @@ OWN: Table = {"init": ("write a commented everloop.toml to start from", "everloo
 # What the platform would register: named here so that the SDK alone can say where they come from.
 PLATFORM = (
     *("up", "status", "doctor", "demo", "pause", "resume", "release", "dead-letters", "retrain", "replay"),
-    *("sql", "export", "gold", "compare", "evaluate", "keys", "base", "kafka", "topics", "worker", "mlflow"),
+    *(
+        "sql",
+        "export",
+        "gold",
+        "compare",
+        "evaluate",
+        "reward",
+        "explain",
+        "keys",
+        "base",
+        "kafka",
+        "topics",
+        "worker",
+        "mlflow",
+    ),
 )
 
 USAGE = "everloop [--version] <command> [options]"

@@ -1,0 +1,126 @@
+"""How good a reward model is, slice by slice, from what it foretold before it learned what people then said.
+
+Pure: rows in, numbers out. A row is one call with its newest opinion, and with its first label where it has one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from reward.calibration import BINS, FEWEST, auc, calibration_error
+from reward.features import length_vector
+from reward.release import correlation
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+LISTED = 5  # recurring answers that get a slice of their own
+ROLLING = 100  # labels of each point of AUC over time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scored call. ``label`` and ``predicted``: of its first label, predicted before that was learned.
+
+    ``reward_version`` scored when the label came, or else last; ``time`` in seconds since 1970.
+    """
+
+    episode: str
+    call: str
+    turn: int
+    answer: str
+    adapter: str
+    reward_version: str
+    mask: bool
+    time: float
+    label: float | None = None
+    predicted: float | None = None
+
+
+def numbers(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of some calls; None: too few labels to say.
+
+    ``coverage``: share with an opinion. ``drift``: by how much labels came to exceed what was foretold, newer half
+    less older half. ``length_correlation``: of what was foretold with the logarithm of the answer's length.
+    """
+    rated = sorted((row for row in rows if row.label is not None and row.predicted is not None), key=lambda r: r.time)
+    predicted = np.array([row.predicted for row in rated], np.float64)
+    labels = np.array([row.label for row in rated], np.float64)
+    enough = len(rated) >= FEWEST
+    half = len(rated) // 2
+    apart = labels - predicted
+    lengths = np.array([length_vector(row.answer)[0] for row in rated], np.float64)
+    return {
+        "calls": len(rows),
+        "labels": len(rated),
+        "good": float(labels.mean()) if rated else None,
+        "auc": auc(predicted, labels) if enough else None,
+        "calibration_error": calibration_error(predicted, labels) if enough else None,
+        "coverage": sum(row.mask for row in rows) / len(rows) if rows else None,
+        "drift": float(apart[half:].mean() - apart[:half].mean()) if len(rated) >= 2 * FEWEST else None,
+        "length_correlation": correlation(predicted, lengths) if enough else None,
+    }
+
+
+def slices(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """All calls; by place in the episode, by who answered, by the answers that recur most. Empty ones are left out."""
+    rated = Counter(_short(row.answer) for row in rows if row.label is not None)
+    often = [answer for answer, count in rated.most_common(LISTED) if count >= FEWEST]
+    adapters = Counter(row.adapter for row in rows).most_common(LISTED)
+    parts: dict[str, Callable[[Row], bool]] = {
+        "all": lambda row: True,
+        "turn 1": lambda row: row.turn == 0,
+        "turns 2 to 3": lambda row: row.turn in (1, 2),
+        "turn 4 and later": lambda row: row.turn > 2,
+    }
+    if len(adapters) > 1:
+        parts |= {f"by {name[:12]}": lambda row, name=name: row.adapter == name for name, _ in adapters}
+    parts |= {f"answer {answer!r}": lambda row, answer=answer: _short(row.answer) == answer for answer in often}
+    found = {name: [row for row in rows if belongs(row)] for name, belongs in parts.items()}
+    return {name: its for name, its in found.items() if its}
+
+
+def _short(answer: str) -> str:
+    return " ".join(answer.split())[:40]
+
+
+def diagram(rows: Sequence[Row]) -> list[tuple[float, float, int]]:
+    """Mean foretold, share of good labels and labels, over bins of equal counts: a calibrated model's are equal."""
+    rated = [(row.predicted, row.label) for row in rows if row.label is not None and row.predicted is not None]
+    pairs = np.array(sorted(rated), np.float64).reshape(-1, 2)
+    parts = [part for part in np.array_split(pairs, min(BINS, max(len(pairs), 1))) if len(part)]
+    return [(float(part[:, 0].mean()), float(part[:, 1].mean()), len(part)) for part in parts]
+
+
+def over_time(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """(time, AUC of the newest ROLLING labels), a point for every tenth of them."""
+    rated = sorted((row for row in rows if row.label is not None and row.predicted is not None), key=lambda r: r.time)
+    points = []
+    for end in range(min(ROLLING, len(rated)), len(rated) + 1, ROLLING // 10):
+        part = rated[max(0, end - ROLLING) : end]
+        if len(part) >= FEWEST:
+            columns = np.array([(row.predicted, row.label) for row in part], np.float64).T
+            value = auc(*columns)
+            if value is not None:
+                points.append((part[-1].time, value))
+    return points
+
+
+def drawn(rows: Sequence[Row], title: str, path: Any) -> None:
+    """A reliability diagram and AUC over time, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = diagram(rows)
+    left.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    left.plot([one[0] for one in bins], [one[1] for one in bins], marker="o")
+    left.set(xlim=(0, 1), ylim=(0, 1), xlabel="foretold", ylabel="said to be good", title=f"{title}: reliability")
+    points = over_time(rows)
+    right.plot([(at - points[0][0]) / 3600 for at, _ in points], [value for _, value in points])
+    right.axhline(0.5, color="0.7", linewidth=1)
+    right.set(xlabel="hours", ylabel=f"AUC of the newest {ROLLING} labels", ylim=(0.3, 1), title="predict-then-learn")
+    figure.savefig(path, format="png", dpi=120)

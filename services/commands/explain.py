@@ -1,0 +1,191 @@
+"""Why an episode's answers got their scores: what people said, what the reward model saw, and what would change it.
+
+For each answer: the score and the version that gave it; what was said, with its weight; the features that spoke for
+and against it; the nearest rated answers; how sure it is; and the score after one more word. The features and
+neighbours are those of the version that scored, so they say again what was said then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from everloop.errors import ConfigError, ContractError
+
+from services.commands.orders import add_policy
+from services.installation import Installation
+
+if TYPE_CHECKING:
+    from everloop.episode import Episode
+    from everloop.score import Score
+
+    from pipelines.store import Store
+
+FEATURES = 6  # strongest ones that are told
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("episode", help="its id, or the beginning of it")
+    parser.add_argument("--among", type=int, default=200, metavar="N", help="newest rated answers to look among (200)")
+    parser.add_argument("--json", action="store_true")
+    add_policy(parser, all_of_them=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.among < 1:
+        raise ConfigError("--among is at least 1")
+    from services.rewards import opened
+
+    with Installation.here() as here:
+        found = []
+        for tenant, policy in here.policies(options.policy):
+            with opened(here, tenant) as store:
+                for episode in _episodes(store, tenant, policy, options.episode):
+                    found.append(_explained(here, store, episode, options.among))
+    if not found:
+        raise ContractError(
+            f"there is no episode {options.episode!r} in the store. One is there a few seconds after its first answer: "
+            'everloop sql "select episode from episodes order by updated desc limit 10"'
+        )
+    if len({one["episode"] for one in found}) > 1:
+        names = ", ".join(sorted({one["episode"] for one in found})[:5])
+        raise ContractError(f"several episodes begin with {options.episode!r}: {names} …; give more of the id")
+    for one in found:
+        print(json.dumps(one) if options.json else told(one))
+    return 0
+
+
+def _episodes(store: Store, tenant: str, policy: str, name: str) -> list[Episode]:
+    """The one of that id; else those that begin so, six at most."""
+    about = [tenant, policy, name]
+    exact = list(store.episodes("tenant = ? AND policy = ? AND episode = ?", about))
+    return exact or list(
+        store.episodes(
+            "tenant = ? AND policy = ? AND episode IN (SELECT episode FROM episodes "
+            "WHERE starts_with(episode, ?) ORDER BY episode LIMIT 6)",
+            about,
+        )
+    )
+
+
+def _explained(here: Installation, store: Store, episode: Episode, among: int) -> dict[str, Any]:
+    from everloop.score import Score
+
+    names = ", ".join(f'"{name}"' for name in Score.model_fields if name != "schema_version")
+    rows = store.rows(
+        f"SELECT {names} FROM scores WHERE tenant = ? AND policy = ? AND episode = ?",
+        [episode.tenant, episode.policy, episode.id],
+    )
+    scores = {row["call"]: Score(**row) for row in rows}
+    if not scores:
+        raise ContractError(
+            f"episode {episode.id} is not scored yet: the scorer takes a moment, 'everloop status' says how far it is"
+        )
+    return {
+        "episode": episode.id,
+        "policy": episode.route,
+        "quarantine": episode.quarantine,
+        "turns": [
+            one for number in range(len(episode.turns)) if (one := _turn(here, store, episode, number, scores, among))
+        ],
+    }
+
+
+def _turn(
+    here: Installation, store: Store, episode: Episode, number: int, scores: dict[str, Score], among: int
+) -> dict[str, Any] | None:
+    """What is told of one turn; None: it is not scored."""
+    from reward import evidence, explain
+    from reward.features import examples
+    from services.rewards import loaded, rated
+
+    turn, example = episode.turns[number], examples(episode)[number]
+    score = scores.get(turn.call.id)
+    if score is None:
+        return None
+    words = turn.feedback + (episode.feedback if number == episode.judged else ())
+    told = {
+        "turn": number + 1,
+        "prompt": example.prompt,
+        "answer": example.answer,
+        **score.model_dump(mode="json", include={"value", "spread", "reward", "mask", "source", "label", "predicted"}),
+        "reward_version": score.reward_version,
+        "said": explain.told(evidence.said(episode)[number], words),
+    }
+    try:
+        _, model = loaded(here, episode.tenant, episode.policy, score.reward_version)
+    except ContractError as error:
+        return told | {"gone": str(error)}
+    (estimate,) = model.estimate([example])
+    others = [one for one in rated(store, episode.tenant, episode.policy, most=among) if one[0] != episode.id]
+    changed = explain.alternatives(estimate, example.answer, words, model.config.pessimism)
+    return told | {
+        "opinion": {"value": estimate.value, "spread": estimate.spread, "mask": estimate.mask},
+        "learned_from": model.updates,
+        "features": explain.contributions(model, example),
+        "neighbours": [
+            {
+                "near": n.near,
+                "label": n.label,
+                "prompt": n.example.prompt,
+                "answer": n.example.answer,
+                "episode": n.episode,
+            }
+            for n in explain.neighbours(model, example, others)
+        ],
+        "if": [{"said": name, "value": one.value, "reward": one.reward} for name, one in changed],
+    }
+
+
+def told(its: dict[str, Any]) -> str:
+    lines = [f"{its['policy']}, episode {its['episode']}"]
+    if its["quarantine"]:
+        lines.append(f"quarantined, so nothing of it is trained on: {its['quarantine']}")
+    for turn in its["turns"]:
+        lines += ["", *_turn_told(turn)]
+    return "\n".join(lines)
+
+
+SOURCES = {
+    "outcome": "a measured outcome decides",
+    "feedback": "what people said, with the model's opinion as prior",
+    "model": "the model's opinion",
+}
+
+
+def _turn_told(turn: dict[str, Any]) -> list[str]:
+    lines = [
+        f"turn {turn['turn']}: {_short(turn['prompt'])!r} → {_short(turn['answer'])!r}",
+        f"  score       P(good) {turn['value']:.3f} ± {turn['spread']:.3f}, reward {turn['reward']:+.3f}"
+        f"{'' if turn['mask'] else ', masked: never trained on'}; {SOURCES[turn['source']]}",
+    ]
+    if turn["predicted"] is not None:
+        lines.append(f"  foretold    {turn['predicted']:.3f} that the first label would be good, before it was learned")
+    lines += [f"  said        {line}" for line in turn["said"]]
+    if "gone" in turn:
+        return [*lines, f"  version     {turn['reward_version']} is gone, so no more can be told ({turn['gone']})"]
+    opinion = turn["opinion"]
+    sure = "with no right to an opinion" if not opinion["mask"] else f"members differ by {opinion['spread']:.3f}"
+    lines.append(
+        f"  model       {turn['reward_version']} ({turn['learned_from']} updates) says {opinion['value']:.3f}: {sure}"
+    )
+    lines += _features(turn["features"])
+    for one in turn["neighbours"]:
+        rated = f"rated {one['label']:g}, cosine {one['near']:.2f}"
+        lines.append(f"  near        {rated}: {_short(one['prompt'])!r} → {_short(one['answer'])!r} ({one['episode']})")
+    lines += [
+        f"  if          {one['said']}: P(good) {one['value']:.3f}, reward {one['reward']:+.3f}" for one in turn["if"]
+    ]
+    return lines
+
+
+def _features(features: list[Any]) -> list[str]:
+    from reward.explain import WORDS
+
+    return [f"  {'because':<12}{value:+.2f}  {WORDS[name]} ({name})" for name, value in features[:FEATURES]]
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 70 else f"{words[:69]}…"

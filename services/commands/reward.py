@@ -1,0 +1,294 @@
+"""How good the reward model is, which versions of it there are and why, and where two of them disagree.
+
+list       every version: whether it scores or was refused, and why
+report     slice by slice: what it foretold before it learned (AUC, calibration error), coverage, drift, correlation
+           with length; the same for the version before it; planted answers; what each kind of word weighs
+compare    two versions on the newest episodes: where they disagree most, and who was right on labels new to both
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everloop.errors import ConfigError, NotEnoughData
+
+from services.commands.orders import add_policy
+from services.installation import Installation
+from services.tables import clock, table
+
+if TYPE_CHECKING:
+    from everloop.run import RewardVersion
+
+    from pipelines.store import Store
+    from reward.features import Example
+    from reward.report import Row
+
+COLUMNS = {
+    "labels": "labels",
+    "auc": "AUC",
+    "calibration_error": "cal. error",
+    "coverage": "coverage",
+    "drift": "drift",
+    "length_correlation": "length",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|report|compare")
+    listing = verbs.add_parser("list", help="every version, oldest first, and why it scores or not")
+    report = verbs.add_parser("report", help="how good it is, slice by slice")
+    report.add_argument("--plot", type=Path, metavar="FILE.png", help="reliability diagram and AUC over time")
+    compare = verbs.add_parser("compare", help="where two versions disagree most")
+    compare.add_argument("first", metavar="A", help="a version or its beginning")
+    compare.add_argument("second", metavar="B", help="another")
+    compare.add_argument("--episodes", type=int, default=1000, metavar="N", help="the newest so many (1000)")
+    compare.add_argument("--top", type=int, default=10, metavar="N", help="disagreements shown (10)")
+    for verb in (listing, report, compare):
+        verb.add_argument("--json", action="store_true")
+    add_policy(listing, all_of_them=True)
+    add_policy(report)
+    add_policy(compare)
+
+
+def run(options: argparse.Namespace) -> int:
+    with Installation.here() as here:
+        if options.verb == "list":
+            return _list(options, here)
+        return {"report": _report, "compare": _compare}[options.verb](options, here, *here.policy(options.policy))
+
+
+def _list(options: argparse.Namespace, here: Installation) -> int:
+    from services.rewards import versions
+
+    found = [one for pair in here.policies(options.policy) for one in versions(here, *pair)]
+    if options.json:
+        for one in found:
+            print(json.dumps({**one.model_dump(mode="json"), "scores": one.version in _scoring(found)}))
+    elif not found:
+        print("No reward versions yet: the first episode that is scored makes one.")
+    else:
+        print(_versions_told(found))
+    return 0
+
+
+def _scoring(found: list[RewardVersion]) -> set[str]:
+    """The version of each policy that was released last."""
+    return set({one.key: one.version for one in found if one.state == "released"}.values())
+
+
+def _versions_told(found: list[RewardVersion]) -> str:
+    """A row for each, and below it the whole sentence that says why."""
+    scoring = _scoring(found)
+    rows = [
+        [
+            *(one.key, one.version, "scores" if one.version in scoring else one.state),
+            *(one.updates, one.auc, one.calibration_error, clock(one.time)),
+        ]
+        for one in found
+    ]
+    head, rule, *lines = table(
+        ["policy", "version", "state", "learned", "AUC", "cal. error", "since"], rows
+    ).splitlines()
+    whole = (f"{line}\n    {one.reason}" if one.reason else line for line, one in zip(lines, found, strict=True))
+    return "\n".join((head, rule, *whole))
+
+
+def _report(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:
+    from reward.report import diagram, drawn, over_time
+    from services.rewards import calls, opened, rated, versions
+
+    released = [one for one in versions(here, tenant, policy) if one.state == "released"]
+    with opened(here, tenant) as store:
+        rows = calls(store, tenant, policy)
+        if not rows or not released:
+            raise NotEnoughData(
+                f"{tenant}/{policy} has no scored calls in the store yet: the first traffic through the gateway brings "
+                "them, a few seconds after it is answered"
+            )
+        names = [one.version for one in reversed(released[-2:])]
+        praised = [example for _, example, label in rated(store, tenant, policy) if label > 0.5]
+        result = {
+            "policy": f"{tenant}/{policy}",
+            "version": names[0],
+            "before": names[1] if len(names) > 1 else None,
+            "slices": _sliced(rows, names),
+            "planted": {name: _planted(here, tenant, policy, name, praised) for name in names},
+            "words": _words(store, tenant, policy),
+            "reliability": diagram(rows),
+            "auc_over_time": over_time(rows),
+        }
+    if options.plot:
+        if options.plot.suffix != ".png" or not options.plot.absolute().parent.is_dir():
+            raise ConfigError(f"--plot {options.plot}: give a file that ends in .png, in a folder that is there")
+        drawn(rows, f"{tenant}/{policy}", options.plot)
+    print(json.dumps(result) if options.json else _report_told(result))
+    return 0
+
+
+def _sliced(rows: list[Row], names: list[str]) -> dict[str, dict[str, Any]]:
+    """By slice: the numbers ``whole``, and those of what was first rated while each version scored."""
+    from reward.report import numbers, slices
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, its in slices(rows).items():
+        found[name] = {"whole": numbers(its)}
+        for version in names:
+            found[name][version] = numbers([row for row in its if row.reward_version == version])
+    return found
+
+
+def _planted(
+    here: Installation, tenant: str, policy: str, version: str, praised: list[Example]
+) -> dict[str, float] | None:
+    """By kind, the share of well-rated answers that a version places above a planted one; None: it is gone."""
+    from everloop.errors import ContractError
+
+    from reward.release import PRAISED, probe
+    from services.rewards import loaded
+
+    try:
+        _, model = loaded(here, tenant, policy, version)
+    except ContractError:
+        return None
+    return {kind: float(won.mean()) for kind, won in probe(model, praised[:PRAISED]).items()}
+
+
+def _words(store: Store, tenant: str, policy: str) -> list[dict[str, Any]]:
+    """How often each kind of word was said, and the log-odds that the strongest such word adds to an opinion."""
+    from everloop.feedback import RANGES, Feedback, FeedbackKind
+
+    from reward import evidence
+
+    rows = store.rows(
+        "SELECT kind, name, count(*) AS said FROM feedback WHERE tenant = ? AND policy = ? GROUP BY ALL ORDER BY ALL",
+        [tenant, policy],
+    )
+    for row in rows:
+        kind = FeedbackKind(row["kind"])
+        value = RANGES[kind][1] if kind in RANGES else None
+        row["log_odds"] = None
+        if kind in RANGES or kind is FeedbackKind.CORRECTION:
+            word = Feedback(id="w", kind=kind, time=0.0, value=value, name=row["name"], text="same")
+            one = evidence.said_of("same", (word,))
+            row["log_odds"] = one.odds if one.outcome is None else None
+            row["decides"] = one.outcome is not None
+    return rows
+
+
+def _report_told(result: dict[str, Any]) -> str:
+    names = [name for name in (result["version"], result["before"]) if name]
+    heads = ["slice", *COLUMNS.values()]
+    lines = [f"{result['policy']}: reward model {names[0]}, foretold before it was learned", ""]
+    parts = result["slices"].items()
+    lines.append(table(heads, [[name, *(its["whole"][column] for column in COLUMNS)] for name, its in parts]))
+    shown = [f"{head} {when}" for when in ("now", "before")[: len(names)] for head in ("labels", "AUC", "cal. error")]
+    rows = [
+        [slice_, *(its[name][column] for name in names for column in ("labels", "auc", "calibration_error"))]
+        for slice_, its in parts
+    ]
+    versions = f"now: while {names[0]} scores" + (f"; before: while {names[1]} did" if len(names) > 1 else "")
+    lines += ["", versions, table(["slice", *shown], rows), "", "planted answers that lose against well-rated ones"]
+    planted = [(name, result["planted"][name]) for name in names]
+    kinds = next((list(won) for _, won in planted if won), [])
+    if kinds:
+        lines.append(table(["version", *kinds], [[name, *(won or {}).values()] for name, won in planted if won]))
+    else:
+        lines.append("not known: no well-rated answers, or the snapshots are gone")
+    said = [[w["kind"], w["name"] or "", w["said"], _weight(w)] for w in result["words"]]
+    if said:
+        lines += ["", table(["what was said", "name", "times", "weight"], said)]
+    return "\n".join(lines)
+
+
+def _weight(word: dict[str, Any]) -> str:
+    if word.get("decides"):
+        return "decides"
+    return "for learning alone" if word["log_odds"] is None else f"{word['log_odds']:+.2f} log-odds at its strongest"
+
+
+def _compare(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:
+    if options.episodes < 1 or options.top < 1:
+        raise ConfigError("--episodes and --top are at least 1")
+    from services.rewards import loaded, newest, opened, opinions
+
+    (first, one), (second, two) = (loaded(here, tenant, policy, name) for name in (options.first, options.second))
+    if first == second:
+        raise ConfigError(f"{options.first} and {options.second} are the same version, {first}: name two")
+    with opened(here, tenant) as store:
+        turns = newest(store, tenant, policy, options.episodes)
+        new = _fair(here, store, tenant, policy, (first, second))
+    answers = [example for _, _, example, _ in turns]
+    pairs = list(zip(opinions(one, answers), opinions(two, answers), turns, strict=True))
+    apart = sorted(pairs, key=lambda pair: -abs(pair[0] - pair[1]))[: options.top]
+    result = {
+        "policy": f"{tenant}/{policy}",
+        "versions": [first, second],
+        "answers": len(pairs),
+        "mean_difference": sum(abs(a - b) for a, b, _ in pairs) / len(pairs),
+        "new_to_both": _paired([one, two], new),
+        "most": [
+            {"episode": name, "turn": turn, "answer": example.answer, "values": [a, b], "label": label}
+            for a, b, (name, turn, example, label) in apart
+        ],
+    }
+    print(json.dumps(result) if options.json else _compare_told(result))
+    return 0
+
+
+def _fair(
+    here: Installation, store: Store, tenant: str, policy: str, names: tuple[str, str]
+) -> list[tuple[str, Example, float]]:
+    """Rated answers of after both versions were made: neither had learned their labels."""
+    from services.rewards import rated, versions
+
+    made = {one.version: one.time for one in versions(here, tenant, policy)}
+    if not all(name in made for name in names):
+        return []
+    return rated(store, tenant, policy, since=max(made[name] for name in names), most=500)
+
+
+def _paired(models: list[Any], new: list[tuple[str, Example, float]]) -> dict[str, Any]:
+    import numpy as np
+
+    from reward.calibration import FEWEST, auc, calibration_error
+    from services.rewards import opinions
+
+    if len(new) < FEWEST:
+        return {"labels": len(new)}
+    labels = np.array([label for _, _, label in new])
+    said = [np.array(opinions(model, [example for _, example, _ in new])) for model in models]
+    errors = [calibration_error(one, labels) for one in said]
+    return {"labels": len(new), "auc": [auc(one, labels) for one in said], "calibration_error": errors}
+
+
+def _compare_told(result: dict[str, Any]) -> str:
+    first, second = result["versions"]
+    new = result["new_to_both"]
+    lines = [
+        f"{result['policy']}: A {first}, B {second} on {result['answers']} answers; they differ by "
+        f"{result['mean_difference']:.3f} on the mean"
+    ]
+    if "auc" in new:
+        aucs = ["-" if one is None else f"{one:.3f}" for one in new["auc"]]
+        errors = [f"{one:.3f}" for one in new["calibration_error"]]
+        lines.append(
+            f"on {new['labels']} labels new to both: AUC {aucs[0]} and {aucs[1]}, calibration error {errors[0]} and "
+            f"{errors[1]}"
+        )
+    else:
+        lines.append(f"{new['labels']} labels are new to both: too few to say which is better")
+    rows = [
+        [
+            *one["values"],
+            "-" if one["label"] is None else f"{one['label']:g}",
+            one["episode"],
+            one["turn"],
+            one["answer"],
+        ]
+        for one in result["most"]
+    ]
+    lines += ["", table(["A", "B", "label", "episode", "turn", "answer"], rows)]
+    return "\n".join(lines)

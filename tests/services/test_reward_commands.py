@@ -1,0 +1,181 @@
+"""'everloop reward' and 'everloop explain' over a desk that was scored by the real handler, archived and read back."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from everloop import wire
+from everloop.cli.main import main
+from everloop.config import Config, load
+from everloop.episode import Episode, Turn
+from everloop.event import Call, Message
+from everloop.feedback import Feedback
+from everloop.home import Home
+from everloop.log import NewRecord, open_log
+
+from pipelines.archive import Archive
+from reward.handler import RewardHandler
+from services import rewards
+from services.stream import run_handler
+
+THINGS = ("card", "loan", "rate", "pin")
+VERBS = ("lost", "want", "about", "my", "help", "today", "again")
+
+
+class Named:
+    """The letters' encoder, wherever one is asked for by name."""
+
+    def __init__(self, letters: Any) -> None:
+        self.letters = letters
+
+    def __call__(self, name: str) -> Any:
+        return self.letters
+
+
+def episode(number: int) -> Episode:
+    asked, answered = THINGS[number % 4], THINGS[(number * 7 + number // 4) % 4]
+    thumb = Feedback(id=f"f{number}", kind="thumb", value=1 if asked == answered else -1, time=5.0, rater=f"r{number}")
+    call = Call(
+        id=f"c{number}",
+        messages=(Message(role="user", content=f"{VERBS[number % 7]} {asked} {VERBS[number * 3 % 5]}"),),
+        output=Message(role="assistant", content=f"{answered} desk"),
+    )
+    about = {"tenant": "default", "policy": "assistant", "started": float(number + 1), "updated": float(number + 1)}
+    return Episode(id=f"ep_{number:03d}", version=2, turns=(Turn(call=call, feedback=(thumb,)),), **about)
+
+
+@pytest.fixture
+def installation(home: Home, letters: Any, monkeypatch: pytest.MonkeyPatch) -> Config:
+    path = home.folder() / "everloop.toml"
+    path.write_text(f'home = "{home.root}"\n[tenants.default]\n')
+    monkeypatch.setenv("EVERLOOP_CONFIG", str(path))
+    monkeypatch.setattr(rewards, "Encoder", Named(letters))
+    return load(path, {})
+
+
+@pytest.fixture
+def desk(installation: Config, home: Home, letters: Any) -> Home:
+    """240 rated answers, scored and in the store."""
+    log = open_log(installation)
+    made = [episode(number) for number in range(240)]
+    log.append([NewRecord("episodes", e.key, wire.encode(e), {"schema": "Episode"}, e.updated, e.route) for e in made])
+    for handler in (RewardHandler(installation, home, lambda name: letters), Archive(home)):
+        run_handler(handler, log, home.folder("state"), stop=threading.Event(), until_idle=True)
+    log.close()
+    return home
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def ask(*words: str) -> tuple[int, str, str]:
+        status = main(words)
+        return (status, *capsys.readouterr())
+
+    return ask
+
+
+def listed(said: Callable[..., Any]) -> list[dict[str, Any]]:
+    status, out, _ = said("reward", "list", "--json")
+    assert status == 0
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_every_version_is_listed_with_its_state_and_why(desk: Home, said: Callable[..., Any]) -> None:
+    versions = listed(said)
+    assert [one["updates"] for one in versions] == [0, 50, 100, 150, 200]
+    assert [one["scores"] for one in versions].count(True) == 1
+    assert all(one["reason"] for one in versions)
+    status, out, _ = said("reward", "list")
+    assert status == 0
+    assert all(one["version"] in out and one["reason"] in out for one in versions)
+
+
+def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
+    desk: Home, said: Callable[..., Any], tmp_path: Any
+) -> None:
+    status, out, _ = said("reward", "report", "--json", "--plot", str(tmp_path / "reward.png"))
+    assert status == 0
+    report = json.loads(out)
+    whole = report["slices"]["all"]["whole"]
+    assert (whole["calls"], whole["labels"]) == (240, 240)
+    assert 0.5 < whole["auc"] <= 1
+    assert 0 <= whole["calibration_error"] < 0.3
+    scored = [one["version"] for one in listed(said) if one["state"] == "released"]
+    assert [report["version"], report["before"]] == scored[:-3:-1]
+    each = [report["slices"]["all"][version]["labels"] for version in scored[-2:]]
+    assert sum(each) < 240
+    assert min(each) > 0
+    assert "answer 'card desk'" in report["slices"]
+    assert report["slices"].keys() & {"turn 4 and later"} == set()
+    assert report["planted"][scored[-1]]["null"] == 1.0
+    assert [(word["kind"], word["said"]) for word in report["words"]] == [("thumb", 240)]
+    assert (tmp_path / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    status, out, _ = said("reward", "report")
+    assert status == 0
+    assert "AUC" in out
+    assert "planted answers" in out
+
+
+def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
+    versions = [one["version"] for one in listed(said)]
+    status, out, _ = said("reward", "compare", versions[1], versions[3][:10], "--json", "--top", "3")
+    assert status == 0
+    found = json.loads(out)
+    assert found["versions"] == [versions[1], versions[3]]
+    assert found["new_to_both"]["labels"] == 240 - 150
+    assert len(found["most"]) == 3
+    apart = [abs(a - b) for a, b in (one["values"] for one in found["most"])]
+    assert apart == sorted(apart, reverse=True)
+    assert apart[0] > 0
+    status, out, _ = said("reward", "compare", versions[1], versions[3])
+    assert status == 0
+    assert found["most"][0]["episode"] in out
+
+
+def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Callable[..., Any]) -> None:
+    status, out, _ = said("explain", "ep_230", "--json")
+    assert status == 0
+    (turn,) = json.loads(out)["turns"]
+    up = THINGS[230 % 4] == turn["answer"].split()[0]
+    assert turn["label"] == float(up)
+    assert len(turn["neighbours"]) == 5
+    assert "ep_230" not in {one["episode"] for one in turn["neighbours"]}
+    changed = {one["said"]: one["reward"] for one in turn["if"]}
+    assert changed["an outcome of 0"] == -1.0 < changed["one more thumb down"] < turn["reward"] < 1.0
+    assert changed["one more thumb up"] > turn["reward"]
+    logit = sum(value for _, value in turn["features"])
+    assert (logit > 0) == (turn["opinion"]["value"] > 0.5)
+    status, out, _ = said("explain", "ep_23", "--policy", "assistant")
+    assert status == 2
+    status, out, _ = said("explain", "ep_230")
+    assert status == 0
+    assert "one more thumb down" in out
+    assert "rated" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["explain", "nothing"], "there is no episode 'nothing'"),
+        (["explain", "ep_1"], "several episodes begin with 'ep_1'"),
+        (["reward", "compare", "zz", "yy"], "has no single reward version 'zz'; kept are: "),
+        (["reward", "report", "--plot", "no/such/file.png"], "give a file that ends in .png"),
+        (["reward", "report", "--policy", "other"], "there is no policy 'other'"),
+    ],
+)
+def test_a_mistake_is_said_clearly(desk: Home, said: Callable[..., Any], words: list[str], told: str) -> None:
+    status, _, error = said(*words)
+    assert status == 2
+    assert told in error
+
+
+def test_before_any_traffic_it_says_what_brings_some(installation: Config, said: Callable[..., Any]) -> None:
+    open_log(installation).close()
+    assert said("reward", "list")[:2] == (0, "No reward versions yet: the first episode that is scored makes one.\n")
+    status, _, error = said("reward", "report")
+    assert status == 2
+    assert "the first traffic" in error
