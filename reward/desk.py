@@ -163,7 +163,20 @@ class Desk:
             time=time,
         )
 
-x
+    def _paged(self) -> str | None:
+        """What somebody should know of the kinds of drift that page; None: nothing changed."""
+        kinds = [
+            f"{words} changed {count}x"
+            for kind, words in DRIFTED.items()
+            if "page" in self.live.config.on_drift[kind] and (count := self.live.drift.counts[kind])
+        ]
+        return "; ".join(kinds) or None
+
+    def _verdict(self, candidate: RewardModel) -> Verdict:
+        if not self.version:
+            return Verdict(True, "takes over: it is the first, or the version that scored is gone", {})
+        return self.shadow.judge(self.scoring, candidate)
+
     def status(self) -> dict[str, Any]:
         """JSON values; see ``services/scorer``."""
         live = self.live

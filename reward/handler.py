@@ -248,6 +248,8 @@ def _words(desk: Desk, episode: Episode, number: int | None, call: dict[str, Any
         return []
     found = evidence.pieces(episode, number, call.get("vote"), desk.live.reliability)
     return [list(piece) for piece in found[:MOST_WORDS]]
+
+
 def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair) -> poison.Verdict:
     """What the guard makes of a lesson; what it holds is kept for a person."""
     episode = read.episode

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reward.calibration import BINS, auc, calibration_error
-from reward.features import Example, length_vector
+from reward.features import Example, style_vector
 from reward.model import RewardModel
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -76,7 +76,7 @@ class Shadow:
     def add(self, incumbent: float, candidate: float, label: float, example: Example) -> None:
         """Note what was foretold of a label; what is not finite counts as no opinion."""
         said = [value if math.isfinite(value) else 0.5 for value in (incumbent, candidate)]
-        self.pairs.append(Foretold(*said, label, length_vector(example.answer)[0]))
+        self.pairs.append(Foretold(*said, label, style_vector(example.answer)[0]))
         if label > 0.5 and example.answer.strip() and len(example.prompt) + len(example.answer) <= LONGEST:
             self.praised.append(Example(example.prompt, example.answer))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reward.calibration import BINS, FEWEST, auc, calibration_error
-from reward.features import length_vector
+from reward.features import style_vector
 from reward.release import correlation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -52,7 +52,7 @@ def numbers(rows: Sequence[Row]) -> dict[str, Any]:
     enough = len(rated) >= FEWEST
     half = len(rated) // 2
     apart = labels - predicted
-    lengths = np.array([length_vector(row.answer)[0] for row in rated], np.float64)
+    lengths = np.array([style_vector(row.answer)[0] for row in rated], np.float64)
     return {
         "calls": len(rows),
         "labels": len(rated),

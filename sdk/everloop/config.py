@@ -219,6 +219,7 @@ class RewardConfig(Section):
     @classmethod
     def _every_kind(cls, value: dict[DriftKind, tuple[DriftAction, ...]]) -> dict[DriftKind, tuple[DriftAction, ...]]:
         return {kind: value.get(kind, ()) for kind in DRIFTS}
+
     trusted: tuple[str, ...] = Field(
         default=(), description="names of held feedback (docs/reward.md) that a person vouches for, such as 'rater:…'"
     )
