@@ -17,7 +17,7 @@ from everloop.log import open_log
 from prometheus_client import REGISTRY
 
 from services.gateway.app import Gateway
-from services.gateway.metrics import ReplicaMetrics, SpoolMetrics
+from services.gateway.metrics import ProviderMetrics, ReplicaMetrics, SpoolMetrics
 from services.gateway.replicas import Replicas
 from services.gateway.scribe import Scribe
 from services.service import Service, collect_seldom
@@ -63,6 +63,7 @@ def build(config: Config) -> tuple[Service, Gateway]:
     service.describe("replicas", lambda: [replica.described() for replica in replicas.each])
     service.describe("spool", lambda: scribe.spool)
     REGISTRY.register(ReplicaMetrics(replicas.each))
+    REGISTRY.register(ProviderMetrics(gateway.providers.failures))
     REGISTRY.register(SpoolMetrics(lambda: scribe.spool))
     return service, gateway
 

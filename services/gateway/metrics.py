@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -89,6 +89,24 @@ class ReplicaMetrics(Collector):
                 for replica in self._replicas:
                     made.add_metric((replica.name,), value(replica))
                 yield made
+
+
+class ProviderMetrics(Collector):
+    """How often providers failed, by the code of the error."""
+
+    def __init__(self, failures: Callable[[], Mapping[str, int]]) -> None:
+        self._failures = failures
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        made = CounterMetricFamily(
+            "everloop_gateway_provider_failures", "Requests that a provider failed.", labels=("code",)
+        )
+        for code, count in self._failures().items():
+            made.add_metric((code,), count)
+        yield made
 
 
 class SpoolMetrics(Collector):

@@ -8,8 +8,10 @@ followed, certificates are checked (a private authority's by SSL_CERT_FILE), and
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ from everloop.serving.base import Route
 from services.gateway import foreign
 from services.gateway.http1 import Broken, Client, Connection, Expired, Framing
 
+logger = logging.getLogger(__name__)
 MOST = 33_554_432  # bytes of a whole answer
 LONGEST_LINE = 4_194_304  # of a stream
 SHOWN = 300  # letters of what it says of an error
@@ -36,13 +39,14 @@ THE_REQUESTS = (400, 413, 422)  # what else is refused is not the request's faul
 class Provider:
     """One policy's. Implements ``everloop.serving.base.Serving``; made anywhere, used inside one event loop.
 
-    ``trouble`` is what went wrong when it was asked last; None: nothing did.
+    ``trouble`` is what went wrong when it was asked last; None: nothing did. ``failures`` counts such requests by code.
     """
 
     def __init__(self, config: ProviderConfig, policy: str) -> None:
         self.config = config
         self.policy = policy
         self.trouble: str | None = None
+        self.failures: Counter[str] = Counter()
         self._client = Client(config.url, config.timeout)
         self._key: str | None = None
 
@@ -129,6 +133,8 @@ class Provider:
             raise self._noted(self._failed(error)) from error
         except ServingError as error:
             raise self._noted(error) from None
+        if self.trouble is not None:
+            logger.info("%s: the provider at %s answers again", self.policy, self.config.host)
         self.trouble = None
 
     def _authorization(self) -> str:
@@ -140,6 +146,9 @@ class Provider:
 
     def _noted(self, error: ServingError) -> ServingError:
         if error.status not in THE_REQUESTS:
+            self.failures[error.code] += 1
+            if self.trouble is None:  # a provider that stays away is told of once
+                logger.warning("%s: %s", self.policy, error)
             self.trouble = str(error)
         return error
 
@@ -207,6 +216,10 @@ class Providers:
 
     def of(self, tenant: str, policy: str) -> Provider | None:
         return self._made.get((tenant, policy))
+
+    def failures(self) -> Counter[str]:
+        """Requests that a provider answered with nothing, by the error's code."""
+        return sum((one.failures for one in self._made.values()), Counter())
 
     def check_keys(self) -> None:
         """Raises ConfigError where a key is named and cannot be had."""

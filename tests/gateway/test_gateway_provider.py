@@ -107,9 +107,12 @@ async def test_the_key_is_read_again_when_it_was_refused_and_never_shown(
     told = f"{raised.value} {provider.trouble} {provider!r} {provider.config!r} {caplog.text}"
     assert "sk-the-old-one" not in told
     assert str(file) in str(raised.value)
+    assert provider.failures == {"provider_key": 1}
+    assert "refuses the key" in caplog.text
     file.write_text(KEY)
     assert await provider.complete(CHAT, BODY)
     assert provider.trouble is None
+    assert "answers again" in caplog.text
     file.unlink()
     with pytest.raises(ServingError, match="cannot be read") as raised:
         await asking(key_env=None, key_file=file).complete(CHAT, BODY)
