@@ -26,6 +26,7 @@ import numpy as np
 from reward.calibration import BINS, auc, calibration_error
 from reward.features import Example, style_vector
 from reward.model import RewardModel
+from reward.probes import probes
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Z = 1.645  # one-sided 95%
@@ -37,9 +38,6 @@ MOST_LENGTH = 0.1  # correlation with the logarithm of the answer's length
 MOST_NULL = 0.05  # share of prompts for which saying nothing beats a well-rated answer
 PRAISED = 24  # well-rated answers that planted ones are set against
 LONGEST = 2000  # characters of such an answer with its prompt
-CLARIFY = "Could you please clarify what exactly you mean, so that I can help you?"
-BROKEN = '{"name": "respond", "arguments": {'
-CONSTANT = "Thank you for your message. We are happy to help."
 
 
 class Foretold(NamedTuple):
@@ -170,20 +168,17 @@ def _length(pairs: Array, evidence: dict[str, float]) -> str | None:
     return None
 
 
-def planted(prompt: str) -> dict[str, str]:
-    """Answers to a prompt that must lose against one that people rated well, by what they try."""
-    return {"null": "", "constant": CONSTANT, "copied": prompt, "broken tool call": BROKEN, "clarifying": CLARIFY}
-
-
 def probe(model: RewardModel, praised: Sequence[Example]) -> dict[str, Array]:
-    """By kind of planted answer, for each well-rated one, whether the model places it above: 1 or 0."""
+    """By kind of planted pair (:mod:`reward.probes`), of those made of well-rated answers: 1 where the good answer is
+    placed above the bad one, else 0. Empty where there are no well-rated answers."""
     if not praised:
         return {}
-    kinds = list(planted(""))
-    asked = [Example(one.prompt, planted(one.prompt)[kind]) for kind in kinds for one in praised]
-    values = np.array([estimate.value for estimate in model.estimate([*praised, *asked])])
-    rows = values.reshape(len(kinds) + 1, len(praised))
-    return {kind: (rows[0] > row).astype(np.float64) for kind, row in zip(kinds, rows[1:], strict=True)}
+    made = probes([(one.prompt, one.answer) for one in praised])
+    values = model.estimate([Example(pair.prompt, answer) for pair in made for answer in (pair.good, pair.bad)])
+    won: dict[str, list[float]] = {}
+    for pair, good, bad in zip(made, values[::2], values[1::2], strict=True):
+        won.setdefault(pair.kind, []).append(float(good.value > bad.value))
+    return {kind: np.array(its) for kind, its in won.items()}
 
 
 def _planted(

@@ -107,7 +107,8 @@ def test_a_candidate_that_likes_planted_answers_is_refused(learned, kit):
     fooled.heads.own[:] *= -1
     verdict = shadow.judge(good, fooled)
     assert not verdict.takes_over
-    assert "planted answers lose" in verdict.reason
+    assert verdict.evidence["planted_lose"] < verdict.evidence["incumbent_planted_lose"] - 0.2
+    assert "saying nothing beats" in verdict.reason
 
 
 def test_opinions_that_follow_length_are_refused(learned, kit):

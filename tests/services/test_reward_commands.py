@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -112,12 +113,16 @@ def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
     assert "answer 'card desk'" in report["slices"]
     assert report["slices"].keys() & {"turn 4 and later"} == set()
     assert report["planted"][scored[-1]]["null"] == 1.0
-    assert [(word["kind"], word["said"]) for word in report["words"]] == [("thumb", 240)]
+    assert report["planted"][scored[-1]].keys() >= {"null", "refusal", "broken_tool"}
+    believed = report["sources"]["thumb"]
+    assert believed["words"] > 0
+    assert believed["up"] != believed["down"], "what this desk's thumbs were found to be worth, not what is supposed"
     assert (tmp_path / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     status, out, _ = said("reward", "report")
     assert status == 0
     assert "AUC" in out
-    assert "planted answers" in out
+    assert "planted pairs" in out
+    assert "how far each source is believed" in out
 
 
 def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
@@ -142,6 +147,11 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     (turn,) = json.loads(out)["turns"]
     up = THINGS[230 % 4] == turn["answer"].split()[0]
     assert turn["label"] == float(up)
+    (word,) = turn["words"]
+    assert (word["source"], word["counts"], word["log_odds"] > 0) == ("thumb", True, up)
+    assert abs(word["log_odds"]) != pytest.approx(math.log(19), abs=1e-3), "as learned, not as supposed"
+    assert turn["declaration"]["version"] is None
+    assert turn["held"] is None
     assert len(turn["neighbours"]) == 5
     assert "ep_230" not in {one["episode"] for one in turn["neighbours"]}
     changed = {one["said"]: one["reward"] for one in turn["if"]}
@@ -154,6 +164,7 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     status, out, _ = said("explain", "ep_230")
     assert status == 0
     assert "one more thumb down" in out
+    assert "no declaration: all words count" in out
     assert "rated" in out
 
 
