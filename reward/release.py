@@ -10,8 +10,8 @@ that a candidate is cut from is judged by labels that were new to it (progressiv
 1999), at once, without waiting for labels after it. What its last update may have broken is asked of the snapshot
 itself: finite numbers, and planted answers that must lose against well-rated ones.
 
-A candidate takes over where it is not worse beyond noise (one-sided, 95%). That is weaker than a proof that nothing is
-lost, which takes hundreds of labels; ``auc_lower`` of the evidence says what is ruled out.
+A candidate takes over where a loss of more than 0.01 of AUC is ruled out (one-sided, 95%). Where that is not so yet it
+waits, and pairs add up for the next snapshot, ``window`` of them at most: the two are so alike that few are needed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Shadow:
         against.append(_planted(incumbent, candidate, list(self.praised), evidence))
         reason = next((reason for reason in against if reason is not None), None)
         if reason is not None:
-            return Verdict(False, f"refused: {reason}", evidence)
+            waits = evidence["auc_upper"] >= 0 and reason is against[0]
+            return Verdict(False, f"{'waits' if waits else 'refused'}: {reason}", evidence)
         auc_now, before = evidence["auc"], evidence["incumbent_auc"]
         return Verdict(
             True,
@@ -130,12 +131,18 @@ def _ranking(pairs: Array, evidence: dict[str, float]) -> str | None:
     apart, error = delong(before, now, labels)
     evidence["auc"], evidence["incumbent_auc"] = auc(now, labels) or 0.0, auc(before, labels) or 0.0
     evidence["auc_lower"], evidence["auc_upper"] = apart - Z * error, apart + Z * error
-    if evidence["auc_upper"] < 0 and apart < -MARGIN:
+    if evidence["auc_lower"] >= -MARGIN:
+        return None
+    if evidence["auc_upper"] < 0:
         return (
             f"over {len(pairs)} labels new to both its AUC is {evidence['auc']:.3f}, the incumbent's "
             f"{evidence['incumbent_auc']:.3f}: worse by more than chance (at least {-evidence['auc_upper']:.3f})"
         )
-    return None
+    return (
+        f"over {len(pairs)} labels new to both its AUC is {evidence['auc']:.3f}, the incumbent's "
+        f"{evidence['incumbent_auc']:.3f}: a loss of {-evidence['auc_lower']:.3f} cannot be ruled out yet, "
+        f"{MARGIN:g} may be lost"
+    )
 
 
 def _calibration(pairs: Array, evidence: dict[str, float]) -> str | None:

@@ -4,6 +4,9 @@ list       every version: whether it scores or was refused, and why
 report     slice by slice: what it foretold before it learned (AUC, calibration error), coverage, drift, correlation
            with length; the same for the version before it; planted pairs; how far each source is believed
 compare    two versions on the newest episodes: where they disagree most, and who was right on labels new to both
+rollback   score with the version before (or --to another) and keep it, whatever snapshots come, until 'resume'
+promote    score with a version that was refused or rolled back; the next snapshots are judged beside it as ever
+resume     after a rollback: snapshots that pass take over again
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from everloop.errors import ConfigError, NotEnoughData
 
+from services.commands import reward_orders
 from services.commands.orders import add_policy
 from services.installation import Installation
 from services.tables import clock, table
@@ -47,7 +51,7 @@ SOURCES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|report|compare")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|report|compare|rollback|promote|resume")
     listing = verbs.add_parser("list", help="every version, oldest first, and why it scores or not")
     report = verbs.add_parser("report", help="how good it is, slice by slice")
     report.add_argument("--plot", type=Path, metavar="FILE.png", help="reliability diagram and AUC over time")
@@ -61,19 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(listing, all_of_them=True)
     add_policy(report)
     add_policy(compare)
+    reward_orders.add_arguments(verbs)
 
 
 def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         if options.verb == "list":
             return _list(options, here)
-        return {"report": _report, "compare": _compare}[options.verb](options, here, *here.policy(options.policy))
+        does = {"report": _report, "compare": _compare}.get(options.verb, reward_orders.run)
+        return does(options, here, *here.policy(options.policy))
 
 
 def _list(options: argparse.Namespace, here: Installation) -> int:
     from services.rewards import versions
 
-    found = [one for pair in here.policies(options.policy) for one in versions(here, *pair)]
+    pairs = here.policies(options.policy)
+    found = [one for pair in pairs for one in versions(here, *pair)]
     if options.json:
         for one in found:
             print(json.dumps({**one.model_dump(mode="json"), "scores": one.version in _scoring(found)}))
@@ -81,6 +88,9 @@ def _list(options: argparse.Namespace, here: Installation) -> int:
         print("No reward versions yet: the first episode that is scored makes one.")
     else:
         print(_versions_told(found))
+        for pair in pairs:
+            for line in reward_orders.told(reward_orders.orders_of(here, *pair), versions(here, *pair)):
+                print(f"\n{line}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -21,6 +22,7 @@ from everloop.log import NewRecord, open_log
 from pipelines.archive import Archive
 from reward.handler import RewardHandler
 from services import rewards
+from services.scorer.ordered import Ordered
 from services.stream import run_handler
 
 THINGS = ("card", "loan", "rate", "pin")
@@ -166,6 +168,36 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     assert "one more thumb down" in out
     assert "no declaration: all words count" in out
     assert "rated" in out
+
+
+def test_versions_are_rolled_back_kept_promoted_and_resumed(
+    desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    def scored_on() -> None:
+        with contextlib.closing(open_log(installation)) as log:
+            handler = RewardHandler(installation, desk, lambda name: letters, Ordered(log, desk.blobs))
+            run_handler(handler, log, desk.folder("state"), stop=threading.Event(), until_idle=True)
+
+    before, left = [one["version"] for one in listed(said) if one["state"] == "released"][-2:]
+    why = ("--reason", "it likes lists", "--no-wait")
+    assert said("reward", "rollback", *why)[0] == 0
+    assert "is ordered by" in said("reward", "list")[1]
+    scored_on()
+    out = said("reward", "list")[1]
+    assert "kept by" in out
+    assert "No snapshot takes over until 'everloop reward resume'" in out
+    now = {one["version"]: one for one in listed(said)}
+    assert now[before]["scores"]
+    assert "it likes lists" in now[before]["reason"]
+    assert now[left]["state"] == "refused"
+    status, _, error = said("reward", "rollback", "--to", left, *why)
+    assert (status, "was refused" in error) == (2, True)
+    assert said("reward", "promote", left[:8], *why)[0] == 0
+    scored_on()
+    assert {one["version"]: one["scores"] for one in listed(said)}[left]
+    assert "kept by" not in said("reward", "list")[1]
+    status, _, error = said("reward", "resume", *why)
+    assert (status, "nothing to resume" in error) == (2, True)
 
 
 @pytest.mark.parametrize(
