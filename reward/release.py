@@ -79,7 +79,7 @@ class Shadow:
             self.praised.append(Example(example.prompt, example.answer))
 
     def judge(self, incumbent: RewardModel, candidate: RewardModel) -> Verdict:
-        """Whether the candidate takes over; the first reason against it is told."""
+        """Whether the candidate takes over; all reasons against it are told."""
         if not finite(candidate):
             return Verdict(False, "refused: its weights are not finite, so it can say nothing", {})
         if not incumbent.may_judge:
@@ -93,10 +93,10 @@ class Shadow:
             return Verdict(False, f"waits: {few}; a comparison needs {needed}", evidence)
         against = [_ranking(pairs, evidence), _calibration(pairs, evidence), _length(pairs, evidence)]
         against.append(_planted(incumbent, candidate, list(self.praised), evidence))
-        reason = next((reason for reason in against if reason is not None), None)
-        if reason is not None:
-            waits = evidence["auc_upper"] >= 0 and reason is against[0]
-            return Verdict(False, f"{'waits' if waits else 'refused'}: {reason}", evidence)
+        reasons = [reason for reason in against if reason is not None]
+        if reasons:
+            waits = evidence["auc_upper"] >= 0 and reasons == against[:1]
+            return Verdict(False, f"{'waits' if waits else 'refused'}: {'; '.join(reasons)}", evidence)
         auc_now, before = evidence["auc"], evidence["incumbent_auc"]
         return Verdict(
             True,
