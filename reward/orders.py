@@ -105,8 +105,8 @@ def told(order: Command) -> str:
     kept = ", and is kept until 'everloop reward resume'" if order.kind is CommandKind.REWARD_ROLLBACK else ""
     version = order.arguments["version"]
     return (
-        f"{version} scores{kept}. What was scored before keeps its scores: 'everloop replay --scores --reward "
-        f"{version}' scores it again"
+        f"{version} scores{kept}. What was scored before keeps its scores: 'everloop replay --reward {version}' "
+        f"scores it again"
     )
 
 
