@@ -133,7 +133,7 @@ def told(said: Said, words: Sequence[Weighed]) -> list[str]:
         lines.append(f"an outcome decides: {said.outcome:g}")
     elif said.odds:
         summed = sum(word.log_odds or 0.0 for word in words if word.counts)
-        cut = "" if abs(summed - said.odds) < 1e-9 else f" ({summed:+.2f} is more than the declaration allows)"
+        cut = "" if abs(summed - said.odds) < 1e-9 else f" ({summed:+.2f}, of which no more counts)"
         lines.append(f"together {said.odds:+.2f} log-odds{cut}")
     return lines or ["nobody said anything"]
 

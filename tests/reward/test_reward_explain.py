@@ -44,11 +44,11 @@ def test_what_the_declaration_does_not_count_and_what_decides_is_said(trust):
     assert lines[-1] == "an outcome decides: 0"
 
 
-def test_words_that_come_to_more_than_the_declaration_allows_are_said_to_be_cut():
+def test_words_that_come_to_more_than_may_count_are_said_to_be_cut():
     strict = Reliability(Declaration.model_validate({"combine": {"cap": 1.0}}))
     (line, together) = told(evidence.said_of("a", (CARELESS,), strict), weighed("a", (CARELESS,), strict))
     assert "+2.94 log-odds" in line
-    assert together == "together +1.00 log-odds (+2.94 is more than the declaration allows)"
+    assert together == "together +1.00 log-odds (+2.94, of which no more counts)"
 
 
 def test_alternatives_follow_the_same_trust(trust):
