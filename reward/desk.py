@@ -13,18 +13,18 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from everloop.config import DriftKind, RewardConfig
 from everloop.errors import ContractError
 from everloop.run import RewardVersion
 from everloop.stream import State
 
-from reward import durable
+from reward import durable, snapshot
 from reward.features import Example
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
 from reward.poison import Guard
-from reward.release import Shadow, Verdict
+from reward.release import Shadow, Verdict, finite
 from reward.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Desk:
         self.shadow = Shadow(config.window)
         self.refused: tuple[str, str] | None = None  # the newest snapshot, where it did not take over, and why
         self.refusals = 0
+        self.pinned: str | None = None  # why a person has this version kept, whatever snapshots come
+        self.obeyed = 0.0  # time of the newest order that was obeyed; see reward.orders
         self.scoring = self.live
         self.version = ""
         self.prefix = f"model/{tenant}/{policy}/"
@@ -77,6 +79,7 @@ class Desk:
         self.shadow = Shadow(self.live.config.window, **desk.get("shadow", {}))
         self.refused = (str(held[0]), str(held[1])) if (held := desk.get("refused")) else None
         self.refusals = desk.get("refusals", 0)
+        self.pinned, self.obeyed = desk.get("pinned"), desk.get("obeyed", 0.0)
         self._score_with(desk["version"])
         return self
 
@@ -108,6 +111,8 @@ class Desk:
             "shadow": self.shadow.dump(),
             "refused": self.refused,
             "refusals": self.refusals,
+            "pinned": self.pinned,
+            "obeyed": self.obeyed,
         }
         state.put(f"{self.prefix}desk", json.dumps(desk).encode())
 
@@ -141,27 +146,45 @@ class Desk:
         candidate = RewardModel.load(self._folder / version, self.live.encoder)
         verdict = self._verdict(candidate)
         if verdict.takes_over:
-            self.version, self.scoring = version, candidate
-            self.shadow.pairs.clear()
-            self.refused = None
+            self._take_over(version, candidate)
         else:
             self.refused = (version, verdict.reason)
             self.refusals += 1
             os.utime(self._folder / self.version / "model.json")  # what scores is the last to make room
+        state: Literal["released", "refused"] = "released" if verdict.takes_over else "refused"
+        return self.described(version, time, state, verdict.reason, verdict.evidence)
+
+    def described(
+        self, version: str, time: float, state: Literal["released", "refused"], reason: str, evidence: dict[str, Any]
+    ) -> RewardVersion:
+        """What is announced of a snapshot that is kept. Raises ContractError where it is gone."""
+        facts = snapshot.facts_of(self._folder / version)
         return RewardVersion(
             version=version,
             tenant=self.tenant,
             policy=self.policy,
             path=str((self._folder / version).relative_to(self._root)),
-            updates=self.live.updates,
-            auc=self.live.calibration.auc,
-            calibration_error=self.live.calibration.error,
-            offsets=dict(self.live.offsets),
-            state="released" if verdict.takes_over else "refused",
-            reason=verdict.reason,
-            evidence=verdict.evidence,
+            updates=facts["updates"],
+            auc=facts["evidence"]["auc"],
+            calibration_error=facts["evidence"]["calibration_error"],
+            offsets=facts["offsets"],
+            state=state,
+            reason=reason,
+            evidence=evidence,
             time=time,
         )
+
+    def _take_over(self, version: str, model: RewardModel) -> None:
+        self.version, self.scoring = version, model
+        self.shadow.pairs.clear()
+        self.refused = None
+
+    def score_by_order(self, version: str) -> None:
+        """Score with a snapshot that is kept. Raises ContractError where it is gone, or could say nothing."""
+        model = RewardModel.load(self._folder / version, self.live.encoder)
+        if not finite(model):
+            raise ContractError(f"reward model {version} has weights that are not finite, so it can say nothing")
+        self._take_over(version, model)
 
     def _paged(self) -> str | None:
         """What somebody should know of the kinds of drift that page; None: nothing changed."""
@@ -175,7 +198,12 @@ class Desk:
     def _verdict(self, candidate: RewardModel) -> Verdict:
         if not self.version:
             return Verdict(True, "takes over: it is the first, or the version that scored is gone", {})
-        return self.shadow.judge(self.scoring, candidate)
+        verdict = self.shadow.judge(self.scoring, candidate)
+        if self.pinned is None or not verdict.takes_over:
+            return verdict
+        return Verdict(
+            False, f"waits: {self.version} is kept {self.pinned}; else it {verdict.reason}", verdict.evidence
+        )
 
     def status(self) -> dict[str, Any]:
         """JSON values; see ``services/scorer``."""
@@ -200,6 +228,7 @@ class Desk:
             "poison": self.guard.status(),
             "shadow_labels": len(self.shadow.pairs),
             "snapshots_refused": self.refusals,
+            "pinned": self.pinned,
             "refused_version": self.refused[0] if self.refused else None,
             "refused_because": self.refused[1] if self.refused else None,
             **self.watch.status(),

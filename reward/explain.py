@@ -13,6 +13,7 @@ from reward.evidence import Said
 from reward.features import Example
 from reward.model import SHARED, STYLE_COLUMNS, Estimate, RewardModel
 from reward.prototypes import NAMES
+from reward.reliability import OUTCOME, Reliability, rater_of, source_of
 
 WORDS = {
     "base": "before anything is known of the answer",
@@ -70,10 +71,41 @@ def neighbours(
     return [Neighbour(float(near[i]), rated[i][2], rated[i][1], rated[i][0]) for i in best]
 
 
+class Weighed(NamedTuple):
+    """A word about an answer. ``log_odds``: what it adds to the answer's being good; None: an outcome, which decides,
+    or nothing that says how good the answer is. ``counts``: whether the declaration lets it."""
+
+    says: str
+    source: str
+    log_odds: float | None
+    counts: bool
+
+
+def weighed(answer: str, words: Sequence[Feedback], trust: Reliability) -> list[Weighed]:
+    """Each word with what it weighs by what is believed of its source and its rater."""
+    found = []
+    for word in words:
+        source, good = source_of(word), evidence.goodness(answer, word)
+        silent = good is None or source == OUTCOME
+        weight = None if silent or good is None else trust.odds(source, rater_of(word), good)
+        found.append(Weighed(_named(word), source, weight, trust.counts(word)))
+    return found
+
+
 def alternatives(
-    estimate: Estimate, answer: str, words: Sequence[Feedback], pessimism: float
+    estimate: Estimate,
+    answer: str,
+    words: Sequence[Feedback],
+    pessimism: float,
+    trust: Reliability,
+    held: bool = False,
 ) -> list[tuple[str, Estimate]]:
-    """What the score would be if one more thing were said of the answer."""
+    """What the score would be if one more thing were said of the answer, by the trust that the score was made with.
+
+    ``held``: its words are kept from learning, and more of them would be so too; then, if they were believed.
+    """
+    if held:
+        return [("its words were believed", _decided(estimate, answer, words, pessimism, trust))]
     last = max((word.time for word in words), default=0.0) + 1
     more: dict[str, dict[str, Any]] = {
         "one more thumb up": {"kind": FeedbackKind.THUMB, "value": 1.0},
@@ -82,24 +114,41 @@ def alternatives(
         "an outcome of 1": {"kind": FeedbackKind.OUTCOME, "value": 1.0},
         "an outcome of 0": {"kind": FeedbackKind.OUTCOME, "value": 0.0},
     }
-    said = {"nothing said of it": evidence.said_of(answer, ())} if words else {}
+    said: dict[str, Sequence[Feedback]] = {"nothing said of it": ()} if words else {}
     for name, fields in more.items():
-        said[name] = evidence.said_of(answer, (*words, Feedback(id="what if", time=last, **fields)))
-    return [(name, evidence.decide(estimate, one, pessimism)[0]) for name, one in said.items()]
+        said[name] = (*words, Feedback(id="what if", time=last, **fields))
+    return [(name, _decided(estimate, answer, its, pessimism, trust)) for name, its in said.items()]
 
 
-def told(said: Said, words: Sequence[Feedback]) -> list[str]:
-    """What was said of an answer, a line each, and what it adds up to."""
-    lines = [f"{_named(word)}{'' if word.rater is None else f' by {word.rater[:12]}'}" for word in words]
+def _decided(
+    estimate: Estimate, answer: str, words: Sequence[Feedback], pessimism: float, trust: Reliability
+) -> Estimate:
+    return evidence.decide(estimate, evidence.said_of(answer, tuple(words), trust), pessimism)[0]
+
+
+def told(said: Said, words: Sequence[Weighed]) -> list[str]:
+    """What was said of an answer, a line each with its source and weight, and what it adds up to."""
+    lines = [f"{word.says}: {_worth(word)}" for word in words]
     if said.outcome is not None:
         lines.append(f"an outcome decides: {said.outcome:g}")
     elif said.odds:
-        lines.append(f"together {said.odds:+.2f} log-odds")
+        summed = sum(word.log_odds or 0.0 for word in words if word.counts)
+        cut = "" if abs(summed - said.odds) < 1e-9 else f" ({summed:+.2f}, of which no more counts)"
+        lines.append(f"together {said.odds:+.2f} log-odds{cut}")
     return lines or ["nobody said anything"]
+
+
+def _worth(word: Weighed) -> str:
+    if not word.counts:
+        return f"{word.source}, which the declaration does not count"
+    if word.log_odds is not None:
+        return f"{word.source}, {word.log_odds:+.2f} log-odds"
+    return f"{word.source}, measured" if word.source == OUTCOME else f"{word.source}, for learning alone"
 
 
 def _named(word: Feedback) -> str:
     name = f" {word.name!r}" if word.name else ""
     value = "" if word.value is None else f" {word.value:+g}" if word.kind is FeedbackKind.THUMB else f" {word.value:g}"
     text = f" {' '.join(word.text.split())[:60]!r}" if word.text else ""
-    return f"{word.kind.value}{name}{value}{text}"
+    rater = "" if word.rater is None else f" by {word.rater[:12]}"
+    return f"{word.kind.value}{name}{value}{text}{rater}"

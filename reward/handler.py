@@ -27,13 +27,14 @@ from everloop.home import Home
 from everloop.log.base import NewRecord, Record
 from everloop.score import Score
 from everloop.stream import State
-from everloop.topics import EPISODES, REWARDS, SCORES
+from everloop.topics import EPISODES, SCORES
 
 from reward import declaration, evidence, poison
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
 from reward.model import Estimate, Label, Pair, Trace, Vectors
+from reward.orders import Office, Orders, announcement, nobody
 from reward.reliability import MOST_WORDS, Piece
 
 Encoders = Callable[[str], Vectors]
@@ -74,6 +75,7 @@ class Known:
 
 class RewardHandler:
     """See the module. ``encoders`` gives the encoder of a configured name; it may load its weights late.
+    ``ordered`` gives a person's orders, and ``office`` says what became of them: :mod:`reward.orders`.
 
     Raises ConfigError where a policy's reward declaration is none.
     """
@@ -81,7 +83,8 @@ class RewardHandler:
     name = "score"
     topics = (EPISODES.name,)
 
-    def __init__(self, config: Config, home: Home, encoders: Encoders) -> None:
+    def __init__(self, config: Config, home: Home, encoders: Encoders, ordered: Orders = nobody) -> None:
+        self.office = Office(ordered)
         self._config = config
         self._home = home
         self._encoders = encoders
@@ -115,12 +118,13 @@ class RewardHandler:
             raise ContractError(f"episode {episode.key} lies under the key {record.key}; it cannot join either")
         its = examples(episode)
         lessons = evidence.lessons(episode, its) if teaches(episode) else []
+        self.office.saw(record)
         self._waiting.append(Read(record, episode, its, evidence.said(episode), lessons))
         return []
 
     def flush(self, state: State, now: float) -> list[NewRecord]:
         """Retried whole: what a failed one had learned in memory is dropped, what it had saved is the same again."""
-        if self._status and not self._waiting:
+        if self._status and not self._waiting and not any(map(self.office.at_rest, self._desks.values())):
             return []
         try:
             desks = {(read.episode.tenant, read.episode.policy): read.episode for read in self._waiting}
@@ -129,7 +133,9 @@ class RewardHandler:
             self._encode()
             outputs = [record for read in self._waiting for record in self._take(state, read)]
             for at, desk in self._desks.items():
-                if at in desks or desk.guard.vouched():
+                before = desk.obeyed
+                outputs += self.office.obey(desk, self.office.at_rest(desk))
+                if at in desks or desk.obeyed > before or desk.guard.vouched():
                     outputs += _let_in(state, desk, now)
                     desk.write(state)
         except BaseException:
@@ -178,10 +184,11 @@ class RewardHandler:
         mark = f"episode/{episode.tenant}/{episode.policy}/{episode.id}"
         held = state.get(mark)
         known = Known.unpacked(held) if held else Known()
+        outputs = self.office.obey(desk, self.office.due(desk, read.record))
         if episode.version <= known.version:
-            return []
+            return outputs
         known.version = episode.version
-        outputs = [] if desk.version else [version_record(desk, episode.updated)]
+        outputs += [] if desk.version else [version_record(desk, episode.updated)]
         outputs += _learn(desk, read, known)
         outputs += _score(desk, read, known)
         state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
@@ -377,6 +384,4 @@ def score_record(score: Score) -> NewRecord:
 
 def version_record(desk: Desk, time: float) -> NewRecord:
     """Freeze the live model as a version, and announce it."""
-    made = desk.freeze(time)
-    headers = {"schema": "RewardVersion", "id": f"{made.key}/{made.version}"}
-    return NewRecord(REWARDS.name, made.key, wire.encode(made), headers, made.time)
+    return announcement(desk.freeze(time))

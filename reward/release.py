@@ -10,8 +10,8 @@ that a candidate is cut from is judged by labels that were new to it (progressiv
 1999), at once, without waiting for labels after it. What its last update may have broken is asked of the snapshot
 itself: finite numbers, and planted answers that must lose against well-rated ones.
 
-A candidate takes over where it is not worse beyond noise (one-sided, 95%). That is weaker than a proof that nothing is
-lost, which takes hundreds of labels; ``auc_lower`` of the evidence says what is ruled out.
+A candidate takes over where a loss of more than 0.01 of AUC is ruled out (one-sided, 95%). Where that is not so yet it
+waits, and pairs add up for the next snapshot, ``window`` of them at most: the two are so alike that few are needed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 from reward.calibration import BINS, auc, calibration_error
 from reward.features import Example, style_vector
 from reward.model import RewardModel
+from reward.probes import probes
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Z = 1.645  # one-sided 95%
@@ -37,9 +38,6 @@ MOST_LENGTH = 0.1  # correlation with the logarithm of the answer's length
 MOST_NULL = 0.05  # share of prompts for which saying nothing beats a well-rated answer
 PRAISED = 24  # well-rated answers that planted ones are set against
 LONGEST = 2000  # characters of such an answer with its prompt
-CLARIFY = "Could you please clarify what exactly you mean, so that I can help you?"
-BROKEN = '{"name": "respond", "arguments": {'
-CONSTANT = "Thank you for your message. We are happy to help."
 
 
 class Foretold(NamedTuple):
@@ -81,7 +79,7 @@ class Shadow:
             self.praised.append(Example(example.prompt, example.answer))
 
     def judge(self, incumbent: RewardModel, candidate: RewardModel) -> Verdict:
-        """Whether the candidate takes over; the first reason against it is told."""
+        """Whether the candidate takes over; all reasons against it are told."""
         if not finite(candidate):
             return Verdict(False, "refused: its weights are not finite, so it can say nothing", {})
         if not incumbent.may_judge:
@@ -95,9 +93,10 @@ class Shadow:
             return Verdict(False, f"waits: {few}; a comparison needs {needed}", evidence)
         against = [_ranking(pairs, evidence), _calibration(pairs, evidence), _length(pairs, evidence)]
         against.append(_planted(incumbent, candidate, list(self.praised), evidence))
-        reason = next((reason for reason in against if reason is not None), None)
-        if reason is not None:
-            return Verdict(False, f"refused: {reason}", evidence)
+        reasons = [reason for reason in against if reason is not None]
+        if reasons:
+            waits = evidence["auc_upper"] >= 0 and reasons == against[:1]
+            return Verdict(False, f"{'waits' if waits else 'refused'}: {'; '.join(reasons)}", evidence)
         auc_now, before = evidence["auc"], evidence["incumbent_auc"]
         return Verdict(
             True,
@@ -132,12 +131,18 @@ def _ranking(pairs: Array, evidence: dict[str, float]) -> str | None:
     apart, error = delong(before, now, labels)
     evidence["auc"], evidence["incumbent_auc"] = auc(now, labels) or 0.0, auc(before, labels) or 0.0
     evidence["auc_lower"], evidence["auc_upper"] = apart - Z * error, apart + Z * error
-    if evidence["auc_upper"] < 0 and apart < -MARGIN:
+    if evidence["auc_lower"] >= -MARGIN:
+        return None
+    if evidence["auc_upper"] < 0:
         return (
             f"over {len(pairs)} labels new to both its AUC is {evidence['auc']:.3f}, the incumbent's "
             f"{evidence['incumbent_auc']:.3f}: worse by more than chance (at least {-evidence['auc_upper']:.3f})"
         )
-    return None
+    return (
+        f"over {len(pairs)} labels new to both its AUC is {evidence['auc']:.3f}, the incumbent's "
+        f"{evidence['incumbent_auc']:.3f}: a loss of {-evidence['auc_lower']:.3f} cannot be ruled out yet, "
+        f"{MARGIN:g} may be lost"
+    )
 
 
 def _calibration(pairs: Array, evidence: dict[str, float]) -> str | None:
@@ -170,20 +175,17 @@ def _length(pairs: Array, evidence: dict[str, float]) -> str | None:
     return None
 
 
-def planted(prompt: str) -> dict[str, str]:
-    """Answers to a prompt that must lose against one that people rated well, by what they try."""
-    return {"null": "", "constant": CONSTANT, "copied": prompt, "broken tool call": BROKEN, "clarifying": CLARIFY}
-
-
 def probe(model: RewardModel, praised: Sequence[Example]) -> dict[str, Array]:
-    """By kind of planted answer, for each well-rated one, whether the model places it above: 1 or 0."""
+    """By kind of planted pair (:mod:`reward.probes`), of those made of well-rated answers: 1 where the good answer is
+    placed above the bad one, else 0. Empty where there are no well-rated answers."""
     if not praised:
         return {}
-    kinds = list(planted(""))
-    asked = [Example(one.prompt, planted(one.prompt)[kind]) for kind in kinds for one in praised]
-    values = np.array([estimate.value for estimate in model.estimate([*praised, *asked])])
-    rows = values.reshape(len(kinds) + 1, len(praised))
-    return {kind: (rows[0] > row).astype(np.float64) for kind, row in zip(kinds, rows[1:], strict=True)}
+    made = probes([(one.prompt, one.answer) for one in praised])
+    values = model.estimate([Example(pair.prompt, answer) for pair in made for answer in (pair.good, pair.bad)])
+    won: dict[str, list[float]] = {}
+    for pair, good, bad in zip(made, values[::2], values[1::2], strict=True):
+        won.setdefault(pair.kind, []).append(float(good.value > bad.value))
+    return {kind: np.array(its) for kind, its in won.items()}
 
 
 def _planted(

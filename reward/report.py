@@ -118,9 +118,17 @@ def drawn(rows: Sequence[Row], title: str, path: Any) -> None:
     bins = diagram(rows)
     left.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     left.plot([one[0] for one in bins], [one[1] for one in bins], marker="o")
-    left.set(xlim=(0, 1), ylim=(0, 1), xlabel="foretold", ylabel="said to be good", title=f"{title}: reliability")
+    left.set(
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        xlabel="foretold",
+        ylabel="said to be good",
+        title=f"{title}: reliability",
+    )
     points = over_time(rows)
-    right.plot([(at - points[0][0]) / 3600 for at, _ in points], [value for _, value in points])
+    seconds = [at - points[0][0] for at, _ in points]
+    unit, size = ("hours", 3600.0) if seconds and seconds[-1] > 7200 else ("minutes", 60.0)
+    right.plot([second / size for second in seconds], [value for _, value in points], marker=".")
     right.axhline(0.5, color="0.7", linewidth=1)
-    right.set(xlabel="hours", ylabel=f"AUC of the newest {ROLLING} labels", ylim=(0.3, 1), title="predict-then-learn")
+    right.set(xlabel=unit, ylabel=f"AUC of the newest {ROLLING} labels", ylim=(0.3, 1.02), title="predict-then-learn")
     figure.savefig(path, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""History scored again by a newer version of the reward model: what ``everloop replay --scores`` does.
+"""History scored again by a newer version of the reward model: what ``everloop replay --reward`` does.
 
 History is the archive and the log's tail, which is newer. A score of the newest version of each episode is appended
 wherever another reward version spoke last. A score keeps what was said and expected of its call, so

@@ -157,6 +157,15 @@ def load(folder: Path, encoder: Vectors) -> RewardModel:
     return model
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a snapshot says of itself: ``updates``, ``offsets``, ``evidence`` and more. Raises ContractError."""
+    try:
+        found = json.loads((folder / "model.json").read_text())
+        return {**found, "evidence": dict(found["evidence"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"{folder} is not a whole snapshot of a reward model: {error!r}") from None
+
+
 def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
     model.heads.own[:], model.heads.shared[:] = arrays["own_weights"], arrays["shared_weights"]
     known = model.prototypes

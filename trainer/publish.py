@@ -28,7 +28,7 @@ def publish(registry: Registry, run: Run, request: Request, trained: Trained, no
     """
     registry_run = log(registry, run, request, trained, now)
     lineage = {"everloop.run": run.id, "everloop.batch": run.batch, "everloop.parent": run.parent}
-    uri = registry.register(run.tenant, run.policy, registry_run=registry_run, adapter=trained.adapter, tags=lineage)
+    uri = registry.register(run.tenant, run.policy, registry_run=registry_run, content=trained.adapter, tags=lineage)
     return Adapter(
         hash=trained.adapter,
         tenant=run.tenant,

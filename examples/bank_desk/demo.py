@@ -39,6 +39,7 @@ from examples.bank_desk.loop import (
     Stage,
     Standing,
     plan,
+    reward_told,
     since,
     standing,
 )
@@ -139,6 +140,7 @@ class Demo:
         self.say(COLUMNS)
         with self.phase("loop"):
             now = self._loop(platform, traffic, client)
+        self._tell_reward(platform)
         with self.phase("measuring"):
             if self.measured[-1].version != now.live:
                 self._measure(client, traffic.served.messages, now.live)
@@ -160,6 +162,13 @@ class Demo:
             thumbs_down=served.down,
             seconds=self.seconds,
         )
+
+    def _tell_reward(self, platform: Platform) -> None:
+        key = f"{TENANT}/{POLICY}"
+        reward = platform.status("scorer").get("rewards", {}).get(key)
+        learning = platform.status("learner").get("policies", {}).get(key, {})
+        if reward is not None:
+            self.say("\n" + "\n".join(reward_told(reward, bool(learning.get("paused")))))
 
     def _loop(self, platform: Platform, traffic: Traffic, client: OpenAI) -> Standing:
         """Serve messages while the platform learns; returns where the loop stands when all is sent."""

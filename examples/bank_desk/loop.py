@@ -76,6 +76,30 @@ def standing(policy: str, said: dict[str, dict[str, Any]]) -> Standing | None:
     )
 
 
+def reward_told(its: dict[str, Any], paused: bool = False) -> tuple[str, str]:
+    """How good the reward model is by now, and which of its guards acted: two lines for people.
+
+    ``its``: what the scorer says of the policy's. ``paused``: the learner starts no runs.
+    """
+    auc, error = (
+        "not known yet" if its.get(name) is None else f"{its[name]:.3f}" for name in ("auc", "calibration_error")
+    )
+    refused = its.get("snapshots_refused", 0)
+    first = (
+        f"Reward model {str(its.get('version') or 'none')[:8]}: AUC {auc}, calibration error {error} on "
+        f"{its.get('labels', 0):,} labels; {refused} of its versions did not take over"
+    )
+    poison = its.get("poison") or {}
+    held = [f"{count} x {rule}" for rule, count in poison.get("quarantined", {}).items()]
+    acted = [
+        *([f"words held: {', '.join(held)}"] if held else []),
+        *([f"drift: {its['drift']}"] if its.get("drift") else []),
+        *(["opinions are kept from training for now"] if its.get("frozen") else []),
+        *(["training is paused"] if paused else []),
+    ]
+    return first, f"Guards: {'; '.join(acted) or 'none had to act'}"
+
+
 def _stage(releases: dict[str, Any], learning: dict[str, Any]) -> Stage:
     under_way = releases.get("in_progress")
     if under_way is not None:

@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 
 RUN_TAG = "everloop.run"
 ADAPTER_TAG = "everloop.adapter"
+REWARD_TAG = "everloop.reward"
 REFUSED_TAG = "everloop.refused"
 """Of a model version: why its files are no adapter that can be served."""
 MODEL_CARD = "README.md"
 """PEFT writes one beside an adapter. It is left behind."""
 ADAPTER_FILES = "adapter"
 """Name of the artifact folder of a run that holds the adapter."""
+EVIDENCE_FILES = "evidence"
+"""And of one that holds what speaks for a version of the reward model."""
 
 QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -162,27 +165,44 @@ class Registry:
         with self._client() as client:
             return {str(found.name): str(found.experiment_id) for found in client.search_experiments()}
 
-    def register(self, tenant: str, policy: str, *, registry_run: str, adapter: str, tags: Mapping[str, str]) -> str:
-        """Register the adapter files of a logged run; returns ``models:/<tenant>.<policy>/<n>``.
+    def register(
+        self,
+        tenant: str,
+        policy: str,
+        *,
+        registry_run: str,
+        content: str,
+        tags: Mapping[str, str],
+        tag: str = ADAPTER_TAG,
+        files: str = ADAPTER_FILES,
+    ) -> str:
+        """Register the files of a logged run; returns ``models:/<tenant>.<policy>/<n>``.
 
-        An adapter hash that is registered already keeps its version.
+        ``content`` is their hash, kept as ``tag``: where one is registered already it keeps its version.
         """
         name = model_name(tenant, policy)
         with self._client() as client:
             if not client.search_registered_models(f"name = '{name}'", max_results=1):
                 client.create_registered_model(name)
-            known = client.search_model_versions(f"name = '{name}' and tags.`{ADAPTER_TAG}` = '{adapter}'")
+            known = client.search_model_versions(f"name = '{name}' and tags.`{tag}` = '{content}'")
             version = (
                 known[0]
                 if known
                 else client.create_model_version(
                     name,
-                    source=f"runs:/{registry_run}/{ADAPTER_FILES}",
+                    source=f"runs:/{registry_run}/{files}",
                     run_id=registry_run,
-                    tags={ADAPTER_TAG: adapter, **tags},
+                    tags={tag: content, **tags},
                 )
             )
             return f"models:/{name}/{version.version}"
+
+    def tagged(self, tenant: str, policy: str, tag: str) -> dict[str, str]:
+        """The uris of a model's versions by what a tag says of each."""
+        name = model_name(tenant, policy)
+        with self._client() as client:
+            found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
+            return {one.tags[tag]: f"models:/{name}/{one.version}" for one in found if tag in one.tags}
 
     def set_alias(self, uri: str, alias: str) -> None:
         """Point an alias (``live``, ``canary``) at a version: a mirror for people, never the authority."""

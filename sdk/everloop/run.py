@@ -77,6 +77,9 @@ class CommandKind(StrEnum):
     VETO = "veto"  # arguments: release, reason
     REGISTER = "register"  # arguments: path of an adapter made elsewhere, reason
     RESCORE = "rescore"  # arguments: version
+    REWARD_ROLLBACK = "reward-rollback"  # arguments: version, reason, after. Kept as a pause is
+    REWARD_PROMOTE = "reward-promote"  # as above
+    REWARD_RESUME = "reward-resume"  # arguments: reason, after. Kept as a pause is
 
 
 STANDING = {
@@ -84,6 +87,9 @@ STANDING = {
     CommandKind.RESUME: "pause",
     CommandKind.FREEZE: "freeze",
     CommandKind.UNFREEZE: "freeze",
+    CommandKind.REWARD_ROLLBACK: "reward",
+    CommandKind.REWARD_PROMOTE: "reward",
+    CommandKind.REWARD_RESUME: "reward",
 }
 """Orders that hold until another one of the same name: the newest of each policy and name is kept for ever."""
 
@@ -107,7 +113,8 @@ class Command(Contract):
     @property
     def log_key(self) -> str:
         """The key of its record: in a compacted topic, what the next one of its kind takes the place of."""
-        return f"{self.key}/freeze" if STANDING.get(self.kind) == "freeze" else self.key
+        name = STANDING.get(self.kind, "pause")
+        return self.key if name == "pause" else f"{self.key}/{name}"
 
 
 class DeadLetter(Contract):

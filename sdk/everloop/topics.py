@@ -71,7 +71,13 @@ COMMANDS = Topic(
     "commands", Command, "tenant/policy", (), ("learner", "releaser", "scorer", "assembler"), partitioned=False
 )
 PAUSES = Topic(
-    "pauses", Command, "tenant/policy", (), ("learner", "releaser", "assembler"), compacted=True, partitioned=False
+    "pauses",
+    Command,
+    "tenant/policy",
+    (),
+    ("learner", "releaser", "scorer", "assembler"),
+    compacted=True,
+    partitioned=False,
 )
 PINS = Topic(
     "pins",

@@ -22,7 +22,7 @@ COMMANDS = {
         "what an adapter would be worth, from logged answers, before users see it",
         "services.commands.evaluate",
     ),
-    "reward": ("how good the reward model is, its versions, where two disagree", "services.commands.reward"),
+    "reward": ("how good the reward model is; its versions: compare, roll back, promote", "services.commands.reward"),
     "explain": ("why an episode's answers got their scores, and what would change it", "services.commands.explain"),
     "keys": ("create, list or revoke API keys", "services.commands.keys"),
     "base": ("build a small base model from your own examples", "services.commands.base"),

@@ -1,8 +1,9 @@
 """Why an episode's answers got their scores: what people said, what the reward model saw, and what would change it.
 
-For each answer: the score and the version that gave it; what was said, with its weight; the features that spoke for
-and against it; the nearest rated answers; how sure it is; and the score after one more word. The features and
-neighbours are those of the version that scored, so they say again what was said then.
+For each answer: the score and the version that gave it; what was said, by which source and with which weight, and
+what of it is held; the declaration in force; the features that spoke for and against it; the nearest rated answers; how
+sure it is; and the score after one more word. Weights, features and neighbours are those of the version that scored,
+so they say again what was said then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from everloop.score import Score
 
     from pipelines.store import Store
+    from reward.declaration import Declaration
 
 FEATURES = 6  # strongest ones that are told
 
@@ -111,16 +113,23 @@ def _turn(
         "answer": example.answer,
         **score.model_dump(mode="json", include={"value", "spread", "reward", "mask", "source", "label", "predicted"}),
         "reward_version": score.reward_version,
-        "said": explain.told(evidence.said(episode)[number], words),
+        "held": score.quarantined,
     }
     try:
         _, model = loaded(here, episode.tenant, episode.policy, score.reward_version)
     except ContractError as error:
-        return told | {"gone": str(error)}
+        return told | {"gone": str(error), "words": [word.model_dump(mode="json") for word in words]}
+    trust = model.reliability
+    weighed = explain.weighed(example.answer, words, trust)
     (estimate,) = model.estimate([example])
     others = [one for one in rated(store, episode.tenant, episode.policy, most=among) if one[0] != episode.id]
-    changed = explain.alternatives(estimate, example.answer, words, model.config.pessimism)
+    changed = explain.alternatives(
+        estimate, example.answer, words, model.config.pessimism, trust, held=score.quarantined is not None
+    )
     return told | {
+        "words": [word._asdict() for word in weighed],
+        "said": explain.told(evidence.said_of(example.answer, words, trust), weighed),
+        "declaration": declared(trust.declaration),
         "opinion": {"value": estimate.value, "spread": estimate.spread, "mask": estimate.mask},
         "learned_from": model.updates,
         "features": explain.contributions(model, example),
@@ -162,9 +171,13 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
     ]
     if turn["predicted"] is not None:
         lines.append(f"  foretold    {turn['predicted']:.3f} that the first label would be good, before it was learned")
-    lines += [f"  said        {line}" for line in turn["said"]]
+    if turn["held"]:
+        lines.append(f"  held        what was said is kept from learning and from the score: {turn['held']}")
     if "gone" in turn:
-        return [*lines, f"  version     {turn['reward_version']} is gone, so no more can be told ({turn['gone']})"]
+        gone = f"{turn['reward_version']} is gone, and with it what its words weighed ({turn['gone']})"
+        return [*lines, f"  version     {gone}"]
+    lines += [f"  said        {line}" for line in turn["said"]]
+    lines.append(f"  by          {_declaration_told(turn['declaration'])}")
     opinion = turn["opinion"]
     sure = "with no right to an opinion" if not opinion["mask"] else f"members differ by {opinion['spread']:.3f}"
     lines.append(
@@ -178,6 +191,27 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
         f"  if          {one['said']}: P(good) {one['value']:.3f}, reward {one['reward']:+.3f}" for one in turn["if"]
     ]
     return lines
+
+
+def declared(declaration: Declaration) -> dict[str, Any]:
+    """What of a declaration decides how words weigh: which one it is, what does not count, what is bounded."""
+    from reward.declaration import DEFAULT
+
+    signals = declaration.signals
+    return {
+        "version": None if declaration == DEFAULT else declaration.version,
+        "not_counted": [source for source, its in signals.items() if not its.count],
+        "bounds": {source: [its.least, its.most] for source, its in signals.items() if its.count},
+        "cap": declaration.combine.cap,
+    }
+
+
+def _declaration_told(its: dict[str, Any]) -> str:
+    if its["version"] is None:
+        return "no declaration: all words count, as far as their sources are found to be right"
+    parts = [f"{source} from {least:g} to {most:g} log-odds" for source, (least, most) in its["bounds"].items()]
+    parts += [f"{', '.join(its['not_counted'])} not counted"] if its["not_counted"] else []
+    return "; ".join([f"declaration {its['version']}", *parts, f"{its['cap']:g} log-odds together at most"])
 
 
 def _features(features: list[Any]) -> list[str]:

@@ -39,9 +39,14 @@ def not_ordered(here: Installation, what: str, error: BrokerAway) -> str:
 
 
 def give(
-    asked: argparse.Namespace, here: Installation, kind: CommandKind, pair: tuple[str, str], **arguments: Any
+    asked: argparse.Namespace,
+    here: Installation,
+    kind: CommandKind,
+    pair: tuple[str, str],
+    service: str = "releaser",
+    **arguments: Any,
 ) -> int:
-    """Give an order to the releaser and tell what it answered. 0: done; 1: not done, or nobody answered."""
+    """Give an order to a service and tell what it answered. 0: done; 1: not done, or nobody answered."""
     name = "/".join(pair)
     try:
         command = here.order(kind, *pair, **arguments)
@@ -54,7 +59,7 @@ def give(
     if not here.running() and up(here) is None:
         print(f"{name}: {kind} is ordered ({command.id}), and done once the platform runs: {starts(here)}")
         return 1
-    said = here.answer("releaser", command, asked.timeout)
+    said = here.answer(service, command, asked.timeout)
     if said is None:
         print(f"{name}: {kind} is ordered ({command.id}); no answer within {asked.timeout:g} s, see everloop status")
         return 1

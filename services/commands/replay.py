@@ -5,7 +5,7 @@ it is started. Its state stays: what it took before it knows by its id and passe
 ids that it had. So it brings what it could not take then, or what was lost since, and changes nothing else. It must
 not run meanwhile.
 
---scores scores history again: what was said and expected then stays as it was. Only episodes that another version
+--reward scores history again: what was said and expected then stays as it was. Only episodes that another version
 scored last get a new score, so doing it twice changes nothing.
 """
 
@@ -23,18 +23,25 @@ from services.commands.orders import add_policy
 from services.installation import Installation
 from services.rewind import rewind
 
+NEWEST = "newest"  # which no version is called: those are hexadecimal
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--handler", metavar="NAME", help="this handler's records: assemble, score or archive")
-    what.add_argument("--scores", action="store_true", help="scores, by another version of the reward model")
+    what.add_argument(
+        "--reward",
+        nargs="?",
+        const=NEWEST,
+        metavar="VERSION",
+        help="scores, by this version of the reward model or its beginning; without one: by the one that scores now",
+    )
     parser.add_argument(
         "--from",
         dest="start",
         metavar="TIME",
         help="with --handler: such as 2026-03-01T12:00 (local, or with +00:00), or how long ago, such as 6h",
     )
-    parser.add_argument("--reward", metavar="VERSION", help="of the reward model, or its beginning; else the newest")
     add_policy(parser, all_of_them=True)
 
 
@@ -72,7 +79,7 @@ def _rescore(here: Installation, options: argparse.Namespace) -> int:
     from reward.rescore import newest_version, rescore
 
     for tenant, policy in here.policies(options.policy):
-        version = options.reward or newest_version(here.log, tenant, policy)
+        version = newest_version(here.log, tenant, policy) if options.reward == NEWEST else options.reward
         encoder = Encoder(here.config.policy(tenant, policy).reward.encoder)
         with closing(Store(here.home.root / "store", tenant=tenant, blobs=here.home.blobs)) as store:
             made = rescore(

@@ -2,19 +2,24 @@
 
 list       every version: whether it scores or was refused, and why
 report     slice by slice: what it foretold before it learned (AUC, calibration error), coverage, drift, correlation
-           with length; the same for the version before it; planted answers; what each kind of word weighs
+           with length; the same for the version before it; planted pairs; how far each source is believed
 compare    two versions on the newest episodes: where they disagree most, and who was right on labels new to both
+rollback   score with the version before (or --to another) and keep it, whatever snapshots come, until 'resume'
+promote    score with a version that was refused or rolled back; the next snapshots are judged beside it as ever
+resume     after a rollback: snapshots that pass take over again
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everloop.errors import ConfigError, NotEnoughData
 
+from services.commands import reward_orders
 from services.commands.orders import add_policy
 from services.installation import Installation
 from services.tables import clock, table
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 
     from pipelines.store import Store
     from reward.features import Example
+    from reward.model import RewardModel
     from reward.report import Row
 
 COLUMNS = {
@@ -35,9 +41,17 @@ COLUMNS = {
     "length_correlation": "length",
 }
 
+SOURCES = {
+    "good_if_good": "good if good",
+    "bad_if_bad": "bad if bad",
+    "up": "a good weighs",
+    "down": "a bad weighs",
+    "words": "words",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|report|compare")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|report|compare|rollback|promote|resume")
     listing = verbs.add_parser("list", help="every version, oldest first, and why it scores or not")
     report = verbs.add_parser("report", help="how good it is, slice by slice")
     report.add_argument("--plot", type=Path, metavar="FILE.png", help="reliability diagram and AUC over time")
@@ -51,19 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy(listing, all_of_them=True)
     add_policy(report)
     add_policy(compare)
+    reward_orders.add_arguments(verbs)
 
 
 def run(options: argparse.Namespace) -> int:
     with Installation.here() as here:
         if options.verb == "list":
             return _list(options, here)
-        return {"report": _report, "compare": _compare}[options.verb](options, here, *here.policy(options.policy))
+        does = {"report": _report, "compare": _compare}.get(options.verb, reward_orders.run)
+        return does(options, here, *here.policy(options.policy))
 
 
 def _list(options: argparse.Namespace, here: Installation) -> int:
     from services.rewards import versions
 
-    found = [one for pair in here.policies(options.policy) for one in versions(here, *pair)]
+    pairs = here.policies(options.policy)
+    found = [one for pair in pairs for one in versions(here, *pair)]
     if options.json:
         for one in found:
             print(json.dumps({**one.model_dump(mode="json"), "scores": one.version in _scoring(found)}))
@@ -71,6 +88,9 @@ def _list(options: argparse.Namespace, here: Installation) -> int:
         print("No reward versions yet: the first episode that is scored makes one.")
     else:
         print(_versions_told(found))
+        for pair in pairs:
+            for line in reward_orders.told(reward_orders.orders_of(here, *pair), versions(here, *pair)):
+                print(f"\n{line}")
     return 0
 
 
@@ -110,13 +130,14 @@ def _report(options: argparse.Namespace, here: Installation, tenant: str, policy
             )
         names = [one.version for one in reversed(released[-2:])]
         praised = [example for _, example, label in rated(store, tenant, policy) if label > 0.5]
+        snapshots = _snapshots(here, tenant, policy, names)
         result = {
             "policy": f"{tenant}/{policy}",
             "version": names[0],
             "before": names[1] if len(names) > 1 else None,
             "slices": _sliced(rows, names),
-            "planted": {name: _planted(here, tenant, policy, name, praised) for name in names},
-            "words": _words(store, tenant, policy),
+            "planted": {name: _planted(model, praised) for name, model in snapshots.items()},
+            "sources": snapshots[names[0]].reliability.status() if names[0] in snapshots else {},
             "reliability": diagram(rows),
             "auc_over_time": over_time(rows),
         }
@@ -140,42 +161,24 @@ def _sliced(rows: list[Row], names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _planted(
-    here: Installation, tenant: str, policy: str, version: str, praised: list[Example]
-) -> dict[str, float] | None:
-    """By kind, the share of well-rated answers that a version places above a planted one; None: it is gone."""
+def _snapshots(here: Installation, tenant: str, policy: str, names: list[str]) -> dict[str, RewardModel]:
+    """The models of versions whose snapshots are still kept."""
     from everloop.errors import ContractError
 
-    from reward.release import PRAISED, probe
     from services.rewards import loaded
 
-    try:
-        _, model = loaded(here, tenant, policy, version)
-    except ContractError:
-        return None
+    found = {}
+    for name in names:
+        with contextlib.suppress(ContractError):
+            found[name] = loaded(here, tenant, policy, name)[1]
+    return found
+
+
+def _planted(model: RewardModel, praised: list[Example]) -> dict[str, float]:
+    """By kind, the share of planted pairs of which a version places the good answer above the bad one."""
+    from reward.release import PRAISED, probe
+
     return {kind: float(won.mean()) for kind, won in probe(model, praised[:PRAISED]).items()}
-
-
-def _words(store: Store, tenant: str, policy: str) -> list[dict[str, Any]]:
-    """How often each kind of word was said, and the log-odds that the strongest such word adds to an opinion."""
-    from everloop.feedback import RANGES, Feedback, FeedbackKind
-
-    from reward import evidence
-
-    rows = store.rows(
-        "SELECT kind, name, count(*) AS said FROM feedback WHERE tenant = ? AND policy = ? GROUP BY ALL ORDER BY ALL",
-        [tenant, policy],
-    )
-    for row in rows:
-        kind = FeedbackKind(row["kind"])
-        value = RANGES[kind][1] if kind in RANGES else None
-        row["log_odds"] = None
-        if kind in RANGES or kind is FeedbackKind.CORRECTION:
-            word = Feedback(id="w", kind=kind, time=0.0, value=value, name=row["name"], text="same")
-            one = evidence.said_of("same", (word,))
-            row["log_odds"] = one.odds if one.outcome is None else None
-            row["decides"] = one.outcome is not None
-    return rows
 
 
 def _report_told(result: dict[str, Any]) -> str:
@@ -190,23 +193,19 @@ def _report_told(result: dict[str, Any]) -> str:
         for slice_, its in parts
     ]
     versions = f"now: while {names[0]} scores" + (f"; before: while {names[1]} did" if len(names) > 1 else "")
-    lines += ["", versions, table(["slice", *shown], rows), "", "planted answers that lose against well-rated ones"]
-    planted = [(name, result["planted"][name]) for name in names]
-    kinds = next((list(won) for _, won in planted if won), [])
+    lines += ["", versions, table(["slice", *shown], rows), "", "planted pairs of which the good answer wins"]
+    planted = {name: won for name, won in result["planted"].items() if won}
+    kinds = list(dict.fromkeys(kind for won in planted.values() for kind in won))
     if kinds:
-        lines.append(table(["version", *kinds], [[name, *(won or {}).values()] for name, won in planted if won]))
+        lines.append(
+            table(["version", *kinds], [[name, *(won.get(kind) for kind in kinds)] for name, won in planted.items()])
+        )
     else:
         lines.append("not known: no well-rated answers, or the snapshots are gone")
-    said = [[w["kind"], w["name"] or "", w["said"], _weight(w)] for w in result["words"]]
-    if said:
-        lines += ["", table(["what was said", "name", "times", "weight"], said)]
+    sources = [[name, *(its[column] for column in SOURCES)] for name, its in result["sources"].items()]
+    if sources:
+        lines += ["", "how far each source is believed, by this version", table(["source", *SOURCES.values()], sources)]
     return "\n".join(lines)
-
-
-def _weight(word: dict[str, Any]) -> str:
-    if word.get("decides"):
-        return "decides"
-    return "for learning alone" if word["log_odds"] is None else f"{word['log_odds']:+.2f} log-odds at its strongest"
 
 
 def _compare(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:

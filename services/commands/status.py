@@ -193,7 +193,16 @@ def _reward(its: dict[str, Any]) -> Iterator[str]:
     quality = f"AUC {auc:.3f}" if auc is not None else "AUC not known yet"
     calibration = f", calibration error {error:.3f}" if error is not None else ""
     version = str(its.get("version") or "none")[:12]
-    yield f"  reward model  {version}: {quality}{calibration}, {its.get('labels', 0)} labels"
+    refused = f", {its['snapshots_refused']} versions did not take over" if its.get("snapshots_refused") else ""
+    yield f"  reward model  {version}: {quality}{calibration}, {its.get('labels', 0)} labels{refused}"
+    if its.get("pinned"):
+        yield f"                kept {its['pinned']}; 'everloop reward resume' ends that"
+    held = (its.get("poison") or {}).get("quarantined") or {}
+    if held:
+        yield f"                words held: {', '.join(f'{count} x {rule}' for rule, count in held.items())}"
+    if its.get("drift"):
+        frozen = "; its opinions are kept from training for now" if its.get("frozen") else ""
+        yield f"                {its['drift']}{frozen}"
     if its.get("refused_version"):
         yield f"                its newest snapshot {its['refused_version'][:12]}: {its['refused_because']}"
 

@@ -3,6 +3,7 @@
 ::
 
     thread "learn":   scores, reward-versions, routes, releases, adapters, commands, pauses, runs ─▶ facts (facts.py)
+    thread "reward-registry": reward-versions ─▶ MLflow                                          (reward_versions.py)
     thread "learner": facts ─▶ decide ─▶ batch ─▶ Ray ─▶ MLflow ─▶ log: runs, adapters                    (runner.py)
 
 Only one works on a home; a second one waits until the first has ended.
@@ -19,6 +20,7 @@ from everloop.registry import Registry
 from services.learner.board import Board
 from services.learner.facts import FactsHandler
 from services.learner.mismatches import Mismatches
+from services.learner.reward_versions import RewardVersions
 from services.learner.runner import Runner
 from services.learner.runs import Runs
 from services.service import Service, main
@@ -42,7 +44,10 @@ def serve(config: Config) -> int:
     runs = Runs(config, log, registry, cluster.cpus)
     runner = Runner(config, facts, runs, registry, cluster, board, service.stop, lag=stream.lag)
     service.alone("learner", runner.run)
+    rewards = RewardVersions(log, home.blobs, registry, service.stop)
+    service.alone("reward-registry", rewards.run)
     service.describe("policies", board.policies)
+    service.describe("registry", lambda: {"reward_versions": rewards.trouble})
     service.describe("commands", lambda: dict(board.commands))
     service.describe("ray", lambda: {"address": config.ray.address, "ready": runner.ready})
     try:

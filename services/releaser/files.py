@@ -131,7 +131,7 @@ class AdapterFiles:
                 shutil.copyfile(Path(source) / name, copied / name)
             adapter = self._hash(copied, tenant, policy)
             registry_run = self._log(copied, adapter, tenant, policy, reason, now)
-            uri = self._registry.register(tenant, policy, registry_run=registry_run, adapter=adapter, tags={})
+            uri = self._registry.register(tenant, policy, registry_run=registry_run, content=adapter, tags={})
             return self._announced(copied, adapter, tenant, policy, uri, registry_run, now)
 
     def adopt_version(self, version: str, tenant: str, policy: str, now: float) -> dict[str, Any]:

@@ -20,7 +20,8 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
 - ``drift_inputs``, ``drift_labels``, ``drift_calibration``: alarms so far; ``drift``: those that page, in words;
   ``frozen``: opinions are kept from training for now; ``topics``: of its prompts, found so far
 - ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``refused_version``,
-  ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many did not
+  ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many did not;
+  ``pinned``: by whom and why the version that scores is kept whatever snapshots come; null: it is not
 - ``answers_known``: recurring answers whose ratings are remembered
 
 and under ``checks``, likewise, the ``words`` said since the start by source, and the ``failures`` of checks by name;
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from everloop.config import Config
@@ -47,6 +48,7 @@ from reward.handler import RewardHandler
 from reward.judges import JudgesHandler
 from reward.signals import SignalsHandler
 from services.scorer.metrics import RewardMetrics, SaidMetrics
+from services.scorer.ordered import Ordered
 from services.service import Service, main
 from services.stream import attach, share
 
@@ -76,13 +78,16 @@ def work(service: Service, beside: Callable[[Service, Log], None] = lambda *_: N
     log = open_log(config)
     try:
         beside(service, log)
-        runner = share(service, lambda: RewardHandler(config, home, encoder), log, home, at_once=AT_ONCE)
+        ordered = Ordered(log, home.blobs)
+        make = functools.partial(RewardHandler, config, home, encoder, ordered)
+        runner = share(service, make, log, home, at_once=AT_ONCE)
 
         def status() -> dict[str, Any]:
             return rewards(log, runner.handlers())
 
         REGISTRY.register(RewardMetrics(status))
         service.describe("rewards", status)
+        service.describe("commands", lambda: answers(runner.handlers().values()))
         return service.run()
     finally:
         log.close()
@@ -112,6 +117,16 @@ def rewards(log: Log, handlers: Mapping[int | None, Handler]) -> dict[str, Any]:
             if number is None or number == partition_of(policy, log.partitions(EPISODES.name)):
                 found[policy] = numbers
     return found
+
+
+def answers(handlers: Iterable[Handler]) -> dict[str, Any]:
+    """What became of a person's orders since the start, by their ids."""
+    return {
+        id: said
+        for handler in handlers
+        if isinstance(handler, RewardHandler)
+        for id, said in handler.office.answers.items()
+    }
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from examples.bank_desk.loop import (
     Stage,
     Standing,
     plan,
+    reward_told,
     since,
     standing,
 )
@@ -77,6 +78,29 @@ def test_numbers_come_from_their_services() -> None:
     )
     assert found is not None
     assert found[3:] == (0.9, 0.05, 12, 0.5, "run_1", 7)
+
+
+def test_the_reward_model_is_told_in_two_lines() -> None:
+    its = {
+        "version": "0123456789abcdef",
+        "auc": 0.8712,
+        "calibration_error": None,
+        "labels": 1602,
+        "snapshots_refused": 7,
+        "poison": {"quarantined": {"duplicate": 3}},
+        "drift": "how answers are rated has changed 1x",
+        "frozen": True,
+    }
+    model, guards = reward_told(its, paused=True)
+    assert model == (
+        "Reward model 01234567: AUC 0.871, calibration error not known yet on 1,602 labels; 7 of its versions did not "
+        "take over"
+    )
+    assert guards == (
+        "Guards: words held: 3 x duplicate; drift: how answers are rated has changed 1x; opinions are kept from "
+        "training for now; training is paused"
+    )
+    assert reward_told({})[1] == "Guards: none had to act"
 
 
 def test_a_run_goes_on_while_the_learner_is_away() -> None:

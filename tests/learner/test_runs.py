@@ -44,7 +44,7 @@ class Mlflow:
         self.runs[run] = said
         return f"mlflow-{run}"
 
-    def register(self, tenant: str, policy: str, *, registry_run: str, adapter: str, tags: Any) -> str:
+    def register(self, tenant: str, policy: str, *, registry_run: str, content: str, tags: Any) -> str:
         return f"models:/{tenant}.{policy}/1"
 
 

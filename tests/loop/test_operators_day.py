@@ -99,7 +99,7 @@ def is_exported(platform: Any, adapter: str, liked: str, folder: Path, until: Ca
 
 def is_scored_again(platform: Any) -> None:
     """What an earlier version of the reward model scored: at least the question that was rated first."""
-    told = platform.does("replay", "--scores")
+    told = platform.does("replay", "--reward")
     made = re.search(rf"default/assistant: (\d+) scores by reward model {learned(platform)['version']}", told)
     assert made, told
     assert int(made[1]) > 0

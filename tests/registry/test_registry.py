@@ -48,7 +48,7 @@ def publish(registry: Registry, folder: Path, run: str, policy: str = "desk") ->
         tags={"everloop.batch": "b1"},
         files={"adapter": folder},
     )
-    uri = registry.register("bank", policy, registry_run=run_id, adapter=content_hash(folder), tags={})
+    uri = registry.register("bank", policy, registry_run=run_id, content=content_hash(folder), tags={})
     return run_id, uri
 
 
@@ -118,7 +118,7 @@ def test_a_registry_that_is_down_is_noticed_in_seconds(tmp_path: Path):
     down = Registry(f"http://127.0.0.1:{port}", tmp_path)
     started = time.monotonic()
     with pytest.raises(RegistryError, match="does not answer"):
-        down.register("bank", "desk", registry_run="r", adapter="a", tags={})
+        down.register("bank", "desk", registry_run="r", content="a", tags={})
     assert time.monotonic() - started < 60
 
 

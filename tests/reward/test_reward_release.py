@@ -94,6 +94,22 @@ def test_an_equal_candidate_takes_over_and_few_labels_decide_nothing(learned, ki
     assert few.reason.startswith("waits: 10 labels")
 
 
+def test_a_candidate_waits_until_a_loss_can_be_ruled_out(learned, kit):
+    """It is as good as the incumbent on the whole and differs by chance: few pairs leave open what many rule out."""
+    model, rng, shadow = learned(200), np.random.default_rng(5), Shadow(4000)
+    for number in range(4000):
+        label = float(number % 2)
+        both = 0.5 + 0.2 * (label - 0.5) + 0.1 * rng.normal()
+        incumbent, candidate = both + 0.03 * rng.normal(size=2)
+        shadow.add(incumbent, candidate, label, Example("asked", "answered"))
+        if number == 99:
+            verdict = shadow.judge(model, model)
+            assert not verdict.takes_over
+            assert verdict.reason.startswith("waits: over 100 labels new to both")
+            assert "cannot be ruled out yet, 0.01 may be lost" in verdict.reason
+    assert shadow.judge(model, model).evidence["auc_lower"] >= -0.01
+
+
 def test_what_is_not_finite_never_takes_over(learned, kit):
     good, broken = learned(200), learned(200)
     broken.heads.shared[0, 0] = np.nan
@@ -107,7 +123,8 @@ def test_a_candidate_that_likes_planted_answers_is_refused(learned, kit):
     fooled.heads.own[:] *= -1
     verdict = shadow.judge(good, fooled)
     assert not verdict.takes_over
-    assert "planted answers lose" in verdict.reason
+    assert verdict.evidence["planted_lose"] < verdict.evidence["incumbent_planted_lose"] - 0.2
+    assert "saying nothing beats" in verdict.reason
 
 
 def test_opinions_that_follow_length_are_refused(learned, kit):
@@ -157,8 +174,9 @@ def test_a_restart_and_a_rebuild_decide_the_same(new_handler, home, kit):
     for start in range(0, 260, 20):
         again += run(new_handler(), parts, records[start : start + 20], batch=7)
     assert kit.decoded(RewardVersion, again, "reward-versions") == at_once
-    assert {one.state for one in at_once} == {"released"}
-    assert all(one.evidence["auc_lower"] < one.evidence["auc_upper"] for one in at_once[2:])
+    judged = [one for one in at_once if "auc_lower" in one.evidence]
+    assert len(judged) >= 3
+    assert all((one.state == "released") == (one.evidence["auc_lower"] >= -0.01) for one in judged)
     held = [json.loads(state.entries["model/default/assistant/desk"]) for state in (whole, parts)]
     assert held[0]["shadow"] == held[1]["shadow"]
 

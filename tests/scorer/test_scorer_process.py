@@ -76,6 +76,20 @@ def get(home: Path, path: str) -> str | None:
         return None
 
 
+def command(home: Path, *words: str) -> str:
+    """What a command for this home says on stdout. It has to succeed."""
+    environment = {**os.environ, "EVERLOOP_HOME": str(home), "EVERLOOP_LOG__PARTITIONS": "1"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("everloop"), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def finished(home: Path) -> dict | None:
     status = json.loads(get(home, "/status") or "{}")
     desks = status.get("rewards", {})
@@ -136,3 +150,23 @@ def test_killed_in_an_update_it_ends_as_an_undisturbed_one(tmp_path, until):
     assert desk["auc"] > 0.8
     assert f'everloop_reward_updates_total{{policy="default/assistant"}} {desk["updates"]}.0' in metrics
     assert f'everloop_reward_auc{{policy="default/assistant"}} {desk["auc"]}' in metrics
+
+
+@pytest.mark.processes
+@pytest.mark.models
+def test_a_rollback_is_answered_obeyed_and_still_holds_after_a_kill(tmp_path, until):
+    home = filled(tmp_path / "home")
+    process = start(home)
+    try:
+        until(lambda: finished(home), deadline=120)
+        told = command(home, "reward", "rollback", "--reason", "it likes lists")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = start(home)
+        desk = until(lambda: finished(home), deadline=120)["rewards"]["default/assistant"]
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+    assert f"{desk['version']} scores, and is kept until 'everloop reward resume'" in told
+    assert desk["pinned"].endswith("it likes lists")
+    assert "it likes lists" in command(home, "reward", "list")

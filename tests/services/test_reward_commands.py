@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +22,7 @@ from everloop.log import NewRecord, open_log
 from pipelines.archive import Archive
 from reward.handler import RewardHandler
 from services import rewards
+from services.scorer.ordered import Ordered
 from services.stream import run_handler
 
 THINGS = ("card", "loan", "rate", "pin")
@@ -112,12 +115,16 @@ def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
     assert "answer 'card desk'" in report["slices"]
     assert report["slices"].keys() & {"turn 4 and later"} == set()
     assert report["planted"][scored[-1]]["null"] == 1.0
-    assert [(word["kind"], word["said"]) for word in report["words"]] == [("thumb", 240)]
+    assert report["planted"][scored[-1]].keys() >= {"null", "refusal", "broken_tool"}
+    believed = report["sources"]["thumb"]
+    assert believed["words"] > 0
+    assert believed["up"] != believed["down"], "what this desk's thumbs were found to be worth, not what is supposed"
     assert (tmp_path / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     status, out, _ = said("reward", "report")
     assert status == 0
     assert "AUC" in out
-    assert "planted answers" in out
+    assert "planted pairs" in out
+    assert "how far each source is believed" in out
 
 
 def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
@@ -142,6 +149,11 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     (turn,) = json.loads(out)["turns"]
     up = THINGS[230 % 4] == turn["answer"].split()[0]
     assert turn["label"] == float(up)
+    (word,) = turn["words"]
+    assert (word["source"], word["counts"], word["log_odds"] > 0) == ("thumb", True, up)
+    assert abs(word["log_odds"]) != pytest.approx(math.log(19), abs=1e-3), "as learned, not as supposed"
+    assert turn["declaration"]["version"] is None
+    assert turn["held"] is None
     assert len(turn["neighbours"]) == 5
     assert "ep_230" not in {one["episode"] for one in turn["neighbours"]}
     changed = {one["said"]: one["reward"] for one in turn["if"]}
@@ -154,7 +166,38 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     status, out, _ = said("explain", "ep_230")
     assert status == 0
     assert "one more thumb down" in out
+    assert "no declaration: all words count" in out
     assert "rated" in out
+
+
+def test_versions_are_rolled_back_kept_promoted_and_resumed(
+    desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    def scored_on() -> None:
+        with contextlib.closing(open_log(installation)) as log:
+            handler = RewardHandler(installation, desk, lambda name: letters, Ordered(log, desk.blobs))
+            run_handler(handler, log, desk.folder("state"), stop=threading.Event(), until_idle=True)
+
+    before, left = [one["version"] for one in listed(said) if one["state"] == "released"][-2:]
+    why = ("--reason", "it likes lists", "--no-wait")
+    assert said("reward", "rollback", *why)[0] == 0
+    assert "is ordered by" in said("reward", "list")[1]
+    scored_on()
+    out = said("reward", "list")[1]
+    assert "kept by" in out
+    assert "No snapshot takes over until 'everloop reward resume'" in out
+    now = {one["version"]: one for one in listed(said)}
+    assert now[before]["scores"]
+    assert "it likes lists" in now[before]["reason"]
+    assert now[left]["state"] == "refused"
+    status, _, error = said("reward", "rollback", "--to", left, *why)
+    assert (status, "was refused" in error) == (2, True)
+    assert said("reward", "promote", left[:8], *why)[0] == 0
+    scored_on()
+    assert {one["version"]: one["scores"] for one in listed(said)}[left]
+    assert "kept by" not in said("reward", "list")[1]
+    status, _, error = said("reward", "resume", *why)
+    assert (status, "nothing to resume" in error) == (2, True)
 
 
 @pytest.mark.parametrize(
