@@ -26,6 +26,7 @@ from everloop.config import RewardConfig
 
 from reward import declaration, features
 from reward.calibration import Calibration
+from reward.comments import CHARS, Comments
 from reward.drift import Drift
 from reward.features import Example, Structure
 from reward.floor import worthless
@@ -147,8 +148,9 @@ class RewardModel:
         self.declaration = declaration.load(config.declaration)
         pessimism = self.declaration.combine.pessimism
         self.config = config if pessimism is None else config.model_copy(update={"pessimism": pessimism})
-        self.reliability = Reliability(self.declaration)
         self.encoder = encoder
+        self.comments = Comments(encoder.size)
+        self.believe(Reliability(self.declaration))
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
         self.reservoir = Reservoir(config.reservoir)
@@ -195,6 +197,20 @@ class RewardModel:
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
         own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
         return own, shared_features(asked[which], said[pairs], examples), self.topics.of(asked)[which]
+
+    def believe(self, reliability: Reliability) -> None:
+        """Weigh words by this, which reads comments by what this model has learned of them."""
+        self.reliability = reliability
+        reliability.reading = self.read
+
+    def read(self, comment: str) -> float | None:
+        """P(the answer is good) as far as a comment says; None: comments cannot be read yet."""
+        return self.comments.read(self.vector(comment))
+
+    def vector(self, comment: str) -> Array:
+        """(size,) of a comment's words."""
+        (vector,) = self.encoder.encode([comment[:CHARS]])
+        return vector
 
     def save(self, root: Path) -> str:
         """Write an immutable snapshot below ``root``; returns its version. See :mod:`reward.snapshot`."""
