@@ -145,6 +145,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "shares": [calibration.shares.means.tolist(), calibration.shares.known.tolist()],
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
+        "propensity": model.propensity.dump(),
     }
     arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
     return json.dumps(small, sort_keys=True).encode() + b"\0" + b"".join(arrays)
@@ -166,6 +167,7 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.drift.counts.update(core["drifts"])
     model.frozen_until = core["frozen_until"]
     model.comments.count = core["comments"]
+    model.propensity.take(core["propensity"])
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]

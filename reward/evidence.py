@@ -148,9 +148,14 @@ def said(episode: Episode, trust: Reliability = SUPPOSED) -> list[Said]:
     ]
 
 
+def is_credited(lesson: Label | Pair) -> bool:
+    """Whether it is what was said of the whole, for an answer before the last."""
+    return "<" in lesson.id
+
+
 def words_of(episode: Episode, number: int, lesson: Label | Pair) -> list[Feedback]:
     """The words that a lesson about a turn was made of."""
-    whole = episode.feedback if number == last_turn(episode) or "<" in lesson.id else ()
+    whole = episode.feedback if number == last_turn(episode) or is_credited(lesson) else ()
     words = [*episode.turns[number].feedback, *whole]
     if isinstance(lesson, Pair):
         return [word for word in words if word.id == lesson.id]

@@ -207,7 +207,9 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             continue
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
         if isinstance(lesson, Label):
-            lesson = replace(lesson, watched=first)
+            about = read.episode.judged if evidence.is_credited(lesson) else number
+            rarity = hearing.rarity(desk.live, read.episode, read.examples, about, known.calls)
+            lesson = replace(lesson, watched=first, rarity=rarity)
         verdict = _weighed(desk, read, number, lesson)
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
@@ -218,7 +220,7 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             call["predicted"] = expected
             if able:
                 call["vote"] = expected
-            desk.watch.labels.add(lesson.value)
+            desk.watch.label(lesson.value, lesson.rarity)
         if due:
             outputs.append(version_record(desk, read.episode.updated))
     hearing.after(desk.live, read.episode, known.calls, teaches(read.episode))
@@ -226,16 +228,18 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
 
 
 def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair) -> poison.Verdict:
-    """What the guard makes of a lesson; what it holds is kept for a person."""
+    """What the guard makes of a lesson, whose share is all that it weighs; what it holds is kept for a person."""
     episode = read.episode
     call = episode.turns[number].call.id
     words = evidence.words_of(episode, number, lesson)
     raters = [word.rater or episode.subject for word in words if word.source is None]
     time = max((word.time for word in words), default=episode.updated)
-    verdict = desk.guard.weigh(lesson, [rater for rater in raters if rater], call, time)
+    rarity = lesson.rarity if isinstance(lesson, Label) else 1.0
+    asked = poison.weighted(lesson, lesson.weight * rarity)
+    verdict = desk.guard.weigh(asked, [rater for rater in raters if rater], call, time)
     if verdict.rule:
         desk.guard.hold(lesson, verdict, episode.id, call, time)
-    return verdict
+    return verdict._replace(weight=verdict.weight / rarity)
 
 
 def _teach(desk: Desk, lesson: Label | Pair, known: Known, call: dict[str, Any]) -> tuple[float, bool]:

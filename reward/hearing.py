@@ -18,6 +18,7 @@ from everloop.episode import Episode, Turn
 from everloop.feedback import Feedback
 
 from reward import comments, evidence
+from reward.features import Example
 from reward.model import RewardModel
 from reward.reliability import MOST_WORDS, Piece
 
@@ -45,6 +46,17 @@ def after(model: RewardModel, episode: Episode, calls: Calls, teaches: bool) -> 
             call["heard"] = words
         taught = call.get("taught") and not call.get("held")
         comments.learn(model, name, about[1] if taught else (), call)
+
+
+def rarity(model: RewardModel, episode: Episode, examples: list[Example], number: int | None, calls: Calls) -> float:
+    """For how many times the answers a label of this turn stands (:mod:`reward.propensity`): found when somebody first
+    speaks of it, and kept under ``rarity``."""
+    if number is None:
+        return 1.0
+    call = calls.setdefault(episode.turns[number].call.id, {})
+    if "rarity" not in call:
+        call["rarity"] = model.propensity.spoken(examples[number])
+    return float(call["rarity"])
 
 
 def _about(episode: Episode) -> dict[str, About]:

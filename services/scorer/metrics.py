@@ -14,6 +14,10 @@ GAUGES = {
     "everloop_reward_mean": ("reward_mean", "Mean reward of the newest scored calls, -1 to 1"),
     "everloop_reward_fall": ("reward_fall", "Mean reward of the window before less that of the newest"),
     "everloop_reward_thumbs_up_share": ("thumbs_up_share", "Mean of the newest labels, 0 to 1"),
+    "everloop_reward_success_estimate": (
+        "success_estimate",
+        "Mean of the newest labels, each for the calls that it stands for, 0 to 1",
+    ),
     "everloop_reward_shadow_labels": ("shadow_labels", "Labels on which the next snapshot is judged beside this one"),
     "everloop_reward_known_answers": ("answers_known", "Recurring answers whose ratings are remembered"),
     "everloop_reward_frozen": ("frozen", "Whether opinions are kept from training, since something has drifted"),
