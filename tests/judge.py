@@ -18,19 +18,24 @@ def grade(asked: dict[str, Any]) -> str:
 
 
 class Judge:
-    """``say`` makes the content of a reply from what was asked, or gives a status; ``asked`` holds the requests."""
+    """``say`` makes the content of a reply from what was asked; ``answer`` that of another answer, which critics ask
+    for. ``asked`` holds the requests, ``headers`` theirs."""
 
     def __init__(self) -> None:
         self.say: Callable[[dict[str, Any]], Any] = grade
+        self.answer: Callable[[dict[str, Any]], Any] = lambda body: "loan"
         self.status: Callable[[dict[str, Any]], int] = lambda body: 200
         self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         judge = self
 
         class Answer(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 judge.asked.append(body)
-                message = judge.say(json.loads(body["messages"][1]["content"]))
+                judge.headers.append(dict(self.headers))
+                again = body["temperature"] == 1
+                message = judge.answer(body) if again else judge.say(json.loads(body["messages"][1]["content"]))
                 message = message if isinstance(message, dict) else {"content": message}
                 reply = {"choices": [{"message": message}], "usage": {"total_tokens": 7}}
                 raw = json.dumps(reply).encode()
@@ -49,7 +54,17 @@ class Judge:
         self.server.shutdown()
         self.server.server_close()
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
     def declared(self, **more: Any) -> str:
-        fields = {"name": "j", "url": f"http://127.0.0.1:{self.server.server_port}/v1", "model": "m", "share": 1.0}
-        fields |= {"rubric": "It names the topic.", **more}
-        return "[[judge]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
+        return _table("[[judge]]", {"name": "j", "url": self.url, "model": "m", **more})
+
+    def as_critic(self, **more: Any) -> str:
+        return _table("[critic]", {"url": self.url, **more})
+
+
+def _table(name: str, fields: dict[str, Any]) -> str:
+    fields = {"share": 1.0, "rubric": "It names the topic.", **fields}
+    return f"{name}\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items())

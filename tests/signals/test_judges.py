@@ -38,7 +38,7 @@ def test_an_opinion_is_an_implicit_word_and_the_same_question_is_asked_once(benc
     it.again()
     assert len(judge.asked) == 2, "the rest is remembered on disk, after a lost state too"
     assert {one.id for one in it.said} == said
-    status = it.handler.status()["acme/desk"]["judges"]["j"]
+    status = it.handler.status()["acme/desk"]["judges"]["judge:j"]
     assert (status["questions"], status["remembered"], status["opinions"]) == (0, 3, 3)
 
 
