@@ -49,6 +49,7 @@ class RewardMetrics(Collector):
             if numbers.get("version"):
                 info.add_metric([policy, numbers["version"]], 1)
         yield info
+        yield from _sources(desks)
         for family, names in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, (field, words) in names.items():
                 metric = family(name, words, labels=["policy"])
@@ -56,6 +57,27 @@ class RewardMetrics(Collector):
                     if numbers.get(field) is not None:
                         metric.add_metric([policy], numbers[field])
                 yield metric
+
+
+def _sources(desks: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    """What each source's words weigh: as many series as sources were heard, 64 a policy at most."""
+    weights = GaugeMetricFamily(
+        "everloop_reward_source_weight",
+        "Log-odds that a word of the source adds (up: a good one) or takes (down: a bad one)",
+        labels=["policy", "source", "direction"],
+    )
+    words = GaugeMetricFamily(
+        "everloop_reward_source_words",
+        "Words of the source that others were compared with",
+        labels=["policy", "source"],
+    )
+    for policy, numbers in desks.items():
+        for source, its in (numbers.get("sources") or {}).items():
+            for direction in ("up", "down"):
+                weights.add_metric([policy, source, direction], its[direction])
+            words.add_metric([policy, source], its["words"])
+    yield weights
+    yield words
 
 
 class SaidMetrics(Collector):

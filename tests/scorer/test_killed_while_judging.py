@@ -46,11 +46,15 @@ def filled(home: Path, judge: Judge) -> Path:
     return home
 
 
-def start(home: Path) -> subprocess.Popen[bytes]:
+def environment(home: Path) -> dict[str, str]:
     settings = {"HOME": str(home), "CONFIG": str(home / "everloop.toml"), "LOG__PARTITIONS": "1"}
     settings |= {"SERVICES__REWARD_PORT": "0"}
-    environment = {**os.environ, **{f"EVERLOOP_{name}": value for name, value in settings.items()}}
-    return subprocess.Popen([sys.executable, "-m", "services.scorer"], env={**environment, "OMP_NUM_THREADS": "1"})
+    ours = {f"EVERLOOP_{name}": value for name, value in settings.items()}
+    return {**os.environ, **ours, "OMP_NUM_THREADS": "1"}
+
+
+def start(home: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "services.scorer"], env=environment(home))
 
 
 def status(home: Path) -> dict[str, Any]:
@@ -99,9 +103,12 @@ def test_killed_among_questions_it_asks_again_only_those_that_were_under_way(
     try:
         until(lambda: len(judged(home)) == EPISODES, deadline=60, every=0.1)
         said = until(lambda: (its := status(home)).get("judge", {}).get("lag") == 0 and its, deadline=30)
+        asked = [sys.executable, "-m", "everloop.cli.main", "status"]
+        told = subprocess.run(asked, env=environment(home), capture_output=True, text=True, timeout=120).stdout
     finally:
         process.terminate()
         assert process.wait(timeout=20) == 0
+    assert f"looked at     judge:j {EPISODES} words" in told
     times = Counter(json.loads(body["messages"][1]["content"])["asked"] for body in judge.asked)
     assert len(times) == EPISODES, "no episode is lost"
     assert max(times.values()) == 2
