@@ -12,12 +12,12 @@ from everloop.feedback import Feedback
 from everloop.home import Home
 from everloop.score import Score
 
+from benchmarks._comments import ENGLISH, GERMAN
 from reward.comments import MOST, Comments
 from reward.encoder import Encoder
 from reward.evidence import said_of
 from reward.handler import RewardHandler
 from reward.model import RewardModel
-from tests.reward.written import ENGLISH, GERMAN
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,30 +11,12 @@ import pytest
 from everloop.config import Config, RewardConfig
 from everloop.home import Home
 
+from benchmarks.words import LENGTHS, answers
 from reward import durable
 from reward.features import Example, Structure
 from reward.handler import RewardHandler
 from reward.model import Label, RewardModel
 from reward.propensity import LEAST, MOST, Propensity
-
-LENGTHS = (3, 5, 10, 20, 40, 80, 160, 300)
-
-
-def length(words: int) -> float:
-    return math.log1p(words) / 5
-
-
-def likely(odds: float) -> float:
-    return 1 / (1 + math.exp(-odds))
-
-
-def answers(count: int, seed: int) -> Iterator[tuple[int, bool, bool]]:
-    """(words, whether it is good, whether somebody says so): short ones are good, and nobody speaks of them."""
-    dice = random.Random(seed)
-    for _ in range(count):
-        words = dice.choice(LENGTHS)
-        good, spoken = dice.random() < likely(4 - 6 * length(words)), dice.random() < likely(6.5 * length(words) - 5)
-        yield words, good, spoken
 
 
 def example(words: int, turn: int = 0) -> Example:
