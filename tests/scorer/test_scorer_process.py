@@ -132,6 +132,7 @@ def test_killed_in_an_update_it_ends_as_an_undisturbed_one(tmp_path, until):
     assert read(harried, "scores", Score) == read(calm, "scores", Score)
     assert len(read(calm, "scores", Score)) == EPISODES
     assert read(harried, "reward-versions", RewardVersion) == read(calm, "reward-versions", RewardVersion)
+    assert not {"signals", "judge"} & status.keys(), "no policy declares a check or a judge: nobody reads for them"
     desk = status["rewards"]["default/assistant"]
     assert desk["auc"] > 0.8
     assert f'everloop_reward_updates_total{{policy="default/assistant"}} {desk["updates"]}.0' in metrics
