@@ -1,6 +1,9 @@
 """Asks judges behind OpenAI-compatible endpoints: from memory where it was asked before, within the day's budget, a
 few at a time, each for so long. Whatever goes wrong is no opinion, by a name; nothing raises for what a judge does.
 
+A critic is asked likewise. Where there is one answer alone it is first asked for another
+(:func:`reward.judging.again`), and then which of the two is better.
+
 ::
 
     asked before ──▶ its answer           day's budget spent ──▶ over_budget
@@ -14,14 +17,15 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
+from everloop.event import Call
 
-from reward.declaration import JudgeDeclaration
-from reward.judging import Opinion, Question, agreed
+from reward.declaration import CriticDeclaration, JudgeDeclaration
+from reward.judging import Opinion, Question, again, agreed, said_again
 from reward.ledger import Ledger
 
 AT_ONCE = 8  # questions under way
@@ -30,21 +34,34 @@ FAILED = 4
 REST = 60.0  # seconds
 PATIENCE = 120.0  # seconds for all that is asked together
 LARGEST = 1_000_000  # bytes of a reply
+CAPTURE = "X-Everloop-Capture"  # the gateway's header: what a critic is asked is no traffic
 LASTING = (None, "refused", "nonsense")  # what the same question would be answered again
 
 
 class Asked(NamedTuple):
-    """``whose``: tenant and policy; ``day``: days since 1970, of event time."""
+    """``whose``: tenant and policy; ``day``: days since 1970, of event time. ``call``: the one to answer again where
+    the question has one answer alone; None: that one is graded."""
 
     whose: tuple[str, str]
-    judge: JudgeDeclaration
+    judge: JudgeDeclaration | CriticDeclaration
     question: Question
     day: int
+    call: Call | None = None
+
+    @property
+    def model(self) -> str:
+        return self.judge.model or self.whose[1]
+
+    def content(self, what: str) -> str:
+        """A hash of the question, or of what else is asked, and of whom."""
+        return self.question.content(
+            what, *self.whose, self.judge.source, self.judge.url, self.model, self.judge.rubric
+        )
 
 
 @dataclass
 class Tally:
-    """Of one judge since the start. ``seconds`` and ``tokens`` are of the ``replies``."""
+    """Of one judge or critic since the start. ``seconds`` and ``tokens`` are of the ``replies``."""
 
     questions: int = 0
     remembered: int = 0
@@ -59,21 +76,21 @@ class Tally:
 
 
 class Asker:
-    """Used by one thread. ``tallies`` by (tenant, policy, judge's name). Raises sqlite3.Error where the disk fails."""
+    """Used by one thread. ``tallies`` by (tenant, policy, source). Raises sqlite3.Error where the disk fails."""
 
     def __init__(self, ledger: Ledger, patience: float = PATIENCE) -> None:
         self._ledger = ledger
         self._patience = patience
         self.tallies: dict[tuple[str, str, str], Tally] = {}
 
-    def tally(self, whose: tuple[str, str], name: str) -> Tally:
-        return self.tallies.setdefault((*whose, name), Tally())
+    def tally(self, one: Asked) -> Tally:
+        return self.tallies.setdefault((*one.whose, one.judge.source), Tally())
 
     def ask(self, all: Sequence[Asked]) -> list[Opinion]:
         """The opinion on each, in order; a pair is asked in both orders. Takes ``patience`` seconds at most."""
         found = asyncio.run(self._all(all))
         for one, opinion in zip(all, found, strict=True):
-            tally = self.tally(one.whose, one.judge.name)
+            tally = self.tally(one)
             tally.opinions += opinion.value is not None
             if opinion.fault:
                 tally.faults[opinion.fault] += 1
@@ -93,39 +110,76 @@ class Asker:
 
     async def _answered(self, session: aiohttp.ClientSession, room: asyncio.Semaphore, one: Asked) -> Opinion:
         async with room:
+            if one.call is not None:
+                text, fault = await self._again(session, one, one.call)
+                if not text or text == one.question.first:
+                    return Opinion(None, fault)
+                one = one._replace(question=one.question._replace(second=text))
             first = await self._one(session, one)
             if one.question.second is None or first.value is None:
                 return first
             return agreed(first, await self._one(session, one._replace(question=one.question.swapped)))
 
     async def _one(self, session: aiohttp.ClientSession, one: Asked) -> Opinion:
-        tally = self.tally(one.whose, one.judge.name)
-        judge = one.judge
-        content = one.question.content(*one.whose, judge.name, judge.url, judge.model, judge.rubric)
+        content = one.content("which")
         held = self._ledger.answer(content)
         if held is not None:
-            tally.remembered += 1
+            self.tally(one).remembered += 1
             return Opinion(*held)
-        opinion = Opinion(None, "down")
+        body = lambda structured: one.question.body(one.model, one.judge.rubric, structured)  # noqa: E731
+        reply = await self._tried(session, one, body)
+        if isinstance(reply, str):
+            return Opinion(None, reply)
+        opinion = one.question.opinion(reply)
+        self._ledger.keep(content, *opinion)
+        return opinion
+
+    async def _again(self, session: aiohttp.ClientSession, one: Asked, call: Call) -> tuple[str, str | None]:
+        """Another answer to a call, and why there is none."""
+        content = one.content("again")
+        held = self._ledger.text(content)
+        if held is not None:
+            self.tally(one).remembered += 1
+            return held, None
+        reply = await self._tried(session, one, lambda _: again(one.model, call))
+        if isinstance(reply, str):
+            return "", reply
+        text = said_again(reply)
+        self._ledger.keep_text(content, text)
+        return text, None if text else "nonsense"
+
+    async def _tried(
+        self, session: aiohttp.ClientSession, one: Asked, body: Callable[[bool], dict[str, Any]]
+    ) -> dict[str, Any] | str:
+        """The JSON of a reply to a question that was not asked before, or why there is none. ``body``: given whether
+        with a schema."""
+        tally, judge, fault = self.tally(one), one.judge, "down"
         for _ in range(TRIES):
             if time.monotonic() < tally.rests:
-                return Opinion(None, "resting")
-            if not self._ledger.spend("/".join((*one.whose, judge.name)), one.day, judge.per_day):
-                return Opinion(None, "over_budget")
-            opinion = await self._try(session, one, tally)
-            if opinion.fault in LASTING:
-                self._ledger.keep(content, *opinion)
+                return "resting"
+            if not self._ledger.spend("/".join((*one.whose, judge.source)), one.day, judge.per_day):
+                return "over_budget"
+            reply = await self._post(session, judge, body(not tally.plain), tally)
+            if not isinstance(reply, str):
                 tally.failed = 0
-                return opinion
+                return reply
+            fault = reply
             tally.failed += 1
             if tally.failed >= FAILED:
                 tally.rests, tally.failed = time.monotonic() + REST, 0
-        return opinion
+        return fault
 
-    async def _try(self, session: aiohttp.ClientSession, one: Asked, tally: Tally) -> Opinion:
-        judge = one.judge
+    async def _post(
+        self,
+        session: aiohttp.ClientSession,
+        judge: JudgeDeclaration | CriticDeclaration,
+        body: dict[str, Any],
+        tally: Tally,
+    ) -> dict[str, Any] | str:
+        """One question: the reply, empty where it is no JSON object, or why there is none."""
         headers = {"Authorization": f"Bearer {judge.key_file.read_text().strip()}"} if judge.key_file else {}
-        body = one.question.body(judge.model, judge.rubric, structured=not tally.plain)
+        if isinstance(judge, CriticDeclaration):
+            headers[CAPTURE] = "off"
         tally.questions += 1
         began = time.monotonic()
         try:
@@ -140,20 +194,20 @@ class Asker:
                 while len(raw) < LARGEST and (more := await answer.content.read(LARGEST - len(raw))):
                     raw += more
         except TimeoutError:
-            return Opinion(None, "slow")
+            return "slow"
         except (aiohttp.ClientError, OSError):
-            return Opinion(None, "down")
+            return "down"
         if answer.status != 200:
             tally.plain |= answer.status in (400, 422)  # asked once more without the schema
-            return Opinion(None, "declined" if 400 <= answer.status < 500 and answer.status != 429 else "down")
+            return "declined" if 400 <= answer.status < 500 and answer.status != 429 else "down"
         tally.replies += 1
         tally.seconds += time.monotonic() - began
         try:
             reply = json.loads(raw)
         except (ValueError, RecursionError):
-            return Opinion(None, "nonsense")
+            return {}
         tally.tokens += _tokens(reply)
-        return one.question.opinion(reply)
+        return reply if isinstance(reply, dict) else {}
 
 
 def _tokens(reply: object) -> int:

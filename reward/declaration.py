@@ -11,7 +11,7 @@ import json
 import runpy
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from everloop.errors import ConfigError
 from everloop.refusal import explain
@@ -52,21 +52,14 @@ class CheckDeclaration(Section):
 
 
 class Asked(Section):
-    """What a judge and a critic share: what they are asked, how often, and for how long one waits."""
+    """What a judge and a critic share: where they answer, what they are asked, how often, how long one waits."""
 
+    url: str = Field(description="root of the API, such as 'http://127.0.0.1:9000/v1'")
+    key_file: Path | None = Field(default=None, description="file with the API key, beside this one; None: no key")
     rubric: str = Field(min_length=1, description="what makes an answer good, in words")
     per_day: int = Field(default=500, ge=1, description="questions a day, by event time; beyond it none is asked")
     timeout: float = Field(default=30.0, gt=0, le=600, description="seconds for one answer")
     share: float = Field(default=0.1, gt=0, le=1, description="of the answers that are judged")
-
-
-class JudgeDeclaration(Asked):
-    """A model behind an OpenAI-compatible endpoint; its words come with the source ``judge:<name>``."""
-
-    name: str = Field(pattern=NAME)
-    url: str = Field(description="root of the API, such as 'http://127.0.0.1:9000/v1'")
-    model: str = Field(min_length=1)
-    key_file: Path | None = Field(default=None, description="file with the API key, beside this one; None: no key")
 
     @field_validator("url")
     @classmethod
@@ -74,10 +67,27 @@ class JudgeDeclaration(Asked):
         return check_url(url, ("http://", "https://"), "http://host:port/v1 or https://host/v1")
 
 
+class JudgeDeclaration(Asked):
+    """A model behind an OpenAI-compatible endpoint; its words come with the source ``judge:<name>``."""
+
+    name: str = Field(pattern=NAME)
+    model: str = Field(min_length=1)
+
+    @property
+    def source(self) -> str:
+        return f"judge:{self.name}"
+
+
 class CriticDeclaration(Asked):
-    """The policy itself, comparing its own answers; its words come with the source ``critic:<name>``."""
+    """The policy itself, comparing its own answers; its words come with the source ``critic:<name>``. ``url`` is the
+    gateway's, which gives what it asks to the version that is live and keeps nothing of it."""
 
     name: str = Field(default="self", pattern=NAME)
+    model: str | None = Field(default=None, min_length=1, description="None: the policy by its name")
+
+    @property
+    def source(self) -> str:
+        return f"critic:{self.name}"
 
 
 class Combine(Section):
@@ -129,7 +139,12 @@ class Declaration(Section):
     @property
     def content(self) -> dict[str, Any]:
         """All that decides what words come to, as JSON values: without the places of key files, which differ."""
-        return self.model_dump(mode="json", exclude={"judge": {"__all__": {"key_file"}}})
+        return self.model_dump(mode="json", exclude={"judge": {"__all__": {"key_file"}}, "critic": {"key_file"}})
+
+    @property
+    def asked(self) -> tuple[JudgeDeclaration | CriticDeclaration, ...]:
+        """The judges, and the critic if there is one."""
+        return self.judge if self.critic is None else (*self.judge, self.critic)
 
     def signal(self, source: str) -> Signal:
         return self.signals.get(source, Signal())
@@ -138,6 +153,7 @@ class Declaration(Section):
 PLAIN = ("thumb", "rating", "correction", "comment", "outcome")
 NAMED = ("implicit", "check", "judge", "critic", "derived")
 DEFAULT = Declaration()
+A = TypeVar("A", bound=Asked)
 
 
 def load(path: str | None) -> Declaration:
@@ -156,7 +172,9 @@ def load(path: str | None) -> Declaration:
         made = Declaration.model_validate(_table(source))
     except ValidationError as error:
         raise ConfigError(explain(error, Declaration, source, {})) from None
-    return made.model_copy(update={"judge": tuple(_beside(judge, source.parent) for judge in made.judge)})
+    judges = tuple(_beside(judge, source.parent) for judge in made.judge)
+    critic = None if made.critic is None else _beside(made.critic, source.parent)
+    return made.model_copy(update={"judge": judges, "critic": critic})
 
 
 def _table(source: Path) -> Any:
@@ -174,5 +192,5 @@ def _table(source: Path) -> Any:
     return names["declaration"]
 
 
-def _beside(judge: JudgeDeclaration, folder: Path) -> JudgeDeclaration:
-    return judge.model_copy(update={"key_file": folder / judge.key_file}) if judge.key_file else judge
+def _beside(one: A, folder: Path) -> A:
+    return one.model_copy(update={"key_file": folder / one.key_file}) if one.key_file else one

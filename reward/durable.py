@@ -2,7 +2,8 @@
 
 Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``drift`` (what its detectors go on from: 5 kB),
 ``topics`` (their centres, when one is new), ``answer/<row>`` (one prototype), ``lesson/<slot>`` (one remembered
-lesson), ``sources`` (what the sources said together) and ``rater/<slot>`` (the same of one rater).
+lesson), ``sources`` (what the sources said together), ``rater/<slot>`` (the same of one rater) and
+``comment/<slot>`` (an example of what comments mean).
 :func:`changes` gives those that changed since the last call; :func:`restore` takes all.
 """
 
@@ -53,6 +54,9 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
         yield "sources", json.dumps(believed.dump()).encode()
     for slot in sorted(believed.changed_slots):
         yield f"rater/{slot:05d}", json.dumps(believed.dump_rater(slot)).encode()
+    for slot in sorted(model.comments.changed):
+        yield f"comment/{slot:05d}", model.comments.pack(slot)
+    model.comments.changed.clear()
     believed.changed = False
     believed.changed_slots.clear()
     model.changed_rows.clear()
@@ -85,6 +89,8 @@ def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
             kind, _, number = name.partition("/")
             if kind == "answer":
                 model.prototypes.unpack(int(number), value)
+            elif kind == "comment":
+                model.comments.unpack(int(number), value)
             else:
                 lessons.append(_unpack_lesson(value, model))
         model.reservoir.restore(lessons, core["lessons"])
@@ -132,12 +138,14 @@ def _pack_core(model: RewardModel) -> bytes:
         "seen": model.seen,
         "offsets": model.offsets,
         "lessons": model.reservoir.count,
+        "comments": model.comments.count,
         "totals": model.prototypes.totals.tolist(),
         "curve": calibration.curve.tolist(),
         "pairs": list(calibration.pairs),
         "shares": [calibration.shares.means.tolist(), calibration.shares.known.tolist()],
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
+        "propensity": model.propensity.dump(),
     }
     arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
     return json.dumps(small, sort_keys=True).encode() + b"\0" + b"".join(arrays)
@@ -158,6 +166,8 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.updates, model.seen, model.offsets = core["updates"], core["seen"], core["offsets"]
     model.drift.counts.update(core["drifts"])
     model.frozen_until = core["frozen_until"]
+    model.comments.count = core["comments"]
+    model.propensity.take(core["propensity"])
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]

@@ -6,7 +6,8 @@ A score follows the strongest source there is:
 - somebody **spoke** (thumb, rating, correction): by Bayes, the model's opinion times what was said, each word weighed
   by how far its source and its rater are found to be right ("feedback"), so that a thumb against all other evidence
   weighs mildly, and that of somebody careless hardly at all;
-- nobody did: the model's opinion ("model"), moved by implicit signals, checks and judges as far as they bear it out.
+- nobody did: the model's opinion ("model"), moved by comments, implicit signals, checks and judges as far as they bear
+  it out.
 
 How far that is, :mod:`reward.reliability` learns; before it has heard anything a thumb in twenty is a slip.
 
@@ -17,11 +18,13 @@ remain the model's opinion, since a trainer spreads the outcome over turns itsel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from everloop.episode import Episode, Turn
 from everloop.feedback import Feedback, FeedbackKind
 
+from reward import comments
 from reward.features import Example, answer_text
 from reward.model import Estimate, Label, Pair, opinion
 from reward.prototypes import key_of
@@ -59,8 +62,10 @@ class Said:
 NOTHING = Said(None, False, 0.0, None)
 
 
-def goodness(answer: str, word: Feedback) -> float | None:
+def goodness(answer: str, word: Feedback, trust: Reliability) -> float | None:
     """How good a word says that the answer is, 0 to 1; None: it does not say."""
+    if word.kind is FeedbackKind.COMMENT:
+        return trust.reading(word.text or "")
     if word.kind is FeedbackKind.CORRECTION:
         return float(key_of(word.text or "") == key_of(answer))
     return word.success
@@ -70,7 +75,8 @@ def said_of(answer: str, words: tuple[Feedback, ...], trust: Reliability = SUPPO
     """What these settled words amount to for an answer, as far as they are to be trusted."""
     words = tuple(word for word in words if trust.counts(word))
     outcome = next((word.value for word in reversed(words) if source_of(word) == OUTCOME), None)
-    told = [(word, good) for word in words if (good := goodness(answer, word)) is not None]
+    told = [(word, good) for word in words if (good := goodness(answer, word, trust)) is not None]
+    told = [(word, good) for word, good in told if word.kind is not FeedbackKind.COMMENT or comments.adds(word, words)]
     odds = sum(trust.odds(source_of(w), rater_of(w), good) for w, good in told if source_of(w) != OUTCOME)
     people = [(word, good) for word, good in told if word.source is None]
     corrected = [(word, good) for word, good in people if word.kind is FeedbackKind.CORRECTION]
@@ -101,14 +107,32 @@ def _believable(spoken: list[tuple[Feedback, float]], trust: Reliability) -> tup
     return value, sum(worths) / len(worths)
 
 
-def pieces(episode: Episode, number: int, expected: float | None, trust: Reliability) -> list[Piece]:
-    """All that was said of a turn, to learn who is right how far; with the model's opinion from before, if any."""
-    turn = episode.turns[number]
+def pieces(
+    turn: Turn,
+    about: tuple[Feedback, ...],
+    expected: float | None,
+    trust: Reliability,
+    read: Mapping[str, float | None],
+) -> list[Piece]:
+    """All that was said of a turn, to learn who is right how far; with the model's opinion from before, if any.
+
+    ``about``: its words. ``read``: by id, what comments seemed to say when they were new.
+    """
     answer = answer_text(turn.call.output)
-    words = turn.feedback + (episode.feedback if number == last_turn(episode) else ())
-    told = [(w, good) for w in words if trust.counts(w) and (good := goodness(answer, w)) is not None]
-    found = [Piece(source_of(word), rater_of(word), good) for word, good in told if source_of(word) != MODEL]
+    found = []
+    for word in filter(trust.counts, about):
+        is_comment = word.kind is FeedbackKind.COMMENT
+        good = read.get(word.id) if is_comment else goodness(answer, word, trust)
+        if good is not None and source_of(word) != MODEL:
+            weight = abs(2 * good - 1) if is_comment else 1.0  # how sure the reading is
+            found.append(Piece(source_of(word), rater_of(word), float(good > 0.5) if is_comment else good, weight))
     return found + ([vote(expected)] if found and expected is not None else [])
+
+
+def words(episode: Episode) -> list[tuple[Feedback, ...]]:
+    """What stands about each turn, the words about the whole with its last turn."""
+    last = last_turn(episode)
+    return [turn.feedback + (episode.feedback if number == last else ()) for number, turn in enumerate(episode.turns)]
 
 
 def last_turn(episode: Episode) -> int | None:
@@ -117,17 +141,21 @@ def last_turn(episode: Episode) -> int | None:
 
 
 def said(episode: Episode, trust: Reliability = SUPPOSED) -> list[Said]:
-    """What was said of each turn of an episode, the words about the whole with its last turn."""
-    last = last_turn(episode)
+    """What was said of each turn of an episode."""
     return [
-        said_of(answer_text(turn.call.output), turn.feedback + (episode.feedback if number == last else ()), trust)
-        for number, turn in enumerate(episode.turns)
+        said_of(answer_text(turn.call.output), its, trust)
+        for turn, its in zip(episode.turns, words(episode), strict=True)
     ]
+
+
+def is_credited(lesson: Label | Pair) -> bool:
+    """Whether it is what was said of the whole, for an answer before the last."""
+    return "<" in lesson.id
 
 
 def words_of(episode: Episode, number: int, lesson: Label | Pair) -> list[Feedback]:
     """The words that a lesson about a turn was made of."""
-    whole = episode.feedback if number == last_turn(episode) or "<" in lesson.id else ()
+    whole = episode.feedback if number == last_turn(episode) or is_credited(lesson) else ()
     words = [*episode.turns[number].feedback, *whole]
     if isinstance(lesson, Pair):
         return [word for word in words if word.id == lesson.id]

@@ -29,13 +29,12 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, SCORES
 
-from reward import declaration, evidence, poison
+from reward import comments, declaration, evidence, hearing, poison
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
 from reward.model import Estimate, Label, Pair, Trace, Vectors
 from reward.orders import Office, Orders, announcement, nobody
-from reward.reliability import MOST_WORDS, Piece
 
 Encoders = Callable[[str], Vectors]
 """The encoder of a configured name; the same object for the same name."""
@@ -170,6 +169,8 @@ class RewardHandler:
             _, ours = texts.setdefault(id(encoder), (encoder, {}))
             for example in read.examples:
                 ours.update({example.prompt: None, example.answer: None})
+            for words in evidence.words(read.episode):
+                ours.update({word.text[: comments.CHARS]: None for word in words if comments.is_one(word)})
             for _, lesson in read.lessons:
                 if isinstance(lesson, Pair):
                     ours.update({lesson.chosen: None, lesson.rejected: None})
@@ -204,7 +205,7 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Learn each word that was not learned before; note what was expected of a call before its first label."""
     outputs = []
     trust = desk.live.reliability
-    _unhear(desk, read.episode, known)
+    hearing.before(desk.live, read.episode, known.calls, teaches(read.episode))
     read = replace(read, lessons=evidence.lessons(read.episode, read.examples, trust) if read.lessons else [])
     _take_back(desk, read, known)
     for number, lesson in read.lessons:
@@ -213,7 +214,9 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             continue
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
         if isinstance(lesson, Label):
-            lesson = replace(lesson, watched=first)
+            about = read.episode.judged if evidence.is_credited(lesson) else number
+            rarity = hearing.rarity(desk.live, read.episode, read.examples, about, known.calls)
+            lesson = replace(lesson, watched=first, rarity=rarity)
         verdict = _weighed(desk, read, number, lesson)
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
@@ -224,50 +227,26 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             call["predicted"] = expected
             if able:
                 call["vote"] = expected
-            desk.watch.labels.add(lesson.value)
+            desk.watch.label(lesson.value, lesson.rarity)
         if due:
             outputs.append(version_record(desk, read.episode.updated))
-    _hear(desk, read.episode, known)
+    hearing.after(desk.live, read.episode, known.calls, teaches(read.episode))
     return outputs
 
 
-def _unhear(desk: Desk, episode: Episode, known: Known) -> None:
-    """Take back what was learned of whom is right from words that stand no more as they did: before what stands now is
-    weighed, so that it is not by what the same person said before."""
-    numbers = {turn.call.id: number for number, turn in enumerate(episode.turns)}
-    for name, call in known.calls.items():
-        if "heard" in call and call["heard"] != _words(desk, episode, numbers.get(name), call):
-            desk.live.reliability.learn([Piece(*piece) for piece in call.pop("heard")], sign=-1)
-
-
-def _hear(desk: Desk, episode: Episode, known: Known) -> None:
-    """Learn how far whom is right from all the words that stand about an answer."""
-    for number, turn in enumerate(episode.turns):
-        call = known.call(turn.call.id)
-        if "heard" not in call and (words := _words(desk, episode, number, call)):
-            desk.live.reliability.learn([Piece(*piece) for piece in words])
-            call["heard"] = words
-
-
-def _words(desk: Desk, episode: Episode, number: int | None, call: dict[str, Any]) -> list[list[Any]]:
-    """The words about a turn that anything may be learned from, as they are kept; of a turn that is gone, none."""
-    if number is None or not teaches(episode) or call.get("held"):
-        return []
-    found = evidence.pieces(episode, number, call.get("vote"), desk.live.reliability)
-    return [list(piece) for piece in found[:MOST_WORDS]]
-
-
 def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair) -> poison.Verdict:
-    """What the guard makes of a lesson; what it holds is kept for a person."""
+    """What the guard makes of a lesson, whose share is all that it weighs; what it holds is kept for a person."""
     episode = read.episode
     call = episode.turns[number].call.id
     words = evidence.words_of(episode, number, lesson)
     raters = [word.rater or episode.subject for word in words if word.source is None]
     time = max((word.time for word in words), default=episode.updated)
-    verdict = desk.guard.weigh(lesson, [rater for rater in raters if rater], call, time)
+    rarity = lesson.rarity if isinstance(lesson, Label) else 1.0
+    asked = poison.weighted(lesson, lesson.weight * rarity)
+    verdict = desk.guard.weigh(asked, [rater for rater in raters if rater], call, time)
     if verdict.rule:
         desk.guard.hold(lesson, verdict, episode.id, call, time)
-    return verdict
+    return verdict._replace(weight=verdict.weight / rarity)
 
 
 def _teach(desk: Desk, lesson: Label | Pair, known: Known, call: dict[str, Any]) -> tuple[float, bool]:
@@ -317,7 +296,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     held = [next(iter(call.get("held", {}).values()), None) for call in calls]
     digests = [
         hashlib.blake2b(repr((*both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
-        for both in zip(read.said, held, read.examples, strict=True)
+        for both in zip(_said(read), held, read.examples, strict=True)
     ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
@@ -342,6 +321,12 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         calls[i]["scored"] = digests[i]
         outputs.append(score_record(score))
     return outputs
+
+
+def _said(read: Read) -> list[Any]:
+    """What was said of each turn; comments, which are nothing until they are read, by their ids."""
+    named = [[word.id for word in words if comments.is_one(word)] for words in evidence.words(read.episode)]
+    return [(one, its) if its else one for one, its in zip(read.said, named, strict=True)]
 
 
 def score_of(

@@ -1,4 +1,4 @@
-"""The stream handler "judge": episodes in; what rubric judges think of its answers out, as feedback events.
+"""The stream handler "judge": episodes in; what rubric judges and critics think of its answers out, as feedback events.
 
 ::
 
@@ -10,6 +10,9 @@ people speak of too, so they are not left out. Where one request has several ans
 orders, and only where the order makes no difference one is the better (1) and the other the worse (0). A judge that is
 away or slow is given up for that version of the episode; the next version asks again. What a judge says is an implicit
 word of the source ``judge:<name>``, never an outcome.
+
+A critic is the policy itself. It always compares two of its own answers; where a request has one alone it is asked for
+another, which nobody ever sees, and only the one that was given gets a word.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ import ormsgpack
 from everloop.config import Config
 from everloop.episode import Episode
 from everloop.errors import ConfigError
+from everloop.event import ELSEWHERE, PROVIDER, Call
 from everloop.home import Home
 from everloop.log.base import NewRecord, Record
 from everloop.stream import State
 from everloop.topics import EPISODES
 
 from reward.asking import LASTING, Asked, Asker
-from reward.declaration import Declaration, JudgeDeclaration
+from reward.declaration import CriticDeclaration, Declaration, JudgeDeclaration
 from reward.features import answer_text, prompt_text
 from reward.judging import Opinion, Question, question
 from reward.ledger import Ledger
@@ -43,7 +47,7 @@ SETTLED = (*LASTING, "swayed")
 
 @dataclass
 class Remembered:
-    """Of one episode. ``opinions``: by ``call<tab>judge`` what each thinks; None: it was asked and does not say."""
+    """Of one episode. ``opinions``: by ``call<tab>source`` what each thinks; None: it was asked and does not say."""
 
     version: int = -1
     told: Told = field(default_factory=dict)
@@ -51,14 +55,16 @@ class Remembered:
 
 
 class Matter(NamedTuple):
-    """One question, and the calls that it is about: one, or the two that are compared."""
+    """One question, and the calls that it is about: one, or the two that are compared. ``again``: see
+    :class:`reward.asking.Asked`."""
 
-    judge: JudgeDeclaration
+    judge: JudgeDeclaration | CriticDeclaration
     calls: tuple[str, ...]
     question: Question
+    again: Call | None = None
 
     def memos(self) -> list[str]:
-        return [f"{call}\t{self.judge.name}" for call in self.calls]
+        return [f"{call}\t{self.judge.source}" for call in self.calls]
 
     def values(self, opinion: Opinion) -> list[float | None]:
         return [opinion.value, None if opinion.value is None else 1 - opinion.value][: len(self.calls)]
@@ -80,7 +86,7 @@ class JudgesHandler:
         self._words: dict[tuple[str, str], Counter[str]] = {at: Counter() for at in self._declared}
         self._waiting: list[Episode] = []
         for its in self._declared.values():
-            for judge in its.judge:
+            for judge in its.asked:
                 _check_key(judge)
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
@@ -102,8 +108,8 @@ class JudgesHandler:
             if any(key not in known[whose].opinions for key in matter.memos())
         ]
         asked = [
-            Asked((whose.tenant, whose.policy), matter.judge, matter.question, int(fresh[whose].updated // DAY))
-            for whose, matter in matters
+            Asked((at.tenant, at.policy), matter.judge, matter.question, int(fresh[at].updated // DAY), matter.again)
+            for at, matter in matters
         ]
         for (whose, matter), opinion in zip(matters, self._asker.ask(asked), strict=True):
             if opinion.fault in SETTLED:
@@ -116,23 +122,22 @@ class JudgesHandler:
         known.version = episode.version
         found = {}
         for key, value in known.opinions.items():
-            call, name = key.split("\t")
             if value is not None:
-                found[About(call, f"judge:{name}")] = value
+                found[About(*key.split("\t"))] = value
         records = changes(whose, episode.updated, known.told, found, self._words[whose.tenant, whose.policy])
         state.put("episode/" + "/".join(whose), ormsgpack.packb(astuple(known)))
         return records
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """By 'tenant/policy', since the start: words by source, failures by ``judge:<name> <fault>``, and for each
-        judge what it was asked and how long it took."""
+        """By 'tenant/policy', since the start: words by source, failures by ``<source> <fault>``, and for each
+        source what it was asked and how long it took."""
         found: dict[str, dict[str, Any]] = {
             "/".join(at): {"words": dict(words), "failures": {}, "judges": {}} for at, words in self._words.items()
         }
-        for (tenant, policy, name), its in list(self._asker.tallies.items()):
+        for (tenant, policy, source), its in list(self._asker.tallies.items()):
             one = found[f"{tenant}/{policy}"]
-            one["failures"] |= {f"judge:{name} {fault}": count for fault, count in its.faults.copy().items()}
-            one["judges"][name] = {
+            one["failures"] |= {f"{source} {fault}": count for fault, count in its.faults.copy().items()}
+            one["judges"][source] = {
                 "questions": its.questions,
                 "remembered": its.remembered,
                 "opinions": its.opinions,
@@ -143,8 +148,8 @@ class JudgesHandler:
 
 
 def declared(config: Config) -> dict[tuple[str, str], Declaration]:
-    """The declarations with a judge, by (tenant, policy). Raises ConfigError."""
-    return {at: its for at, its in declarations(config).items() if its.judge}
+    """The declarations with a judge or a critic, by (tenant, policy). Raises ConfigError."""
+    return {at: its for at, its in declarations(config).items() if its.asked}
 
 
 def _matters(its: Declaration, episode: Episode) -> Iterator[Matter]:
@@ -153,22 +158,27 @@ def _matters(its: Declaration, episode: Episode) -> Iterator[Matter]:
     for _, group in groupby(turns, key=lambda one: one[0]):
         answers: dict[str, str] = {}  # by text: the same answer twice is one
         for _, turn in group:
+            last = turn.call
             answers.setdefault(answer_text(turn.call.output), turn.call.id)
             asked = prompt_text(turn.call.messages)
         texts = [text for text in answers if text][:2]
         calls = tuple(answers[text] for text in texts)
-        for judge in its.judge:
-            if texts and chosen(judge.share, episode.id, calls[0], f"judge:{judge.name}"):
-                yield Matter(judge, calls, question(asked, *texts))
+        for judge in its.asked:
+            critic = isinstance(judge, CriticDeclaration)
+            if critic and last.policy_version in (PROVIDER, ELSEWHERE):
+                continue  # not the policy's own
+            if texts and chosen(judge.share, episode.id, calls[0], judge.source):
+                alone = critic and len(texts) == 1
+                yield Matter(judge, calls, question(asked, *texts), last if alone else None)
 
 
-def _check_key(judge: JudgeDeclaration) -> None:
+def _check_key(judge: JudgeDeclaration | CriticDeclaration) -> None:
     if judge.key_file is None:
         return
     try:
         judge.key_file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"judge {judge.name!r}: its key_file cannot be read: {error}; write the key there") from None
+        raise ConfigError(f"{judge.source}: its key_file cannot be read: {error}; write the key there") from None
 
 
 def _load(state: State, whose: Whose) -> Remembered:

@@ -10,7 +10,9 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-from reward.features import ANSWER_CHARS
+from everloop.event import Call
+
+from reward.features import ANSWER_CHARS, answer_text
 
 GRADES = 5
 ASKED_CHARS = 4000  # of what the answer is an answer to
@@ -104,6 +106,24 @@ def agreed(one: Opinion, swapped: Opinion) -> Opinion:
     if fault or one.value is None or swapped.value is None:
         return Opinion(None, fault)
     return Opinion(one.value) if one.value + swapped.value == 1 else Opinion(None, "swayed")
+
+
+def again(model: str, call: Call) -> dict[str, Any]:
+    """The chat completion request for another answer to a call, at temperature 1."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [message.model_dump(mode="json", exclude_none=True) for message in call.messages],
+        "temperature": 1.0,
+    }
+    return body | ({"tools": list(call.tools)} if call.tools else {})
+
+
+def said_again(reply: Any) -> str:
+    """The answer in a chat completion, as a judge reads it; empty where there is none."""
+    try:
+        return answer_text(reply["choices"][0]["message"])
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return ""
 
 
 def _field(asked: Question) -> tuple[str, tuple[int | str, ...]]:

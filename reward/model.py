@@ -26,10 +26,12 @@ from everloop.config import RewardConfig
 
 from reward import declaration, features
 from reward.calibration import Calibration
+from reward.comments import CHARS, Comments
 from reward.drift import Drift
 from reward.features import Example, Structure
 from reward.floor import worthless
 from reward.heads import Heads, Lesson, probability
+from reward.propensity import Propensity
 from reward.prototypes import Prototypes, key_of
 from reward.reliability import Reliability
 from reward.reservoir import Reservoir, slice_of
@@ -68,7 +70,9 @@ class Label:
     """What was said about an answer: ``value`` from 0 (bad) to 1 (good).
 
     ``certain``: measured, not said in passing; then it is not discounted for slips. ``watched``: it enters AUC and
-    calibration error; False where another label of the same answer already did.
+    calibration error; False where another label of the same answer already did. ``rarity``: for how many times the
+    answers it stands, since hardly anybody speaks of some kinds; the heads learn it so much more, the answer's own
+    prototype does not.
     """
 
     id: str
@@ -77,6 +81,7 @@ class Label:
     weight: float = 1.0
     certain: bool = False
     watched: bool = True
+    rarity: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -147,14 +152,16 @@ class RewardModel:
         self.declaration = declaration.load(config.declaration)
         pessimism = self.declaration.combine.pessimism
         self.config = config if pessimism is None else config.model_copy(update={"pessimism": pessimism})
-        self.reliability = Reliability(self.declaration)
         self.encoder = encoder
+        self.comments = Comments(encoder.size)
+        self.believe(Reliability(self.declaration))
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
         self.reservoir = Reservoir(config.reservoir)
         self.topics = Topics(encoder.size)
         self.calibration = Calibration(config.window, MOST_TOPICS)
         self.drift = Drift(encoder.size)
+        self.propensity = Propensity()
         self.frozen_until = 0  # updates before which no opinion is to be trained on
         self.updates = 0
         self.seen = [0, 0]  # bad and good labels
@@ -195,6 +202,20 @@ class RewardModel:
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
         own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
         return own, shared_features(asked[which], said[pairs], examples), self.topics.of(asked)[which]
+
+    def believe(self, reliability: Reliability) -> None:
+        """Weigh words by this, which reads comments by what this model has learned of them."""
+        self.reliability = reliability
+        reliability.reading = self.read
+
+    def read(self, comment: str) -> float | None:
+        """P(the answer is good) as far as a comment says; None: comments cannot be read yet."""
+        return self.comments.read(self.vector(comment))
+
+    def vector(self, comment: str) -> Array:
+        """(size,) of a comment's words."""
+        (vector,) = self.encoder.encode([comment[:CHARS]])
+        return vector
 
     def save(self, root: Path) -> str:
         """Write an immutable snapshot below ``root``; returns its version. See :mod:`reward.snapshot`."""
@@ -256,7 +277,8 @@ class RewardModel:
         good = label.value if label.certain else meant(label.value, right)
         self.trace = Trace(label.value, label.weight * good, label.weight * (1 - good), self.reservoir.count)
         self._remember(label.example, members, self.trace.good, self.trace.bad)
-        self._step(Lesson(own[:, 0], shared[0], label.value, label.weight, members), label.example)
+        weight = label.weight * label.rarity
+        self._step(Lesson(own[:, 0], shared[0], label.value, weight, members), label.example)
         self.seen[label.value > 0.5] += 1
         if label.watched:
             self.calibration.add(float(logits.mean()), expected, label.value, int(topic[0]))
@@ -264,9 +286,10 @@ class RewardModel:
         return expected
 
     def saw(self, example: Example) -> None:
-        """Watch what is asked: once for each call, whether or not anybody says anything of it."""
+        """Watch what is asked and answered: once for each call, whether or not anybody says anything of it."""
         (prompt,) = self.encoder.encode([example.prompt])
         self._answer(self.drift.asked(prompt))
+        self.propensity.saw(example)
 
     @property
     def frozen(self) -> bool:

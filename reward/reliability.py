@@ -22,7 +22,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +110,7 @@ class Reliability:
 
     def __init__(self, declaration: Declaration = DEFAULT) -> None:
         self.declaration = declaration
+        self.reading: Callable[[str], float | None] = lambda comment: None  # P(good) as far as a comment says
         self.tables: dict[tuple[str, str], Array] = {}  # (2, 2) by what the first said and what the second said
         self.raters: dict[str, int] = {}  # digest to slot
         self.own: list[tuple[str, str, dict[str, Array]]] = []  # digest, source, tables with the others' sources

@@ -27,6 +27,7 @@ from reward.reliability import restored
 KEPT = 64  # newest snapshots of a policy; older ones can be rebuilt from the log
 CODE = (
     "calibration",
+    "comments",
     "declaration",
     "drift",
     "encoder",
@@ -34,7 +35,9 @@ CODE = (
     "features",
     "floor",
     "heads",
+    "hearing",
     "model",
+    "propensity",
     "prototypes",
     "reliability",
     "reservoir",
@@ -68,6 +71,7 @@ def _arrays(model: RewardModel) -> dict[str, Any]:
         "totals": known.totals,
         "centres": model.topics.centres,
         "shares": model.calibration.shares.means,
+        "comments": model.comments.line,
     }
 
 
@@ -147,7 +151,7 @@ def load(folder: Path, encoder: Vectors) -> RewardModel:
                 f"{encoder.name} {encoder.version}: give the same one, or score with a newer reward version"
             )
         model = RewardModel(RewardConfig.model_validate(facts["config"]), same)
-        model.reliability = restored(facts)
+        model.believe(restored(facts))
         model.declaration = model.reliability.declaration
         _take(model, facts, arrays)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -175,4 +179,5 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
     known.totals[:] = arrays["totals"]
     model.topics.centres = arrays["centres"]
     model.calibration.curve[:], model.calibration.shares.means[:] = facts["curve"], arrays["shares"]
+    model.comments.line = arrays["comments"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]

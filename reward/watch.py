@@ -43,20 +43,45 @@ class Watch:
     """Rewards and labels of one policy, as they came."""
 
     def __init__(
-        self, window: int, rewards: Sequence[float] = (), labels: Sequence[float] = (), **later: object
+        self,
+        window: int,
+        rewards: Sequence[float] = (),
+        labels: Sequence[float] = (),
+        rarities: Sequence[float] = (),
+        **later: object,
     ) -> None:
-        """``later``: what a later release watches too."""
+        """``rarities``: of the newest labels. ``later``: what a later release watches too."""
         self.rewards = Falling(window, rewards)
         self.labels = Falling(window, labels)
+        self.rarities: deque[float] = deque(rarities, maxlen=window)
+
+    def label(self, value: float, rarity: float) -> None:
+        """The first label of a call, and for how many times the calls it stands (:mod:`reward.propensity`)."""
+        self.labels.add(value)
+        self.rarities.append(rarity)
+
+    @property
+    def success(self) -> float | None:
+        """Estimated mean of all calls, those that nobody spoke of too, 0 to 1; None: no labels."""
+        newest = list(self.labels.values)[-len(self.rarities) :] if self.rarities else []
+        worth = sum(self.rarities)
+        return (
+            sum(label * rarity for label, rarity in zip(newest, self.rarities, strict=True)) / worth if worth else None
+        )
 
     def dump(self) -> dict[str, list[float]]:
         """What the constructor takes back."""
-        return {"rewards": list(self.rewards.values), "labels": list(self.labels.values)}
+        return {
+            "rewards": list(self.rewards.values),
+            "labels": list(self.labels.values),
+            "rarities": list(self.rarities),
+        }
 
     def status(self) -> dict[str, Any]:
         return {
             "reward_mean": self.rewards.recent,
             "reward_fall": self.rewards.fall,
             "thumbs_up_share": self.labels.recent,
+            "success_estimate": self.success,
             "thumbs_up_fall": self.labels.fall,
         }

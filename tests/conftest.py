@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from services.broker.process import Broker
     from tests.engines import EngineProcess
+    from tests.judge import Judge
     from trainer.policy.base import Policy
 
 T = TypeVar("T")
@@ -86,6 +87,16 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         missing("mounting a small file system needs root; the logs' own caps are tested without it")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def judge() -> Iterator[Judge]:
+    """A judge over HTTP; see :mod:`tests.judge`."""
+    from tests.judge import Judge
+
+    made = Judge()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

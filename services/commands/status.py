@@ -112,6 +112,7 @@ def _policy(key: str, said: dict[str, Any]) -> Iterator[str]:
     asked = (said.get("gateway") or {}).get("gateway") or {}
     yield from _provider((released or {}).get("provider") or {}, (asked.get("providers") or {}).get(key) or {})
     yield from _reward(_of(said, "scorer", "rewards", key))
+    yield from _said(*(_of(said, "scorer", part, key) for part in ("checks", "judges")))
     yield from _learning(_of(said, "learner", "policies", key), "learner" in said)
 
 
@@ -205,6 +206,18 @@ def _reward(its: dict[str, Any]) -> Iterator[str]:
         yield f"                {its['drift']}{frozen}"
     if its.get("refused_version"):
         yield f"                its newest snapshot {its['refused_version'][:12]}: {its['refused_because']}"
+    weights = [f"{source} +{one['up']:.1f} -{one['down']:.1f}" for source, one in (its.get("sources") or {}).items()]
+    if weights:
+        yield f"  believed      {', '.join(weights)} (log-odds of a good and of a bad word)"
+
+
+def _said(*parts: dict[str, Any]) -> Iterator[str]:
+    """What the platform's own checks, judges and critic said since the scorer's start, and why they did not."""
+    words = {source: count for its in parts for source, count in its.get("words", {}).items()}
+    failures = {what: count for its in parts for what, count in its.get("failures", {}).items()}
+    if words or failures:
+        said = [f"{source} {count} words" for source, count in sorted(words.items())]
+        yield f"  looked at     {', '.join([*said, *(f'{what} {count}' for what, count in sorted(failures.items()))])}"
 
 
 def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:

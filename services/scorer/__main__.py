@@ -5,7 +5,7 @@
     log: episodes ──▶ thread "score" ──▶ log: scores, reward-versions     state/score.db, rewards/<t>/<p>/<version>/
 
     log: episodes ──▶ thread "signals" ──▶ log: events     checks and derived signals; state/signals.db
-    log: episodes ──▶ thread "judge" ──▶ log: events       what rubric judges think; state/judge.db, state/judges.db
+    log: episodes ──▶ thread "judge" ──▶ log: events       what judges and critics think; state/judge{,s}.db
 
 It waits for the log alone, and scores never wait for checks or judges. "signals" and "judge" run where a policy's
 declaration asks for them, in one process of the installation. On Kafka each partition of "score" has a handler, the
@@ -17,6 +17,8 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
 - ``auc``, ``calibration_error``: predict-then-learn, over the last ``reward.window`` labels; null: too few
 - ``reward_mean``, ``thumbs_up_share``: over the newest ``reward.window`` calls; ``reward_fall``, ``thumbs_up_fall``:
   the window before less the newest, positive where it got worse; null: too few
+- ``success_estimate``: mean of the newest labels, each for the calls that it stands for (:mod:`reward.propensity`)
+- ``sources``: by source, what a good and a bad word of it weigh and what that rests on; ``raters``: known by now
 - ``drift_inputs``, ``drift_labels``, ``drift_calibration``: alarms so far; ``drift``: those that page, in words;
   ``frozen``: opinions are kept from training for now; ``topics``: of its prompts, found so far
 - ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``refused_version``,
@@ -25,7 +27,7 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
 - ``answers_known``: recurring answers whose ratings are remembered
 
 and under ``checks``, likewise, the ``words`` said since the start by source, and the ``failures`` of checks by name;
-under ``judges`` the same of judges, with the ``questions``, time and tokens of each.
+under ``judges`` the same of judges and critics, with the ``questions``, time and tokens of each.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ GAUGES = {
     "everloop_reward_mean": ("reward_mean", "Mean reward of the newest scored calls, -1 to 1"),
     "everloop_reward_fall": ("reward_fall", "Mean reward of the window before less that of the newest"),
     "everloop_reward_thumbs_up_share": ("thumbs_up_share", "Mean of the newest labels, 0 to 1"),
+    "everloop_reward_success_estimate": (
+        "success_estimate",
+        "Mean of the newest labels, each for the calls that it stands for, 0 to 1",
+    ),
     "everloop_reward_shadow_labels": ("shadow_labels", "Labels on which the next snapshot is judged beside this one"),
     "everloop_reward_known_answers": ("answers_known", "Recurring answers whose ratings are remembered"),
     "everloop_reward_frozen": ("frozen", "Whether opinions are kept from training, since something has drifted"),
@@ -45,6 +49,7 @@ class RewardMetrics(Collector):
             if numbers.get("version"):
                 info.add_metric([policy, numbers["version"]], 1)
         yield info
+        yield from _sources(desks)
         for family, names in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
             for name, (field, words) in names.items():
                 metric = family(name, words, labels=["policy"])
@@ -52,6 +57,27 @@ class RewardMetrics(Collector):
                     if numbers.get(field) is not None:
                         metric.add_metric([policy], numbers[field])
                 yield metric
+
+
+def _sources(desks: dict[str, dict[str, Any]]) -> Iterator[Metric]:
+    """What each source's words weigh: as many series as sources were heard, 64 a policy at most."""
+    weights = GaugeMetricFamily(
+        "everloop_reward_source_weight",
+        "Log-odds that a word of the source adds (up: a good one) or takes (down: a bad one)",
+        labels=["policy", "source", "direction"],
+    )
+    words = GaugeMetricFamily(
+        "everloop_reward_source_words",
+        "Words of the source that others were compared with",
+        labels=["policy", "source"],
+    )
+    for policy, numbers in desks.items():
+        for source, its in (numbers.get("sources") or {}).items():
+            for direction in ("up", "down"):
+                weights.add_metric([policy, source, direction], its[direction])
+            words.add_metric([policy, source], its["words"])
+    yield weights
+    yield words
 
 
 class SaidMetrics(Collector):

@@ -13,6 +13,7 @@ from everloop.log.kafka.settings import Address
 from everloop.topics import OPERATOR
 
 from services.broker.process import Broker
+from tests.judge import Judge
 
 pytestmark = [pytest.mark.kafka, pytest.mark.processes, pytest.mark.models, pytest.mark.mlflow]
 PREFIX = "team"
@@ -28,6 +29,15 @@ create_topics = false
 [tenants.default.policies.assistant]
 base = "{base}"
 max_tokens = 8
+[tenants.default.policies.assistant.reward]
+declaration = "{folder}/reward.toml"
+"""
+SAYS_SOMETHING = """
+[[check]]
+name = "long"
+kind = "exact"
+reference = "constant"
+constant = "never said"
 """
 USER = """
 [log.users.{service}]
@@ -37,10 +47,14 @@ password_file = "{folder}/{user}"
 RATED = "SELECT count(DISTINCT call) AS calls FROM scores WHERE source = 'feedback'"
 
 
-def config(broker: Broker, ca: Path, folder: Path, base: Path) -> str:
-    """With a file for each password."""
+SAID = "SELECT count(*) AS words FROM feedback WHERE kind = 'implicit' AND name IN ('long', 'j')"
+
+
+def config(broker: Broker, ca: Path, folder: Path, base: Path, judge: Judge) -> str:
+    """With a file for each password, and a declaration of a check and a judge."""
     users = {service: user_of(service, Address((), PREFIX)) for service in SERVICES}
     folder.mkdir()
+    (folder / "reward.toml").write_text(SAYS_SOMETHING + judge.declared())
     for user in users.values():
         (folder / user).write_text(f"password-of-{user}\n")
     operator = users.pop(OPERATOR)
@@ -63,9 +77,10 @@ def test_each_service_under_up_comes_as_itself_and_that_is_enough(
     tmp_path: Path,
     untrained: Path,
     adapter: Path,
+    judge: Judge,
     until: Callable[..., Any],
 ) -> None:
-    platform = up(config(secured, authority[0], tmp_path / "passwords", untrained))
+    platform = up(config(secured, authority[0], tmp_path / "passwords", untrained, judge))
     services = [service for service in SERVICES if service != OPERATOR]
     began = {service: platform.status(service)["pid"] for service in services}
     assert {service: comes_as(pid) for service, pid in began.items()} == {s: f"{PREFIX}-{s}" for s in services}
@@ -75,6 +90,7 @@ def test_each_service_under_up_comes_as_itself_and_that_is_enough(
     answer = client.chat.completions.create(model="assistant", messages=asked)
     client.post("/feedback", body={"response_id": answer.id, "kind": "thumb", "value": 1}, cast_to=object)
     until(lambda: platform.rows(RATED) == [{"calls": 1}], deadline=60, every=1.0)
+    until(lambda: platform.rows(SAID) == [{"words": 2}], deadline=60, every=1.0)
 
     platform.does("release", "register", str(adapter))
     platform.does("release", "promote", adapter.name, "--without-evidence", "--reason", "a test of permissions")

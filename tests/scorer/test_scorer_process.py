@@ -146,9 +146,15 @@ def test_killed_in_an_update_it_ends_as_an_undisturbed_one(tmp_path, until):
     assert read(harried, "scores", Score) == read(calm, "scores", Score)
     assert len(read(calm, "scores", Score)) == EPISODES
     assert read(harried, "reward-versions", RewardVersion) == read(calm, "reward-versions", RewardVersion)
+    assert not {"signals", "judge"} & status.keys(), "no policy declares a check or a judge: nobody reads for them"
     desk = status["rewards"]["default/assistant"]
     assert desk["auc"] > 0.8
     assert f'everloop_reward_updates_total{{policy="default/assistant"}} {desk["updates"]}.0' in metrics
+    weight = desk["sources"]["thumb"]["up"]
+    assert (
+        f'everloop_reward_source_weight{{direction="up",policy="default/assistant",source="thumb"}} {weight}' in metrics
+    )
+    assert f'everloop_reward_success_estimate{{policy="default/assistant"}} {desk["success_estimate"]}' in metrics
     assert f'everloop_reward_auc{{policy="default/assistant"}} {desk["auc"]}' in metrics
 
 

@@ -1,13 +1,10 @@
-"""Judges over HTTP. What goes wrong with one (away, slow, refusing, talking nonsense, swayed by order) cannot be made
-with a real model, so a small server answers as a judge in that state would."""
+"""Judges over HTTP: what they say, what goes wrong with them, what they may cost, and what they come to weigh."""
 
 from __future__ import annotations
 
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -19,61 +16,10 @@ from reward.asking import FAILED, TRIES, Asker
 from reward.judges import JudgesHandler
 from reward.ledger import Ledger
 from reward.reliability import Piece, Reliability, rater_of, source_of
+from tests.judge import Judge, grade
 
 NOON = 1_763_900_000.0
 DAY = 86_400
-
-
-def grade(asked: dict[str, Any]) -> str:
-    """A judge that likes one answer, and of two the liked one."""
-    if "answer" in asked:
-        return json.dumps({"grade": 5 if asked["answer"] == "card" else 1})
-    return json.dumps({"better": "first" if asked["first"] == "card" else "second"})
-
-
-class Judge:
-    """``say`` makes the content of a reply from what was asked, or gives a status; ``asked`` holds the requests."""
-
-    def __init__(self) -> None:
-        self.say: Callable[[dict[str, Any]], Any] = grade
-        self.status: Callable[[dict[str, Any]], int] = lambda body: 200
-        self.asked: list[dict[str, Any]] = []
-        judge = self
-
-        class Answer(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                judge.asked.append(body)
-                message = judge.say(json.loads(body["messages"][1]["content"]))
-                message = message if isinstance(message, dict) else {"content": message}
-                reply = {"choices": [{"message": message}], "usage": {"total_tokens": 7}}
-                raw = json.dumps(reply).encode()
-                self.send_response(judge.status(body))
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def declared(self, **more: Any) -> str:
-        fields = {"name": "j", "url": f"http://127.0.0.1:{self.server.server_port}/v1", "model": "m", "share": 1.0}
-        fields |= {"rubric": "It names the topic.", **more}
-        return "[[judge]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
-
-
-@pytest.fixture
-def judge() -> Iterator[Judge]:
-    made = Judge()
-    yield made
-    made.close()
 
 
 def failures(it: Any) -> dict[str, int]:
@@ -92,7 +38,7 @@ def test_an_opinion_is_an_implicit_word_and_the_same_question_is_asked_once(benc
     it.again()
     assert len(judge.asked) == 2, "the rest is remembered on disk, after a lost state too"
     assert {one.id for one in it.said} == said
-    status = it.handler.status()["acme/desk"]["judges"]["j"]
+    status = it.handler.status()["acme/desk"]["judges"]["judge:j"]
     assert (status["questions"], status["remembered"], status["opinions"]) == (0, 3, 3)
 
 
