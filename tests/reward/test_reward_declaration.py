@@ -33,12 +33,22 @@ def test_the_example_is_read_by_the_policy_that_names_it() -> None:
     assert [(check.name, check.kind) for check in made.check] == [("topic", "pattern")]
 
 
-def test_the_judge_that_the_example_shows_is_one(tmp_path: Path) -> None:
-    shown = (EXAMPLE / "reward.toml").read_text().replace("# [[judge]]", "[[judge]]")
-    for key in ("name", "url", "model", "rubric", "per_day"):
+def test_the_judge_and_the_critic_that_the_example_shows_are_ones(tmp_path: Path) -> None:
+    shown = (EXAMPLE / "reward.toml").read_text().replace("# [[judge]]", "[[judge]]").replace("# [critic]", "[critic]")
+    for key in ("name", "url", "model", "rubric", "per_day", "key_file"):
         shown = shown.replace(f"# {key} =", f"{key} =")
-    (judge,) = declaration.load(written(tmp_path, shown)).judge
+    its = declaration.load(written(tmp_path, shown))
+    judge, critic = its.asked
     assert (judge.name, judge.per_day, judge.key_file) == ("clarity", 500, None)
+    assert (critic.source, critic.model, critic.key_file) == ("critic:self", None, tmp_path / "critic.key")
+
+
+def test_where_a_key_lies_is_no_part_of_what_counts() -> None:
+    one = {"url": "http://h/v1", "rubric": "r"}
+    made = declaration.Declaration.model_validate
+    here, there = (made({"critic": {**one, "key_file": path}}) for path in ("a", "b"))
+    assert here.version == there.version
+    assert here.version != made({"critic": {**one, "rubric": "s"}}).version
 
 
 def test_a_python_file_says_the_same_as_a_table(tmp_path: Path) -> None:

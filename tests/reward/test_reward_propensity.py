@@ -97,7 +97,7 @@ def test_the_estimate_of_success_is_nearer_to_the_truth(kit: Any, home: Home, wo
     made.take(calls)
     status = made.handler.status()["default/assistant"]
     assert truth - status["thumbs_up_share"] > 0.15, "or there is nothing to correct"
-    assert abs(status["success_estimate"] - truth) < 0.6 * abs(status["thumbs_up_share"] - truth)
+    assert abs(status["success_estimate"] - truth) < 0.7 * abs(status["thumbs_up_share"] - truth)
 
 
 def test_a_label_of_a_rare_kind_moves_the_heads_further_and_its_own_answer_no_more(letters: Any) -> None:
@@ -112,7 +112,7 @@ def test_a_label_of_a_rare_kind_moves_the_heads_further_and_its_own_answer_no_mo
 
 def test_what_a_rater_may_weigh_in_all_holds_for_rare_answers_too(kit: Any, home: Home, words: Any) -> None:
     made = Answered(kit, home, words)
-    made.take(list(answers(600, 5)))
+    made.take(list(answers(400, 5)))
     desk = made.handler._desks["default", "assistant"]
     weights = [slot.weight for slot in desk.guard.slots]
     known = [ormsgpack.unpackb(value)[2] for key, value in made.state.entries.items() if key.startswith("episode/")]

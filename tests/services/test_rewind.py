@@ -107,7 +107,7 @@ def test_nothing_of_that_time_leaves_all_as_it_is(log: Log, home: Home) -> None:
 @pytest.mark.parametrize(
     ("handler", "ahead", "why"),
     [
-        ("nobody", 0.0, "no handler 'nobody'; these can be replayed: assemble, score, archive"),
+        ("nobody", 0.0, "no handler 'nobody'; these can be replayed: assemble, score, signals, judge, archive"),
         ("learn", 0.0, "would count twice and train again"),
         ("archive", 60.0, "lies 60 s ahead"),
         ("archive", 0.0, "has handled nothing here"),

@@ -80,7 +80,7 @@ def test_it_weighs_something_where_checks_bear_it_out_and_nothing_where_there_ar
 
     judge.say, judge.answer = say, lambda body: "unlike" if "card" in body["messages"][0]["content"] else "card else"
     it = bench(judge.as_critic(per_day=1000), JudgesHandler)
-    goods = {f"ep_{i}": dice.random() < 0.5 for i in range(150)}
+    goods = {f"ep_{i}": dice.random() < 0.5 for i in range(100)}
     it.take(
         *(
             it.call(f"c {id}", f"{'card' if good else 'loan'} {id}?", f"{'card' if good else 'loan'} {id}", episode=id)
