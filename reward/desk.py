@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from everloop.stream import State
 from reward import durable
 from reward.features import Example
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
-from reward.poison import Guard
+from reward.poison import Guard, name_of
 from reward.release import Shadow, Verdict
 from reward.watch import Watch
 
@@ -111,15 +112,16 @@ class Desk:
         }
         state.put(f"{self.prefix}desk", json.dumps(desk).encode())
 
-    def learn(self, lesson: Label | Pair) -> tuple[float, bool]:
-        """Learn at once; what was expected before, and whether it is time for a snapshot."""
+    def learn(self, lesson: Label | Pair, raters: Sequence[str] = ()) -> tuple[float, bool]:
+        """Learn at once; what was expected before, and whether it is time for a snapshot. ``raters``: who said it."""
         before = self.live.updates
         watched = lesson if isinstance(lesson, Label) and lesson.watched and self.scoring.may_judge else None
         beside = self._foretold(watched) if watched is not None else 0.5
         (expected,) = self.live.learn([lesson])
         learned = self.live.updates > before
         if watched is not None and learned:
-            self.shadow.add(beside, expected, watched.value, watched.example)
+            rater = name_of("rater", min(raters)) if raters else ""
+            self.shadow.add(beside, expected, watched.value, watched.example, rater)
         return expected, learned and self.live.updates % self.live.config.snapshot_every == 0
 
     def _foretold(self, label: Label) -> float:
