@@ -101,7 +101,7 @@ def pushed_of(desk: Desk, seed: int) -> str:
 class Open(Guard):
     """A guard that lets everything in."""
 
-    def weigh(self, lesson: Label | Pair, raters: Any, call: str, time: float) -> Verdict:
+    def weigh(self, lesson: Label | Pair, *told: Any) -> Verdict:
         return Verdict(lesson.weight)
 
 

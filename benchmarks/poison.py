@@ -8,8 +8,7 @@ answer is good, of one right and one wrong answer each. Without guards nothing i
 is believed as all others are.
 
 A cell is kept below ``.everloop/cache/poison``: what was stopped goes on with what is missing. ``--quick``: one seed,
-5% alone, a third of the messages. ``--policy`` measures the policy too, after two rounds of PPO, in the 5% cells of
-one seed. Needs EVERLOOP_DATA.
+5% alone, fewer messages. Needs EVERLOOP_DATA.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from examples.bank_desk import data
 
 CELLS = Path(".everloop/cache/poison")
 SEEDS, SHARES = (0, 1, 2), (0.05, 0.10, 0.01)  # the share of the aim first
-MESSAGES, QUICK_MESSAGES = 4500, 1500
+MESSAGES, QUICK_MESSAGES = 1500, 1000
+HELD_OUT = 1000  # messages of the report's split
 MOST_LOST = 1.0  # points of accuracy, with 5% of poisoners
 
 
@@ -51,10 +51,10 @@ class Cell(NamedTuple):
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """One seed of everything first."""
-    messages = options.messages or (QUICK_MESSAGES if options.quick else MESSAGES)
-    for seed in (0,) if options.quick else SEEDS[: options.seeds]:
-        for share in SHARES[:1] if options.quick else SHARES:
+    """The aim's share first."""
+    messages = QUICK_MESSAGES if options.quick else MESSAGES
+    for share in SHARES[:1] if options.quick else SHARES:
+        for seed in SEEDS[:1] if options.quick else SEEDS:
             for kind in ("", *_poisoned.KINDS) if share == SHARES[0] else _poisoned.KINDS:
                 for guards in (True, False):
                     yield Cell(kind, share if kind else 0.0, guards, seed, messages)
@@ -64,15 +64,16 @@ def run(cell: Cell, encoder: Remembering) -> dict[str, Any]:
     """One cell's numbers."""
     began = time.monotonic()
     desk = data.load(None, folder(), cell.seed)
-    encoder.prepare([one.text for one in (*desk.stream[: cell.messages], *desk.report)] + [*desk.topics])
+    held_out = desk.report[:HELD_OUT]
+    encoder.prepare([one.text for one in (*desk.stream[: cell.messages], *held_out)] + [*desk.topics])
     stream = _poisoned.visits(desk, cell.seed, cell.kind, cell.share, cell.messages)
     with _poisoned.guards(cell.guards):
         made = _poisoned.learned(stream, encoder)
-        picked = _poisoned.picks(made.model, desk, desk.report)
-        apart = _poisoned.told_apart(made.model, desk, desk.report, cell.seed)
+        picked = _poisoned.picks(made.model, desk, held_out)
+        apart = _poisoned.told_apart(made.model, desk, held_out, cell.seed)
     poison = made.status["poison"]
     return {
-        "picked": sum(a == one.topic for a, one in zip(picked, desk.report, strict=True)) / len(picked),
+        "picked": sum(a == one.topic for a, one in zip(picked, held_out, strict=True)) / len(picked),
         "apart": apart,
         "pushed": picked.count(_poisoned.pushed_of(desk, cell.seed)) / len(picked),
         "held_poison": made.held[True],
@@ -102,8 +103,8 @@ def rows_of(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each way to poison, share and guards: means over the seeds, losses beside the honest cell."""
     rows = []
     for kind, share, guards in dict.fromkeys((cell.kind, cell.share, cell.guards) for cell in found):
-        mine = [cell for cell in found if cell[:3] == (kind, share, guards)]
-        honest = [found[cell._replace(kind="", share=0.0)] for cell in mine]
+        mine = [cell for cell in found if cell[:3] == (kind, share, guards) and _honest(cell) in found]
+        honest = [found[_honest(cell)] for cell in mine]
         its = [found[cell] for cell in mine]
         row: dict[str, Any] = {"poison": kind or "none", "users": f"{share:.0%}", "guards": guards, "seeds": len(its)}
         for name, title in (("picked", "picked"), ("apart", "told apart")):
@@ -115,6 +116,10 @@ def rows_of(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
         row["poisoners believed"] = round(statistics.fmean(one["believed_poison"] for one in its), 2) if kind else None
         rows.append(row)
     return sorted(rows, key=lambda row: (row["poison"] != "none", row["poison"], row["users"], not row["guards"]))
+
+
+def _honest(cell: Cell) -> Cell:
+    return cell._replace(kind="", share=0.0)
 
 
 def _percent(its: list[dict[str, Any]], name: str) -> float:
@@ -132,8 +137,7 @@ def aims_of(rows: list[dict[str, Any]]) -> list[Aim]:
 
 def _options() -> argparse.Namespace:
     made = parser("the reward model under poison")
-    made.add_argument("--seeds", type=int, default=len(SEEDS), help="of every cell; default: 3")
-    made.add_argument("--messages", type=int, help=f"of the stream; default: {MESSAGES}, quick {QUICK_MESSAGES}")
+    made.add_argument("--kept", action="store_true", help="the table of the cells that are kept; nothing is measured")
     return made.parse_args()
 
 
@@ -141,7 +145,8 @@ def main() -> int:
     options, began, started = _options(), load_now(), time.monotonic()
     try:
         encoder = Remembering()
-        found = {cell: kept(cell, encoder) for cell in cells(options)}
+        wanted = [cell for cell in cells(options) if cell.path.exists() or not options.kept]
+        found = {cell: kept(cell, encoder) for cell in wanted}
     except (DataError, data.DataError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -150,7 +155,7 @@ def main() -> int:
         "percent; lost: points beside the same guards and seed without poison, whose words are lost as well",
         f"{time.monotonic() - started:.0f} s for the cells that were not kept; {loads(began)}",
     ]
-    publish("poison", rows, aims_of(rows), quick=options.quick, part=options.seeds < len(SEEDS), notes=notes)
+    publish("poison", rows, aims_of(rows), quick=options.quick, part=len(wanted) < len([*cells(options)]), notes=notes)
     return 0
 
 

@@ -124,6 +124,15 @@ class Desk:
             self.shadow.add(beside, expected, watched.value, watched.example, rater)
         return expected, learned and self.live.updates % self.live.config.snapshot_every == 0
 
+    def agrees(self, lesson: Label | Pair) -> bool:
+        """Whether the live model thinks itself what a label says of its answer. Of a pair it is never asked: few are
+        said, hardly the same one twice by one person, and they move a model so much that it would soon agree.
+        """
+        if isinstance(lesson, Pair) or not self.live.may_judge:
+            return False
+        (estimate,) = self.live.estimate([lesson.example])
+        return (estimate.value > 0.5) == (lesson.value > 0.5)
+
     def _foretold(self, label: Label) -> float:
         """What the version that scores expects of a label that nobody has learned yet."""
         (estimate,) = self.scoring.estimate([label.example])

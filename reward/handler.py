@@ -263,7 +263,7 @@ def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair, raters: 
     call = episode.turns[number].call.id
     words = evidence.words_of(episode, number, lesson)
     time = max((word.time for word in words), default=episode.updated)
-    verdict = desk.guard.weigh(lesson, raters, call, time)
+    verdict = desk.guard.weigh(lesson, raters, call, time, lambda: desk.agrees(lesson))
     if verdict.rule:
         desk.guard.hold(lesson, verdict, episode.id, call, time)
     return verdict
