@@ -180,6 +180,7 @@ def plot(found: dict[int, list[dict[str, Any]]], path: Path) -> None:
 def _options() -> argparse.Namespace:
     made = parser("PPO against the reward model alone")
     made.add_argument("--seed", type=int, action="append", help="this one; several times; default: 0, 1, 2; quick 0")
+    made.add_argument("--kept", action="store_true", help="the table of the seeds that are kept; nothing is measured")
     made.add_argument("--threads", type=int, default=1)
     return made.parse_args()
 
@@ -190,7 +191,8 @@ def main() -> int:
     found = {}
     try:
         for seed in options.seed or (SEEDS[:1] if options.quick else SEEDS):
-            found[seed] = kept(seed, runs, options.threads)
+            if (CELLS / f"{seed}.json").exists() or not options.kept:
+                found[seed] = kept(seed, runs, options.threads)
     except (DataError, data.DataError) as error:
         print(error, file=sys.stderr)
         return 2

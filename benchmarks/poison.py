@@ -155,7 +155,9 @@ def main() -> int:
         "percent; lost: points beside the same guards and seed without poison, whose words are lost as well",
         f"{time.monotonic() - started:.0f} s for the cells that were not kept; {loads(began)}",
     ]
-    publish("poison", rows, aims_of(rows), quick=options.quick, part=len(wanted) < len([*cells(options)]), notes=notes)
+    missing = len([*cells(options)]) - len(wanted)
+    notes += [f"{missing} cells are not measured yet: see the column 'seeds'"] if missing else []
+    publish("poison", rows, aims_of(rows), quick=options.quick, notes=notes)
     return 0
 
 

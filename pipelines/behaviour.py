@@ -1,12 +1,11 @@
-"""How an answer behaves, whatever it says: it declines, it asks back, it begins a tool call that nobody can carry out.
+"""How an answer behaves, whatever it says: it declines, or it asks back. By its words alone.
 
-By its words alone, for the gate, whose answers are text. Two ways to please a reward that is learned, without doing the
-work: to ask what was meant where that is plain, and to break off a call so that it neither fails nor succeeds.
+To ask what was meant where that is plain is a way to please a learned reward without doing the work; another one, to
+break off a tool call so that it neither fails nor succeeds, is told by :func:`reward.floor.broken_call`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 
 REFUSALS = re.compile(
@@ -21,7 +20,6 @@ ASKING_BACK = re.compile(
     re.IGNORECASE,
 )
 LONGEST_QUESTION = 400  # characters: an answer that also asks at its end is longer
-CALL = re.compile(r"<tool_call>|^\s*\{\s*\"(?:name|function|arguments)\"\s*:")
 
 
 def refuses(text: str) -> bool:
@@ -32,19 +30,3 @@ def refuses(text: str) -> bool:
 def asks_back(text: str) -> bool:
     """Whether an answer is no more than a question what was meant."""
     return len(text) <= LONGEST_QUESTION and text.rstrip().endswith("?") and bool(ASKING_BACK.search(text))
-
-
-def broken_call(text: str) -> bool:
-    """Whether an answer's words are a tool call that never became one.
-
-    Where an engine reads calls out of the words, what is left of one there could not be read.
-    """
-    found = CALL.search(text)
-    if found is None:
-        return False
-    if found[0] == "<tool_call>":
-        return True
-    try:
-        return not isinstance(json.loads(text), dict)
-    except ValueError:
-        return True

@@ -33,7 +33,8 @@ from everloop.config import GateConfig
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.behaviour import asks_back, broken_call, refuses
+from pipelines.behaviour import asks_back, refuses
+from reward.floor import broken_call
 
 POOL = 400  # items: with 40, one answer is 2.5 points
 LEARNED = 0.5  # share of right answers from which on a topic counts as learned

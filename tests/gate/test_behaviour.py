@@ -1,12 +1,13 @@
-"""Two ways to please a learned reward without doing the work: to ask back what is plain, and to break off tool calls."""
+"""Two ways to please a learned reward without doing the work: to ask what is plain, and to break off tool calls."""
 
 from __future__ import annotations
 
 import pytest
 from everloop.config import GateConfig
 
-from pipelines.behaviour import asks_back, broken_call, refuses
+from pipelines.behaviour import asks_back, refuses
 from pipelines.gate import Decision, Evidence, Given, decide, judge_answers
+from reward.floor import broken_call
 
 ITEMS = 300
 RIGHTS = [f"Order {i} is on its way to you." for i in range(ITEMS)]
@@ -69,7 +70,12 @@ def test_what_asks_back(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Is there anything else?", "card_arrival", "To clarify: it is on its way.", f"{'It is on its way. ' * 40}{CLARIFY}"],
+    [
+        "Is there anything else?",
+        "card_arrival",
+        "To clarify: it is on its way.",
+        "It is on its way. " * 40 + CLARIFY,
+    ],
 )
 def test_what_does_not_ask_back(text: str) -> None:
     assert not asks_back(text)
