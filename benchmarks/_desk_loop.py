@@ -20,7 +20,7 @@ from everloop.episode import Episode, Turn
 from everloop.event import Call, Message
 from everloop.feedback import Feedback, FeedbackKind
 
-from examples.bank_desk.customer import Customer
+from examples.bank_desk.customer import Customer, Opinion
 from examples.bank_desk.data import Desk
 from examples.bank_desk.data import Message as Asked
 from pipelines.batch import Batch, BatchItem
@@ -81,7 +81,7 @@ class DeskLoop:
         self.module: Any = self.policy.model
         self.served: list[tuple[BatchItem, Episode]] = []
         self.right = 0
-        self._parent_run: Path | None = None
+        self.parent_run: Path | None = None
 
     def serve(self, messages: Sequence[Asked]) -> float:
         """Answer messages, hear what customers say, let the reward model learn; the share of thumbs that were up."""
@@ -109,9 +109,9 @@ class DeskLoop:
     def _answered(self, number: int, message: Asked, prompt: list[int], answer: Rollout) -> tuple[BatchItem, Episode]:
         text = self.policy.decode(answer.completion)
         opinion = self.customer.judge(number, message.topic, text)
-        words = _words(number, opinion)
+        words = words_of(number, opinion, float(number))
         name = f"ep_{number:06d}"
-        episode = _episode(name, message.text, text, words)
+        episode = episode_of(name, message.text, text, words)
         said = evidence.said_of(text, words)
         item = BatchItem(
             episode=name,
@@ -153,7 +153,7 @@ class DeskLoop:
             recipe=self.recipe.model_dump(),
             seed=self.seed * 1000 + len(self.served) // 100,
             parent=None if self.adapter is None else str(self.adapter),
-            value_head=None if self._parent_run is None else str(self._parent_run / VALUE_HEAD),
+            value_head=None if self.parent_run is None else str(self.parent_run / VALUE_HEAD),
             reward=str(self.folder / "rewards" / version),
             threads=self.threads,
             max_tokens=ROLLOUT_TOKENS,
@@ -161,7 +161,7 @@ class DeskLoop:
         run.mkdir(parents=True, exist_ok=True)
         request.save()
         trained = self.learner.train(request)
-        self._parent_run = run
+        self.parent_run = run
         self.adopt(self.folder / "adapters" / trained.adapter)
         return trained
 
@@ -202,19 +202,20 @@ class DeskLoop:
         return Cycle(len(self.served), self.accuracy(self.desk.report), seconds, thumbs, trained.metrics)
 
 
-def _words(number: int, opinion: Any) -> tuple[Feedback, ...]:
+def words_of(number: int, opinion: Opinion, time: float, rater: str | None = None) -> tuple[Feedback, ...]:
+    """What a customer says of an answer, as feedback."""
     said = []
+    about = {"time": time, "rater": rater}
     if opinion.thumb is not None:
         value = 1.0 if opinion.thumb else -1.0
-        said.append(Feedback(id=f"t{number}", kind=FeedbackKind.THUMB, value=value, time=float(number)))
+        said.append(Feedback(id=f"t{number}", kind=FeedbackKind.THUMB, value=value, **about))
     if opinion.correction is not None:
-        said.append(
-            Feedback(id=f"c{number}", kind=FeedbackKind.CORRECTION, text=opinion.correction, time=float(number))
-        )
+        said.append(Feedback(id=f"c{number}", kind=FeedbackKind.CORRECTION, text=opinion.correction, **about))
     return tuple(said)
 
 
-def _episode(name: str, asked: str, answer: str, words: tuple[Feedback, ...]) -> Episode:
+def episode_of(name: str, asked: str, answer: str, words: tuple[Feedback, ...], time: float = 0.0) -> Episode:
+    """One message and its answer. ``time``: event time, seconds."""
     call = Call(
         id=f"{name}-call",
         messages=(Message(role="user", content=asked),),
@@ -226,7 +227,7 @@ def _episode(name: str, asked: str, answer: str, words: tuple[Feedback, ...]) ->
         policy="desk",
         id=name,
         version=1,
-        started=0.0,
-        updated=0.0,
+        started=time,
+        updated=time,
         turns=(Turn(call=call, feedback=words),),
     )

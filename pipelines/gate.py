@@ -10,8 +10,9 @@ skills     topics learned earlier, in pools of at least 400 items, lose at most 
            fewer items, only what is certain to be a larger loss fails, and the decision says so
 slices     no slice loses more than ``slice_loss`` beyond chance
 kl         nats a token to the base, over the candidate's answers, at most ``max_kl``; not known: a person decides
-behaviour  empty, cut-off, refusing and off-format answers do not become more frequent beyond chance, and the mean
-           length changes by no more than ``max_length_change``
+behaviour  answers that are empty, cut off, refusing, off format, asking back what is plain, or a broken tool call do
+           not become more frequent by a tenth, beyond chance, and the mean length changes by no more than
+           ``max_length_change``
 =========  ==========================================================================================
 
 Slices and behaviours are many looks at once: each is tested at its share of the level (Bonferroni), so that either
@@ -23,7 +24,6 @@ With fewer than ``min_gold`` items nothing is shown, no gain neither: the decisi
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -33,16 +33,14 @@ from everloop.config import GateConfig
 from numpy.typing import NDArray
 from scipy import stats
 
+from pipelines.behaviour import asks_back, refuses
+from reward.floor import broken_call
+
 POOL = 400  # items: with 40, one answer is 2.5 points
 LEARNED = 0.5  # share of right answers from which on a topic counts as learned
 RESAMPLES = 10_000
 TOLERANCE = 1.1  # a behaviour's rate may be this many times the incumbent's
-BEHAVIOURS = ("empty", "cut_off", "refusal", "off_format")
-REFUSALS = re.compile(
-    r"^\W*(?:i(?:'|’| a)?m (?:sorry|afraid|unable)|sorry,? (?:but )?i|i (?:can(?:no|')t|am not able|won't|cannot)"
-    r"|as an ai|unfortunately,? i)",
-    re.IGNORECASE,
-)
+BEHAVIOURS = ("empty", "cut_off", "refusal", "off_format", "asking_back", "broken_call")
 Floats = NDArray[np.float64]
 
 
@@ -292,8 +290,10 @@ def judge_answers(right_answers: Sequence[str], given: Sequence[Given]) -> Answe
     flags = {
         "empty": [not answer.text.strip() for _, answer in paired],
         "cut_off": [not answer.finished for _, answer in paired],
-        "refusal": [bool(REFUSALS.match(answer.text)) for _, answer in paired],
+        "refusal": [refuses(answer.text) for _, answer in paired],
         "off_format": [_off_format(right, answer.text, closed) for right, answer in paired],
+        "asking_back": [asks_back(answer.text) and not asks_back(right) for right, answer in paired],
+        "broken_call": [broken_call(answer.text) and not broken_call(right) for right, answer in paired],
     }
     return Answers(
         right=_floats(right.strip() == answer.text.strip() for right, answer in paired),

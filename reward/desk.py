@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from everloop.stream import State
 from reward import durable, snapshot
 from reward.features import Example
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
-from reward.poison import Guard
+from reward.poison import Guard, name_of
 from reward.release import Shadow, Verdict, finite
 from reward.watch import Watch
 
@@ -116,16 +117,26 @@ class Desk:
         }
         state.put(f"{self.prefix}desk", json.dumps(desk).encode())
 
-    def learn(self, lesson: Label | Pair) -> tuple[float, bool]:
-        """Learn at once; what was expected before, and whether it is time for a snapshot."""
+    def learn(self, lesson: Label | Pair, raters: Sequence[str] = ()) -> tuple[float, bool]:
+        """Learn at once; what was expected before, and whether it is time for a snapshot. ``raters``: who said it."""
         before = self.live.updates
         watched = lesson if isinstance(lesson, Label) and lesson.watched and self.scoring.may_judge else None
         beside = self._foretold(watched) if watched is not None else 0.5
         (expected,) = self.live.learn([lesson])
         learned = self.live.updates > before
         if watched is not None and learned:
-            self.shadow.add(beside, expected, watched.value, watched.example)
+            rater = name_of("rater", min(raters)) if raters else ""
+            self.shadow.add(beside, expected, watched.value, watched.example, rater)
         return expected, learned and self.live.updates % self.live.config.snapshot_every == 0
+
+    def agrees(self, lesson: Label | Pair) -> bool:
+        """Whether the live model thinks itself what a label says of its answer. Of a pair it is never asked: few are
+        said, hardly the same one twice by one person, and they move a model so much that it would soon agree.
+        """
+        if isinstance(lesson, Pair) or not self.live.may_judge:
+            return False
+        (estimate,) = self.live.estimate([lesson.example])
+        return (estimate.value > 0.5) == (lesson.value > 0.5)
 
     def _foretold(self, label: Label) -> float:
         """What the version that scores expects of a label that nobody has learned yet."""

@@ -28,7 +28,7 @@ from reward import comments
 from reward.features import Example, answer_text
 from reward.model import Estimate, Label, Pair, opinion
 from reward.prototypes import key_of
-from reward.reliability import MODEL, OUTCOME, Piece, Reliability, rater_of, source_of, vote
+from reward.reliability import MODEL, OUTCOME, Piece, Reliability, person_of, rater_of, source_of, vote
 
 SUREST = 4.0  # log-odds that an opinion may bring against them
 CREDIT = 0.5  # weight of an episode's label for the answer before its last
@@ -84,7 +84,9 @@ def said_of(answer: str, words: tuple[Feedback, ...], trust: Reliability = SUPPO
     label = sum(good for _, good in spoken) / len(spoken) if spoken else None
     if corrected:
         label = float(all(good for _, good in corrected))
-    value, weight = (label or 0.0, 1.0) if corrected else _believable(spoken, trust)
+    value, weight = _believable(spoken, trust)
+    if corrected:
+        value = label or 0.0
     most = trust.declaration.combine.cap
     return Said(
         label=label if outcome is None else outcome,
@@ -125,7 +127,8 @@ def pieces(
         good = read.get(word.id) if is_comment else goodness(answer, word, trust)
         if good is not None and source_of(word) != MODEL:
             weight = abs(2 * good - 1) if is_comment else 1.0  # how sure the reading is
-            found.append(Piece(source_of(word), rater_of(word), float(good > 0.5) if is_comment else good, weight))
+            said = float(good > 0.5) if is_comment else good
+            found.append(Piece(source_of(word), rater_of(word), said, weight, person_of(word)))
     return found + ([vote(expected)] if found and expected is not None else [])
 
 
@@ -174,7 +177,7 @@ def lessons(episode: Episode, examples: list[Example], trust: Reliability = SUPP
         if turn.call.error is not None:
             continue
         found += [(number, label) for label in _labels(turn, one, example)]
-        found += [(number, pair) for pair in _pairs(one, example)]
+        found += [(number, pair) for pair in _pairs(one, example, trust)]
     return found + _credited(episode, examples, trust)
 
 
@@ -185,12 +188,20 @@ def _labels(turn: Turn, one: Said, example: Example) -> list[Label]:
     return [Label(name, example, one.value, weight=one.weight, certain=one.certain)]
 
 
-def _pairs(one: Said, example: Example) -> list[Pair]:
-    better = [(word.id, word.text or "", example.answer, True) for word in one.corrections]
-    better += [(word.id, word.chosen or "", word.rejected or "", False) for word in one.preferences]
+def _pairs(one: Said, example: Example, trust: Reliability) -> list[Pair]:
+    better = [(word, word.text or "", example.answer, True) for word in one.corrections]
+    better += [(word, word.chosen or "", word.rejected or "", False) for word in one.preferences]
     return [
-        Pair(name, example.prompt, chosen, rejected, absolute=absolute, structure=example.structure)
-        for name, chosen, rejected, absolute in better
+        Pair(
+            word.id,
+            example.prompt,
+            chosen,
+            rejected,
+            weight=trust.worth(source_of(word), rater_of(word)) if absolute else 1.0,
+            absolute=absolute,
+            structure=example.structure,
+        )
+        for word, chosen, rejected, absolute in better
         if key_of(chosen) != key_of(rejected)
     ]
 

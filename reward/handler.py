@@ -217,12 +217,13 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             about = read.episode.judged if evidence.is_credited(lesson) else number
             rarity = hearing.rarity(desk.live, read.episode, read.examples, about, known.calls)
             lesson = replace(lesson, watched=first, rarity=rarity)
-        verdict = _weighed(desk, read, number, lesson)
+        raters = _raters(read.episode, number, lesson)
+        verdict = _weighed(desk, read, number, lesson, raters)
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
             continue
         able = desk.live.may_judge
-        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call)
+        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call, raters)
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             if able:
@@ -234,24 +235,31 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     return outputs
 
 
-def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair) -> poison.Verdict:
+def _raters(episode: Episode, number: int, lesson: Label | Pair) -> list[str]:
+    """The people who said what a lesson was made of, as far as they are known."""
+    words = [word for word in evidence.words_of(episode, number, lesson) if word.source is None]
+    return [rater for word in words if (rater := word.rater or episode.subject)]
+
+
+def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair, raters: Sequence[str]) -> poison.Verdict:
     """What the guard makes of a lesson, whose share is all that it weighs; what it holds is kept for a person."""
     episode = read.episode
     call = episode.turns[number].call.id
     words = evidence.words_of(episode, number, lesson)
-    raters = [word.rater or episode.subject for word in words if word.source is None]
     time = max((word.time for word in words), default=episode.updated)
     rarity = lesson.rarity if isinstance(lesson, Label) else 1.0
     asked = poison.weighted(lesson, lesson.weight * rarity)
-    verdict = desk.guard.weigh(asked, [rater for rater in raters if rater], call, time)
+    verdict = desk.guard.weigh(asked, raters, call, time, lambda: desk.agrees(lesson))
     if verdict.rule:
         desk.guard.hold(lesson, verdict, episode.id, call, time)
     return verdict._replace(weight=verdict.weight / rarity)
 
 
-def _teach(desk: Desk, lesson: Label | Pair, known: Known, call: dict[str, Any]) -> tuple[float, bool]:
+def _teach(
+    desk: Desk, lesson: Label | Pair, known: Known, call: dict[str, Any], raters: Sequence[str] = ()
+) -> tuple[float, bool]:
     """See :meth:`Desk.learn`; the episode remembers it."""
-    expected, due = desk.learn(lesson)
+    expected, due = desk.learn(lesson, raters)
     known.learned.append(lesson.id)
     if desk.live.trace is not None:
         call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]

@@ -183,7 +183,9 @@ class RewardModel:
         columns = self.calibration.line(*self._logits(examples)).T.tolist()
         silent = (NEVER,) * self.config.heads
         return [
-            opinion(silent if worthless(example) else tuple(column), self.config.pessimism, self.may_judge)
+            opinion(silent, self.config.pessimism, True)
+            if worthless(example)
+            else opinion(tuple(column), self.config.pessimism, self.may_judge)
             for example, column in zip(examples, columns, strict=True)
         ]
 

@@ -15,6 +15,12 @@ is no burst, and nothing is while little is known.
 
 **Duplicate.** The same words of the same rater about the same prompt, more than TWINS times in the window.
 
+**One answer.** More than PUSHES lessons of one rater in favour of one answer (or against it) in the window, of that
+rater's lessons more than PUSHED times the part that the answer has of all others', and the model does not think so
+itself. So what is right for many is nobody's push, nor what somebody says again and again and is right about; answers
+that never recur are none. From a rater of whom SUSPECT such lessons were held, and half as many as were learned,
+nothing is learned any more.
+
 A lesson whose rater is not known has no share and is no rater's burst. The first BURST lessons of a burst are learned:
 until then it is none. Event times may come in any order within LATE minutes of the newest; what is later counts with
 the oldest minute kept. The same lessons in the same order give the same verdicts. Memory: ``window`` slots of about 100
@@ -46,7 +52,10 @@ LATE = 5
 WATCHED = 2000
 MOST_HELD = 1000
 LEAST = 0.05  # of a lesson's weight: with less, it is held
-RULES = ("burst of a rater", "burst about a call", "burst for an answer", "duplicate", "share")
+PUSHES = 1  # lessons of one rater for one answer that nothing is asked of
+PUSHED = 3.0
+SUSPECT = 3  # pushes, and half as many as were learned of him, from which on a rater is held altogether
+RULES = ("burst of a rater", "burst about a call", "burst for an answer", "duplicate", "one answer", "share")
 V = TypeVar("V")
 
 
@@ -96,6 +105,7 @@ class Guard:
         self.count = 0
         self.minutes: dict[int, Counter[str]] = {}
         self.counted: Counter[str] = Counter()
+        self.pushes: Counter[str] = Counter()
         self.held: dict[str, bytes] = {}
         self._weights: defaultdict[str, float] = defaultdict(float)
         self._numbers: Counter[str] = Counter()
@@ -104,11 +114,22 @@ class Guard:
         self._changed_slots: set[int] = set()
         self._changed_held: set[str] = set()
 
-    def weigh(self, lesson: Label | Pair, raters: Iterable[str], call: str, time: float) -> Verdict:
-        """What becomes of a lesson said at ``time`` (event time, seconds); what is learned is noted as learned."""
+    def weigh(
+        self,
+        lesson: Label | Pair,
+        raters: Iterable[str],
+        call: str,
+        time: float,
+        believed: Callable[[], bool] = lambda: False,
+    ) -> Verdict:
+        """What becomes of a lesson said at ``time`` (event time, seconds); what is learned is noted as learned.
+
+        ``believed``: whether the model thinks so itself already.
+        """
         seen = _seen(lesson, [name_of("rater", rater) for rater in sorted(set(raters))])
         minute = self._minute(time, [*seen.raters, name_of("call", call), seen.answer])
-        verdict = self._burst(seen, name_of("call", call), minute) or self._twin(seen) or self._cut(seen)
+        verdict = self._burst(seen, name_of("call", call), minute) or self._twin(seen) or self._push(seen, believed)
+        verdict = verdict or self._cut(seen)
         if verdict.rule:
             self.counted[verdict.rule] += 1
             return verdict
@@ -153,6 +174,20 @@ class Guard:
             return None
         return _held(RULES[3], seen.raters[0], f"one rater said the same of the same words {TWINS} times before")
 
+    def _push(self, seen: Seen, believed: Callable[[], bool]) -> Verdict | None:
+        for rater in seen.raters:
+            if rater in self.trusted:
+                continue
+            its, mine, pushes = self._numbers[_both(rater, seen.answer)], self._numbers[rater], self.pushes[rater]
+            if pushes >= SUSPECT and 2 * pushes >= mine:
+                return _held(RULES[4], rater, f"{pushes} words of one rater were for one answer, {mine} were learned")
+            others = (self._numbers[seen.answer] - its + 1) / (len(self._slot_of) - mine + 1)
+            if its >= PUSHES and its + 1 > PUSHED * (mine + 1) * others and not believed():
+                if rater in self.pushes or len(self.pushes) < WATCHED:
+                    self.pushes[rater] += 1
+                return _held(RULES[4], rater, f"{its} of {mine} words of one rater are for one answer already")
+        return None
+
     def _cut(self, seen: Seen) -> Verdict:
         """x with held + x ≤ share · (all + x), for the rater who has least left; each has an equal part of x."""
         if not seen.raters:
@@ -164,7 +199,7 @@ class Guard:
         weight = min(seen.weight, len(seen.raters) * left)
         if weight >= LEAST * seen.weight:
             return Verdict(weight)
-        return _held(RULES[4], seen.raters[0], f"its rater holds {share:.1%} of the window's weight already")
+        return _held(RULES[5], seen.raters[0], f"its rater holds {share:.1%} of the window's weight already")
 
     def _note(self, seen: Seen) -> None:
         slot = self.count % self.window
@@ -194,7 +229,8 @@ class Guard:
         for rater in seen.raters:
             self._weights[rater] += sign * seen.weight / len(seen.raters)
         self._named += sign * seen.weight * bool(seen.raters)
-        for name in (*seen.raters, seen.answer, seen.twin) if seen.lesson else ():
+        both = [_both(rater, seen.answer) for rater in seen.raters]
+        for name in (*seen.raters, *both, seen.answer, seen.twin) if seen.lesson else ():
             self._numbers[name] += sign
             if self._numbers[name] == 0:
                 del self._numbers[name]
@@ -233,7 +269,7 @@ class Guard:
         self._changed_slots.clear()
         self._changed_held.clear()
         minutes = [[at, dict(minute)] for at, minute in self.minutes.items()]
-        yield "core", ormsgpack.packb([self.count, dict(self.counted), minutes])
+        yield "core", ormsgpack.packb([self.count, dict(self.counted), minutes, dict(self.pushes)])
 
     def restore(self, pieces: Mapping[str, bytes]) -> None:
         """What was ``changes`` before, in a new guard."""
@@ -247,8 +283,8 @@ class Guard:
                 self.held[rest] = value
         self.held = dict(sorted(self.held.items(), key=lambda item: (ormsgpack.unpackb(item[1])["time"], item[0])))
         if "core" in pieces:
-            self.count, counted, minutes = ormsgpack.unpackb(pieces["core"])
-            self.counted = Counter(counted)
+            self.count, counted, minutes, *pushes = ormsgpack.unpackb(pieces["core"])
+            self.counted, self.pushes = Counter(counted), Counter(*pushes)
             self.minutes = {at: Counter(minute) for at, minute in minutes}
 
     def status(self, most: int = 20) -> dict[str, Any]:
@@ -279,6 +315,10 @@ def same_without(
         if other != first:
             return f"without {', '.join(left_out)} the decision would be {other!r}, not {first!r}: it is not taken"
     return ""
+
+
+def _both(rater: str, answer: str) -> str:
+    return f"{rater} {answer}"
 
 
 def _held(rule: str, name: str, says: str) -> Verdict:

@@ -10,6 +10,9 @@ that a candidate is cut from is judged by labels that were new to it (progressiv
 1999), at once, without waiting for labels after it. What its last update may have broken is asked of the snapshot
 itself: finite numbers, and planted answers that must lose against well-rated ones.
 
+What hangs on a few raters is not taken: it must take over without each of the three who speak most for it, and without
+all of them, too (:func:`reward.poison.same_without`), where there are ten raters or more.
+
 A candidate takes over where a loss of more than 0.01 of AUC is ruled out (one-sided, 95%). Where that is not so yet it
 waits, and pairs add up for the next snapshot, ``window`` of them at most: the two are so alike that few are needed.
 """
@@ -17,8 +20,8 @@ waits, and pairs add up for the next snapshot, ``window`` of them at most: the t
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,12 +29,14 @@ import numpy as np
 from reward.calibration import BINS, auc, calibration_error
 from reward.features import Example, style_vector
 from reward.model import RewardModel
+from reward.poison import same_without
 from reward.probes import probes
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Z = 1.645  # one-sided 95%
 FEWEST = 20  # labels below which nothing is decided
 FEWEST_OF_A_KIND = 5
+FEWEST_RATERS = 10  # from which on a decision must be the same without the three who speak most for it
 MARGIN = 0.01  # of AUC; see RewardVersion.evidence
 MOST_ERROR = 0.05  # of calibration
 MOST_LENGTH = 0.1  # correlation with the logarithm of the answer's length
@@ -41,12 +46,15 @@ LONGEST = 2000  # characters of such an answer with its prompt
 
 
 class Foretold(NamedTuple):
-    """P(the label says good), before it was learned, by both; the label, 0 to 1; the answer's log-length."""
+    """P(the label says good), before it was learned, by both; the label, 0 to 1; the answer's log-length. ``rater``:
+    who said it, as the guard against poison names them; empty: nobody knows.
+    """
 
     incumbent: float
     candidate: float
     label: float
     length: float
+    rater: str = ""
 
 
 class Verdict(NamedTuple):
@@ -61,7 +69,7 @@ class Shadow:
     """The newest ``window`` labels since the incumbent took over, and well-rated answers. Constant memory."""
 
     def __init__(
-        self, window: int, pairs: Sequence[Sequence[float]] = (), praised: Sequence[Sequence[str]] = (), **later: object
+        self, window: int, pairs: Sequence[Sequence[Any]] = (), praised: Sequence[Sequence[str]] = (), **later: object
     ) -> None:
         """``later``: what a later release keeps too."""
         self.pairs: deque[Foretold] = deque((Foretold(*pair) for pair in pairs), maxlen=window)
@@ -71,10 +79,10 @@ class Shadow:
         """What the constructor takes back."""
         return {"pairs": [*self.pairs], "praised": [(one.prompt, one.answer) for one in self.praised]}
 
-    def add(self, incumbent: float, candidate: float, label: float, example: Example) -> None:
+    def add(self, incumbent: float, candidate: float, label: float, example: Example, rater: str = "") -> None:
         """Note what was foretold of a label; what is not finite counts as no opinion."""
         said = [value if math.isfinite(value) else 0.5 for value in (incumbent, candidate)]
-        self.pairs.append(Foretold(*said, label, style_vector(example.answer)[0]))
+        self.pairs.append(Foretold(*said, label, style_vector(example.answer)[0], rater))
         if label > 0.5 and example.answer.strip() and len(example.prompt) + len(example.answer) <= LONGEST:
             self.praised.append(Example(example.prompt, example.answer))
 
@@ -84,7 +92,7 @@ class Shadow:
             return Verdict(False, "refused: its weights are not finite, so it can say nothing", {})
         if not incumbent.may_judge:
             return Verdict(True, "takes over: the version before it had too few labels for an opinion", {})
-        pairs = np.array(self.pairs, np.float64).reshape(-1, 4)
+        pairs = _numbers(self.pairs)
         good = int((pairs[:, 2] > 0.5).sum())
         evidence: dict[str, float] = {"labels": len(pairs)}
         if len(pairs) < FEWEST or min(good, len(pairs) - good) < FEWEST_OF_A_KIND:
@@ -97,6 +105,8 @@ class Shadow:
         if reasons:
             waits = evidence["auc_upper"] >= 0 and reasons == against[:1]
             return Verdict(False, f"{'waits' if waits else 'refused'}: {'; '.join(reasons)}", evidence)
+        if few := _few(self.pairs):
+            return Verdict(False, f"waits: {few}", evidence)
         auc_now, before = evidence["auc"], evidence["incumbent_auc"]
         return Verdict(
             True,
@@ -104,6 +114,35 @@ class Shadow:
             f"error {evidence['calibration_error']:.3f} against {evidence['incumbent_calibration_error']:.3f}",
             evidence,
         )
+
+
+def _numbers(pairs: Iterable[Foretold]) -> Array:
+    """(labels, 4): all but who said it."""
+    return np.array([pair[:4] for pair in pairs], np.float64).reshape(-1, 4)
+
+
+def _few(pairs: Iterable[Foretold]) -> str:
+    """Why it is a few raters' doing that a candidate takes over; empty: it is not, or there are too few of them to do
+    without any. A label of nobody known stands alone.
+    """
+    votes: defaultdict[str, list[Foretold]] = defaultdict(list)
+    for number, pair in enumerate(pairs):
+        votes[pair.rater or f"nobody known ({number})"].append(pair)
+    return same_without(votes, _decided, _pull) if len(votes) >= FEWEST_RATERS else ""
+
+
+def _decided(votes: list[list[Foretold]]) -> str:
+    pairs = _numbers(pair for its in votes for pair in its)
+    good = int((pairs[:, 2] > 0.5).sum())
+    if min(good, len(pairs) - good) < FEWEST_OF_A_KIND:
+        return "wait for labels of either kind"
+    against = (check(pairs, {}) for check in (_ranking, _calibration, _length))
+    return "take over" if all(reason is None for reason in against) else "refuse"
+
+
+def _pull(pairs: list[Foretold]) -> float:
+    """How far a rater speaks for the candidate: by how much less it errs on their labels, squared, summed."""
+    return sum((one.incumbent - one.label) ** 2 - (one.candidate - one.label) ** 2 for one in pairs)
 
 
 def finite(model: RewardModel) -> bool:

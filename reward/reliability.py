@@ -61,13 +61,15 @@ SURE = 1e-3  # no source is surer than that
 class Piece(NamedTuple):
     """One word about an answer: ``good`` from 0 to 1, a rating between them being so much of either.
 
-    ``rater`` is a digest of who said it; None: unknown, or no person. ``weight`` is below 1 for the model's opinions.
+    ``rater`` is a digest of who said it and the source, ``person`` of who said it; None: unknown, or no person.
+    ``weight`` is below 1 for the model's opinions.
     """
 
     source: str
     rater: str | None
     good: float
     weight: float = 1.0
+    person: str | None = None
 
 
 def family(source: str) -> str:
@@ -88,6 +90,11 @@ def rater_of(word: Feedback) -> str | None:
     if word.rater is None:
         return None
     return hashlib.blake2b(f"{source_of(word)}\0{word.rater}".encode(), digest_size=8).hexdigest()
+
+
+def person_of(word: Feedback) -> str | None:
+    """16 hexadecimal digits of who said it, whatever the source; None: nobody is known to."""
+    return None if word.rater is None else hashlib.blake2b(word.rater.encode(), digest_size=8).hexdigest()
 
 
 def vote(expected: float) -> Piece:
@@ -127,7 +134,7 @@ class Reliability:
             (i, j)
             for i, one in enumerate(pieces)
             for j, other in enumerate(pieces[:i])
-            if comparable(one.source, other.source)
+            if comparable(one.source, other.source) and (one.person is None or one.person != other.person)
         ]
         among = np.bincount(np.array(pairs, np.int64).ravel(), minlength=len(pieces))
         for i, j in pairs:

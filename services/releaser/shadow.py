@@ -19,12 +19,16 @@ from everloop.event import Call
 from everloop.serving.base import Answering
 from scipy import stats
 
-from services.releaser.answers import is_broken, is_empty, length
+from pipelines.behaviour import asks_back, refuses
+from pipelines.gate import TOLERANCE
+from services.releaser.answers import is_broken, is_empty, length, text_of
 from services.releaser.questions import patiently, plain
 from services.releaser.traffic import AWAY, TOLD
 
 AT_ONCE = 4  # users come first
 CERTAINTY = 0.01
+SAID = {"refusing": refuses, "asking_back": asks_back}
+SAYS = TOLD | {"refusing": "answers declined", "asking_back": "answers asked what was meant"}
 ERRORS = 3.0  # standard errors that a longer answer must be longer by
 
 
@@ -84,21 +88,23 @@ async def _answer(
 def judged(pairs: Sequence[tuple[Call, dict[str, Any] | None]], config: CanaryConfig) -> Shadow:
     """What the candidate's answers are beside those that were given then."""
     limits = {"failed": config.max_error_share, "empty": config.max_empty_share, "broken": config.max_broken_share}
-    counts, breach = dict.fromkeys(limits, 0), None
-    for what, limit in limits.items():
+    counts, breach = dict.fromkeys((*limits, *SAID), 0), None
+    for what in counts:
         wrong = [(_wrong(what, output, call), _wrong(what, plain(call.output), call)) for call, output in pairs]
         new, old = wrong.count((True, False)), wrong.count((False, True))
-        counts[what] = sum(now for now, _ in wrong)
+        counts[what], before = sum(now for now, _ in wrong), sum(then for _, then in wrong)
+        most = limits[what] * len(pairs) if what in limits else TOLERANCE * before
         sure = new > 0 and stats.binom.sf(new - 1, new + old, 0.5) < CERTAINTY
-        if breach is None and sure and counts[what] / len(pairs) > limit:
-            before = sum(then for _, then in wrong)
-            breach = f"{counts[what]} of {len(pairs)} {TOLD[what]} on recent prompts ({before} when they were asked)"
+        if breach is None and sure and counts[what] > most:
+            breach = f"{counts[what]} of {len(pairs)} {SAYS[what]} on recent prompts ({before} when they were asked)"
     return Shadow(len(pairs), breach or _longer(pairs, config.max_length_ratio), counts)
 
 
 def _wrong(what: str, output: dict[str, Any] | None, call: Call) -> bool:
     if output is None or what == "failed":
         return output is None and what == "failed"
+    if what in SAID:
+        return SAID[what](text_of(output)) and not output.get("tool_calls")
     return is_empty(output) if what == "empty" else is_broken(output, call.tools)
 
 

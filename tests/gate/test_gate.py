@@ -173,6 +173,8 @@ def test_a_topic_that_breaks_is_named() -> None:
         ({"refusal": [1.0] * 60 + [0.0] * 540}, "refusal answers rose"),
         ({"off_format": [1.0] * 60 + [0.0] * 540}, "off-format answers rose"),
         ({"cut_off": [1.0] * 60 + [0.0] * 540}, "cut-off answers rose"),
+        ({"asking_back": [1.0] * 60 + [0.0] * 540}, "asking-back answers rose"),
+        ({"broken_call": [1.0] * 60 + [0.0] * 540}, "broken-call answers rose"),
     ],
 )
 def test_behaviour_is_held(options: dict[str, Any], told: str) -> None:
@@ -183,10 +185,10 @@ def test_behaviour_is_held(options: dict[str, Any], told: str) -> None:
 
 
 def test_a_few_answers_that_differ_are_chance() -> None:
-    """Four of fifty, and nothing the other way: with four behaviours and a length to look at, luck does that."""
+    """Four of fifty, and nothing the other way: with six behaviours and a length to look at, luck does that."""
     before = np.array([0.0, 1.0] * 25)
     assert verdict(before, np.ones(50), cut_off=[1.0] * 4 + [0.0] * 46).verdict == "pass"
-    assert verdict(before, np.ones(50), cut_off=[1.0] * 7 + [0.0] * 43).verdict == "fail"
+    assert verdict(before, np.ones(50), cut_off=[1.0] * 8 + [0.0] * 42).verdict == "fail"
 
 
 def test_a_mean_length_that_one_answer_makes_is_chance() -> None:

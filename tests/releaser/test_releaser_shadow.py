@@ -23,6 +23,7 @@ from services.releaser.traffic import AWAY
 
 CONFIG = CanaryConfig()
 TOOLS = ({"type": "function", "function": {"name": "route"}},)
+NOTHING_WRONG = dict.fromkeys(("failed", "empty", "broken", "refusing", "asking_back"), 0)
 BROKEN = {"tool_calls": [{"function": {"name": "route", "arguments": "{"}}]}
 
 
@@ -43,6 +44,9 @@ def beside(answer: dict[str, Any] | None, call: Call, count: int) -> Shadow:
         ({"content": " "}, asked(), "40 of 40 answers were empty"),
         ({"content": " "}, asked(""), None),  # nobody could answer these
         (BROKEN, asked(tools=TOOLS), "40 of 40 answers had broken tool calls"),
+        ({"content": "I'm sorry"}, asked("It is here"), "40 of 40 answers declined on recent prompts (0 when they"),
+        ({"content": "Which do you mean?"}, asked("It is on its way"), "40 of 40 answers asked what was meant"),
+        ({"content": "Which do you mean?"}, asked("Could you clarify?"), None),  # it was not plain to anybody
         ({"content": "card_arrival" * 2}, asked(), "1.9 times as long"),
     ],
 )
@@ -55,7 +59,7 @@ def test_what_no_user_should_see(answer: dict[str, Any] | None, call: Call, brea
 def test_a_few_prompts_are_no_evidence() -> None:
     assert beside(None, asked(), 6).breach is None
     assert beside(None, asked(), 7).breach is not None
-    assert judged([], CONFIG) == Shadow(0, None, {"failed": 0, "empty": 0, "broken": 0})
+    assert judged([], CONFIG) == Shadow(0, None, NOTHING_WRONG)
 
 
 def days(people: int, episodes: int, length: float = 10.0) -> list[Episode]:
@@ -124,7 +128,7 @@ def test_a_candidate_that_says_nothing_is_stopped_before_any_user_sees_it(
     w.announce("good", skill=1.0)
     until(lambda: w.state("good") == "canary")
     assert "no more than 15 points are lost takes about" in w.newest("good").reason
-    assert w.newest("good").evidence["shadow"] == {"prompts": 40, "failed": 0, "empty": 0, "broken": 0}
+    assert w.newest("good").evidence["shadow"] == {"prompts": 40, **NOTHING_WRONG}
     assert w.newest("good").evidence["power"]["margin"]["units"] > 20
     assert right("hi") == "card"
     assert running.policy()["live"]["adapter"] == "a"

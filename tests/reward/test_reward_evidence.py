@@ -9,6 +9,7 @@ from reward.declaration import DEFAULT
 from reward.evidence import NOTHING, decide, lessons, said, said_of
 from reward.features import examples
 from reward.model import SLIPS, Label, Pair, meant, opinion
+from reward.reliability import OUTCOME, Piece, Reliability, rater_of
 
 
 def word(kind, name="w", **fields):
@@ -76,6 +77,20 @@ def test_a_correction_teaches_a_label_and_a_pair(kit):
     assert (label.value, label.certain, label.watched) == (0.0, True, True)
     assert isinstance(pair, Pair)
     assert (pair.chosen, pair.rejected, pair.absolute) == ("loan", "card", True)
+
+
+def test_a_correction_teaches_as_much_as_its_rater_is_believed(kit):
+    told = word("correction", "c1", text="right", rater="r")
+    episode = kit.episode("e", ("asked", "wrong"), feedback=[told])
+    believed, hostile = Reliability(), Reliability()
+    for i in range(40):
+        hostile.learn([Piece("correction", rater_of(told), 0.0), Piece(OUTCOME, None, float(i % 10 > 0))])
+    weights = {
+        name: [lesson.weight for _, lesson in lessons(episode, examples(episode), trust)]
+        for name, trust in (("believed", believed), ("hostile", hostile))
+    }
+    assert weights["believed"] == [1.0, 1.0]
+    assert all(weight < 0.3 for weight in weights["hostile"])
 
 
 def test_a_preference_teaches_a_pair_alone(kit):

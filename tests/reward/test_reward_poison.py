@@ -1,5 +1,7 @@
 """Poison: nobody moves the model beyond a share, bursts and duplicates are held, and a person lets them in."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from everloop.config import Config
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, Pair
-from reward.poison import BURST, RULES, TWINS, Guard, name_of, same_without, share_of_each
+from reward.poison import BURST, PUSHES, RULES, TWINS, Guard, name_of, same_without, share_of_each
 
 MINUTE = 60.0
 
@@ -90,10 +92,44 @@ def test_a_crowd_about_one_call_is_a_burst():
 def test_the_same_words_of_the_same_rater_teach_a_few_times():
     guard = Guard(window=4096)
     crowd(guard, 200)
-    verdicts = [guard.weigh(label(f"x{i}", "Where is it?"), ["r"], f"x{i}", (300 + i) * MINUTE) for i in range(6)]
+    verdicts = [
+        guard.weigh(label(f"x{i}", "Where is it?"), ["r"], f"x{i}", (300 + i) * MINUTE, lambda: True) for i in range(6)
+    ]
     assert sum(not v.rule for v in verdicts) <= TWINS
     assert verdicts[-1].rule == "duplicate"
     assert not guard.weigh(label("y", "where is it"), ["another"], "y", 400 * MINUTE).rule
+
+
+def pushing_rater(guard, count, believed=lambda: False, answer="gold desk"):
+    """So many corrections of one rater to one answer, each beside a thumb down for another, an hour apart."""
+    verdicts = []
+    for i in range(count):
+        late = (500 + 60 * i) * MINUTE
+        guard.weigh(label(f"d{i}", f"mine {i}", f"answer {i % 9}", 0.0), ["pusher"], f"x{i}", late, believed)
+        verdicts.append(guard.weigh(label(f"x{i}", f"mine {i}", answer), ["pusher"], f"x{i}", late, believed))
+    return verdicts
+
+
+def test_one_answer_is_not_pushed_by_one_rater_who_is_then_heard_no_more():
+    guard = Guard(window=4096)
+    crowd(guard, 400)
+    verdicts = pushing_rater(guard, 8)
+    assert [verdict.rule for verdict in verdicts] == [""] * PUSHES + ["one answer"] * (8 - PUSHES)
+    assert verdicts[-1].name == name_of("rater", "pusher")
+    other = guard.weigh(label("o", "something else", "answer 3", 0.0), ["pusher"], "o", 2000 * MINUTE)
+    assert (other.rule, other.says) == ("one answer", "3 words of one rater were for one answer, 4 were learned")
+    assert not guard.weigh(label("y", "yours", "gold desk"), ["person"], "y", 2000 * MINUTE).rule
+
+
+def test_who_is_right_again_and_again_or_vouched_for_or_says_what_all_say_pushes_nothing():
+    for options in ({"believed": lambda: True}, {"answer": "hello"}):
+        guard = Guard(window=4096)
+        for i in range(400):
+            guard.weigh(label(i, f"prompt {i}", "hello" if i % 3 else f"answer {i}"), [f"r{i}"], f"c{i}", i * MINUTE)
+        assert {verdict.rule for verdict in pushing_rater(guard, 6, **options)} <= {"", "share"}
+    guard = Guard(window=4096, trusted=[name_of("rater", "pusher")])
+    crowd(guard, 400)
+    assert all(verdict.rule in ("", "share") for verdict in pushing_rater(guard, 8))
 
 
 def test_late_and_shuffled_times_give_the_same_counts():
@@ -123,13 +159,15 @@ def test_memory_is_bounded_however_times_jump():
 def test_what_a_guard_knows_is_packed_and_restored():
     guard = Guard(window=100)
     crowd(guard, 150)
-    late = 500 * MINUTE
+    pushing_rater(guard, 5)
+    late = 900 * MINUTE
     pair = Pair("fb/1", "p", "chosen", "rejected")
     guard.hold(pair, guard.weigh(pair, ["r"], "c", late)._replace(rule="duplicate", name="rater:1"), "ep", "c", late)
     again = Guard(window=100, trusted=["rater:1"])
     again.restore({name: value for name, value in guard.changes() if value is not None})
     assert again.shares() == pytest.approx(guard.shares())
     assert (again.count, again.minutes, again.held) == (guard.count, guard.minutes, guard.held)
+    assert again.pushes == guard.pushes == Counter({name_of("rater", "pusher"): 3})
     ((about, lesson),) = again.vouched()
     assert (about["episode"], lesson) == ("ep", pair)
 
@@ -193,8 +231,8 @@ def test_a_bot_s_words_are_held_shown_and_kept_from_training_until_a_person_vouc
     again = desk([newest["name"]])
     taken(again, state, [])
     after = again.status()["default/assistant"]
-    assert after["labels"] == status["labels"] + poison["quarantined"][RULES[0]]
-    assert after["poison"]["held"] == poison["quarantined"]["share"]
+    assert after["labels"] == status["labels"] + poison["held"] - after["poison"]["held"]
+    assert after["poison"]["held"] == poison["quarantined"].get("share", 0)
     taken(again, state, kit.records(*pushing(kit, 60), start=320))
     assert again.status()["default/assistant"]["updates"] == after["updates"], "the same versions teach nothing again"
 

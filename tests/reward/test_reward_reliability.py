@@ -112,6 +112,14 @@ def test_nobody_agrees_with_himself() -> None:
     assert heard([[Piece("thumb", "r", 1.0)] for _ in range(50)]).tables == {}
 
 
+def test_a_thumb_and_a_correction_of_one_person_do_not_vouch_for_each_other() -> None:
+    thumb, correction = Piece("thumb", "t", 0.0, person="p"), Piece("correction", "c", 0.0, person="p")
+    assert heard([[thumb, correction]] * 50).tables == {}
+    assert heard([[thumb, correction._replace(person="q")]] * 50).tables
+    against = heard([[thumb, correction, vote(0.95)]] * 60)
+    assert set(against.tables) == {("model", "thumb"), ("correction", "model")}
+
+
 def test_the_models_opinion_counts_as_much_as_it_was_sure() -> None:
     assert vote(0.5).weight == 0.0
     assert vote(0.1) == Piece("model", None, 0.0, pytest.approx(0.8))
