@@ -85,15 +85,14 @@ def null_wins(judge: RewardModel, choices: list[Choice]) -> float:
 @contextmanager
 def without(guard: str) -> Iterator[None]:
     """The model with one guard, or all, taken out."""
-    columns, echo = model.STYLE_COLUMNS, floor.ECHO
-    if guard in ("style is scored too", "no guard"):
-        model.STYLE_COLUMNS = slice(0, 0)
+    echo = floor.ECHO
+    model.STYLE_IS_SCORED = guard in ("style is scored too", "no guard")
     if guard in ("copies have no floor", "no guard"):
         floor.ECHO = 2.0
     try:
         yield
     finally:
-        model.STYLE_COLUMNS, floor.ECHO = columns, echo
+        model.STYLE_IS_SCORED, floor.ECHO = False, echo
 
 
 GUARDS = ("all guards", "style is scored too", "copies have no floor", "no guard")

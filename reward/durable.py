@@ -45,7 +45,7 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
     for row in sorted(model.changed_rows):
         yield f"answer/{row:05d}", model.prototypes.pack(row)
     for slot in sorted(model.changed_slots):
-        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lessons[slot], model.reservoir.marks[slot])
+        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lesson(slot), model.reservoir.marks[slot])
     if model.changed_slots:
         yield "topics", np.ascontiguousarray(model.topics.centres, "<f4").tobytes()
     believed = model.reliability

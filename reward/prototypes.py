@@ -36,6 +36,12 @@ def _units(vectors: Array) -> Array:
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-12)
 
 
+def _together(fit: Array) -> Array:
+    """The logarithm of the sum of exponentials over the answers: (heads, answers, n) to (heads, n)."""
+    most: Array = fit.max(axis=1)
+    return most + np.log(np.exp(fit - most[:, None]).sum(axis=1))
+
+
 class Prototypes:
     """Centroids of at most ``capacity`` answers, for ``heads`` members, over vectors of ``size`` dimensions.
 
@@ -124,11 +130,12 @@ class Prototypes:
         rows = np.array([self.rows.get(key, -1) for key in answers], np.int64)[pairs]
         known = rows >= 0
         at = np.maximum(rows, 0)
-        fit = SHARPNESS * np.einsum("nd,hkd->hnk", prompts, self._centres[:, :width], optimize=True)
-        near = SHARPNESS * np.einsum("pd,pd->p", prompts[which], own[pairs])
-        rivals = np.logaddexp.reduce(fit, axis=2)[:, which] if width else np.full((self.heads, len(which)), -np.inf)
-        faults = np.einsum("nd,hkd->hnk", prompts, self._faults[:, :width], optimize=True)
-        mine = np.where(known, fit[:, which, at], near) if width else np.broadcast_to(near, rivals.shape)
+        asked = prompts[which]
+        fit = SHARPNESS * np.matmul(self._centres[:, :width], prompts.T)
+        near = SHARPNESS * np.einsum("pd,pd->p", asked, own[pairs])
+        rivals = _together(fit)[:, which] if width else np.full((self.heads, len(which)), -np.inf)
+        mine = np.where(known, fit[:, at, which], near) if width else np.broadcast_to(near, rivals.shape)
+        faults = [np.einsum("pd,pd->p", asked, faults[at]) for faults in self._faults] if width else rivals
         among = np.where(known, rivals, np.logaddexp(rivals, near))
         good, bad = (self.counts[i][:, at] * known if width else np.zeros(rivals.shape) for i in (0, 1))
         base = (self.totals[0] + 1) / (self.totals.sum() + 2)
@@ -136,7 +143,7 @@ class Prototypes:
         found = [
             np.maximum(mine - among, -8.0),
             mine / SHARPNESS - 0.5,
-            np.where(known, faults[:, which, at], 0.0) if width else np.zeros(rivals.shape),
+            np.where(known, faults, 0.0),
             np.log(rate / (1 - rate)),
             0.3 * np.log1p(good),
             np.exp(mine - among),
