@@ -134,7 +134,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "lessons": model.reservoir.count,
         "totals": model.prototypes.totals.tolist(),
         "curve": calibration.curve.tolist(),
-        "pairs": list(calibration.pairs),
+        "pairs": calibration.pairs.tolist(),
         "shares": [calibration.shares.means.tolist(), calibration.shares.known.tolist()],
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
@@ -161,4 +161,4 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]
-    model.calibration.pairs.extend(tuple(pair) for pair in core["pairs"])
+    model.calibration.remember(core["pairs"])
