@@ -107,10 +107,10 @@ class Prototypes:
         ``members`` (heads,) is 1 for the members that see this label, 0 for the others. Returns the changed row.
         """
         row = self._row(answer, own)
-        self.good[:, row] += np.float32(good) * members[:, None] * prompt
-        self.bad[:, row] += np.float32(bad) * members[:, None] * prompt
-        self.counts[0, :, row] += np.float32(good) * members
-        self.counts[1, :, row] += np.float32(bad) * members
+        goods, bads = np.float32(good) * members, np.float32(bad) * members
+        self.good[:, row] += np.outer(goods, prompt)
+        self.bad[:, row] += np.outer(bads, prompt)
+        self.counts[:, :, row] += (goods, bads)
         self.totals += np.array([good, bad], np.float32)
         self._refresh(row)
         return row
@@ -144,18 +144,16 @@ class Prototypes:
         mine = np.where(known, fit[at, :, which].T, near) if width else np.broadcast_to(near, rivals.shape)
         faults = np.einsum("pd,phd->hp", asked, self._faults[at]) if width else rivals
         among = np.where(known, rivals, np.logaddexp(rivals, near))
-        good, bad = (self.counts[i][:, at] * known if width else np.zeros(rivals.shape) for i in (0, 1))
+        good, bad = self.counts[:, :, at] * known if width else np.zeros((2, *rivals.shape))
         base = (self.totals[0] + 1) / (self.totals.sum() + 2)
-        rate = (good + 2 * base) / (good + bad + 2)
-        found = [
-            np.maximum(mine - among, -8.0),
-            mine / SHARPNESS - 0.5,
-            np.where(known, faults, 0.0),
-            np.log(rate / (1 - rate)),
-            0.3 * np.log1p(good),
-            np.exp(mine - among),
-        ]
-        return np.stack(found, axis=-1).astype(np.float32)
+        found = np.empty((self.heads, len(which), FEATURES), np.float32)
+        found[..., 0] = np.maximum(mine - among, -8.0)
+        found[..., 1] = mine / SHARPNESS - 0.5
+        found[..., 2] = np.where(known, faults, 0.0)
+        found[..., 3] = np.log((good + 2 * base) / (bad + 2 * (1 - base)))
+        found[..., 4] = 0.3 * np.log1p(good)
+        found[..., 5] = np.exp(mine - among)
+        return found
 
     def pack(self, row: int) -> bytes:
         """One row as bytes, for a durable state that is written row by row."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from reward.heads import Batch, Lesson
 
-REPLAY = 64  # remembered lessons in each step, beside the new one
+REPLAY = 32  # remembered lessons in each step, beside the new one
 RECENT = 512  # half of them are drawn from so many newest
 LATE = 2  # turns of an episode from which on they are one slice
 
@@ -127,7 +127,7 @@ class Reservoir:
 
 
 def _mixed(start: int, many: int) -> Any:
-    """``many`` numbers below 2**31 that look drawn by chance, from a starting point (splitmix64; Steele et al. 2014)."""
+    """``many`` numbers below 2**31 that look drawn by chance, from ``start`` on (splitmix64; Steele et al. 2014)."""
     bits = (np.arange(many, dtype=np.uint64) + np.uint64(start % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
