@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-OWN_RATE, SHARED_RATE = 16.0, 9.0  # times the learning rate: few features are steered faster than many
+OWN_RATE, SHARED_RATE = 16.0, 6.0  # times the learning rate: few features are steered faster than many
 DECAY = 1e-4  # of the weights of shared features, a step
 
 

@@ -46,7 +46,7 @@ SLIPS = 0.05  # share of thumbs that say the opposite of what was meant
 NEVER = -30.0  # logit of an answer that says nothing, or only says back: there is nothing in it to be right
 RECALIBRATE = 100  # newest labels that a recalibration keeps
 FROZEN = 200  # updates for which a freeze lasts
-RETRAIN = 600  # steps of 32 lessons that learn the heads anew: half a second
+RETRAIN = 300  # steps of 64 lessons that learn the heads anew: half a second
 RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
 PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0], np.float32)  # weights of (1, *prototypes.NAMES) at the start
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from reward.heads import Batch, Lesson
 
-REPLAY = 32  # remembered lessons in each step, beside the new one
+REPLAY = 64  # remembered lessons in each step, beside the new one
 RECENT = 512  # half of them are drawn from so many newest
 LATE = 2  # turns of an episode from which on they are one slice
 
