@@ -96,10 +96,11 @@ class Offline:
     """Logistic regression on the same encoder's vectors, fitted anew to everything before, ``REFITS`` times.
 
     Where answers are few and recur, each has weights of its own for the prompt. The strength of its prior is the one
-    that foretells the newest fifth of what it is fitted to best.
+    that foretells the newest fifth of what it is fitted to best. ``style``: whether it sees how an answer looks.
     """
 
-    def __init__(self, encoder: Vectors, length: int, answers: list[str]) -> None:
+    def __init__(self, encoder: Vectors, length: int, answers: list[str], *, style: bool = True) -> None:
+        self.style = style
         self.encoder, self.every = encoder, max(FIRST_FIT, length // REFITS)
         self.answers = {key_of(answer): at for at, answer in enumerate(answers)} if len(answers) <= FEW_ANSWERS else {}
         self.rows: list[Any] = []
@@ -110,7 +111,7 @@ class Offline:
     def _features(self, asked: Label | Pair) -> Any:
         shown = sides(asked)
         vectors = self.encoder.encode([one.prompt for one in shown] + [one.answer for one in shown])
-        rows = shared_features(vectors[: len(shown)], vectors[len(shown) :], shown)
+        rows = shared_features(vectors[: len(shown)], vectors[len(shown) :], shown, self.style)
         row = sparse.csr_matrix(rows[:1] - rows[1:] if len(shown) == 2 else rows)
         if not self.answers:
             return row

@@ -85,27 +85,34 @@ def null_wins(judge: RewardModel, choices: list[Choice]) -> float:
 @contextmanager
 def without(guard: str) -> Iterator[None]:
     """The model with one guard, or all, taken out."""
-    columns, echo = model.STYLE_COLUMNS, floor.ECHO
-    if guard in ("style is scored too", "no guard"):
-        model.STYLE_COLUMNS = slice(0, 0)
+    echo = floor.ECHO
+    model.STYLE_IS_SCORED = guard in ("style is scored too", "no guard")
     if guard in ("copies have no floor", "no guard"):
         floor.ECHO = 2.0
     try:
         yield
     finally:
-        model.STYLE_COLUMNS, floor.ECHO = columns, echo
+        model.STYLE_IS_SCORED, floor.ECHO = False, echo
 
 
 GUARDS = ("all guards", "style is scored too", "copies have no floor", "no guard")
 
 
-def judged(encoder: Remembering, seed: int) -> dict[str, float]:
-    """One seed's numbers, with the guards that stand now."""
+def judged(encoder: Remembering, seed: int) -> dict[str, dict[str, float]]:
+    """One seed's numbers by guard. A preference is learned the same with and without them: they are of the scores."""
     pairs = [moment.asked for block in streams.preferences(seed, None) for moment in block]
     pairs = [one for one in pairs if isinstance(one, Pair)]
     made = RewardModel(RewardConfig(), encoder)
     made.learn(pairs[:LEARNED])
     ordinary = [Choice(one.prompt, one.chosen, one.rejected) for one in pairs[LEARNED:]]
+    found = {}
+    for guard in GUARDS:
+        with without(guard):
+            found[guard] = numbers(made, ordinary)
+    return found
+
+
+def numbers(made: RewardModel, ordinary: list[Choice]) -> dict[str, float]:
     natural, adversarial = llmbar("Natural"), llmbar("Adversarial")
     return {
         "ordinary": accuracy(made, ordinary),
@@ -127,11 +134,11 @@ def main() -> int:
     try:
         encoder = Remembering()
         encoder.prepare(texts() + streams.texts_of(streams.preferences(0, None)))
+        found = [judged(encoder, seed) for seed in (QUICK_SEEDS if options.quick else SEEDS)]
         for guard in GUARDS:
-            with without(guard):
-                found = [judged(encoder, seed) for seed in (QUICK_SEEDS if options.quick else SEEDS)]
+            mine = [one[guard] for one in found]
             rows.append(
-                {"model": guard} | {key: round(statistics.mean(one[key] for one in found), 3) for key in found[0]}
+                {"model": guard} | {key: round(statistics.mean(one[key] for one in mine), 3) for key in mine[0]}
             )
     except DataError as error:
         print(error, file=sys.stderr)

@@ -6,7 +6,7 @@ recent window of such pairs are honest, since no label was learned before it was
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from typing import Any
 
 import numpy as np
@@ -59,16 +59,18 @@ class Shares:
         self.known = np.zeros((topics, 2, 2))
 
     def add(self, topic: int, logit: float, label: float, curve: Array) -> None:
-        seen = np.array([logit, 1.0])
-        slips = curve[2]
-        good = 1 / (1 + np.exp(-np.clip((curve[:2] + self.means[topic]) @ seen, -30, 30)))
+        (slope, shift), slips = (curve[:2] + self.means[topic]).tolist(), float(curve[2])
+        good = 1 / (1 + math.exp(-min(max(slope * logit + shift, -30.0), 30.0)))
         said = slips + (1 - 2 * slips) * good
         steep = (1 - 2 * slips) * good * (1 - good) / (said * (1 - said) + 1e-6)
         worth = steep**2 * said * (1 - said)
         self.means[topic] *= self.FADE
-        self.known[topic] = self.FADE * self.known[topic] + worth * np.outer(seen, seen)
-        step = np.linalg.solve(self.PRIOR + self.known[topic], seen * steep * (label - said))
-        self.means[topic] = np.clip(self.means[topic] + step, -self.MOST, self.MOST)
+        self.known[topic] *= self.FADE
+        self.known[topic] += [[worth * logit * logit, worth * logit], [worth * logit, worth]]
+        (first, both), (_, second) = (self.PRIOR + self.known[topic]).tolist()
+        pull = steep * (label - said) / (first * second - both * both)
+        self.means[topic] += [pull * (second * logit - both), pull * (first - both * logit)]
+        np.clip(self.means[topic], -self.MOST, self.MOST, out=self.means[topic])
 
 
 class Calibration:
@@ -85,21 +87,39 @@ class Calibration:
     LEAST, MOST = np.array([0.1, -5.0, 0.0]), np.array([10.0, 5.0, 0.2])
 
     def __init__(self, window: int, topics: int = 1) -> None:
-        self.pairs: deque[tuple[float, float, float]] = deque(maxlen=window)  # logit, predicted, label
+        self.window = window
+        self._kept = np.zeros((3, 2 * window))  # logit, predicted, label: in order, from _first to _end
+        self._first = self._end = 0
         self.curve = self.START.copy()
         self.shares = Shares(topics)
 
     def add(self, logit: float, predicted: float, label: float, topic: int = 0) -> None:
-        self.pairs.append((logit, predicted, label))
+        self._append(logit, predicted, label)
         if len(self.pairs) >= FEWEST:
             self._fit()
         self.shares.add(topic, logit, label, self.curve)
 
+    @property
+    def pairs(self) -> Array:
+        """(n, 3): logit, predicted, label of each, oldest first; a view."""
+        return self._kept[:, self._first : self._end].T
+
+    def _append(self, logit: float, predicted: float, label: float) -> None:
+        if self._end == self._kept.shape[1]:
+            self.remember(self.pairs)
+        self._kept[:, self._end] = logit, predicted, label
+        self._end += 1
+        self._first = max(self._first, self._end - self.window)
+
+    def remember(self, pairs: Any) -> None:
+        """Have these pairs (n, 3), and no others, in the window; the newest of them if it is narrower."""
+        newest = np.array(pairs, np.float64).reshape(-1, 3)[-self.window :]
+        self._first, self._end = 0, len(newest)
+        self._kept[:, : self._end] = newest.T
+
     def forget(self, kept: int) -> None:
         """Begin anew from the newest ``kept`` pairs: what came before them no longer holds."""
-        newest = list(self.pairs)[-kept:]
-        self.pairs.clear()
-        self.pairs.extend(newest)
+        self.remember(self.pairs[-kept:])
         self.curve = self.START.copy()
         self.shares = Shares(len(self.shares.means))
         if len(self.pairs) >= FEWEST:
@@ -107,10 +127,10 @@ class Calibration:
                 self._fit()
 
     def _fit(self) -> None:
-        logits, _, labels = np.array(self.pairs, np.float64).T
+        logits, _, labels = self.pairs.T
         slope, shift, slips = self.curve
-        good = 1 / (1 + np.exp(-np.clip(slope * logits + shift, -30, 30)))
-        said = np.clip(slips + (1 - 2 * slips) * good, 1e-6, 1 - 1e-6)
+        good = 1 / (1 + np.exp(-(slope * logits + shift).clip(-30, 30)))
+        said = (slips + (1 - 2 * slips) * good).clip(1e-6, 1 - 1e-6)
         steep = (1 - 2 * slips) * good * (1 - good)
         slopes = np.stack([steep * logits, steep, 1 - 2 * good])  # of what is said, by each parameter
         worth = slopes / (said * (1 - said))
@@ -129,7 +149,7 @@ class Calibration:
         return float(self.curve[2] + (1 - 2 * self.curve[2]) * good)
 
     def _columns(self) -> tuple[Array, Array]:
-        _, predicted, labels = np.array(self.pairs, np.float64).reshape(-1, 3).T
+        _, predicted, labels = self.pairs.T
         return predicted, labels
 
     @property

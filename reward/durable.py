@@ -46,7 +46,7 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
     for row in sorted(model.changed_rows):
         yield f"answer/{row:05d}", model.prototypes.pack(row)
     for slot in sorted(model.changed_slots):
-        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lessons[slot], model.reservoir.marks[slot])
+        yield f"lesson/{slot:07d}", _pack_lesson(model.reservoir.lesson(slot), model.reservoir.marks[slot])
     if model.changed_slots:
         yield "topics", np.ascontiguousarray(model.topics.centres, "<f4").tobytes()
     believed = model.reliability
@@ -141,7 +141,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "comments": model.comments.count,
         "totals": model.prototypes.totals.tolist(),
         "curve": calibration.curve.tolist(),
-        "pairs": list(calibration.pairs),
+        "pairs": calibration.pairs.tolist(),
         "shares": [calibration.shares.means.tolist(), calibration.shares.known.tolist()],
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
@@ -171,4 +171,4 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]
-    model.calibration.pairs.extend(tuple(pair) for pair in core["pairs"])
+    model.calibration.remember(core["pairs"])

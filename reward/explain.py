@@ -11,7 +11,7 @@ from everloop.feedback import Feedback, FeedbackKind
 from reward import evidence, features
 from reward.evidence import Said
 from reward.features import Example
-from reward.model import SHARED, STYLE_COLUMNS, Estimate, RewardModel
+from reward.model import SHARED, Estimate, RewardModel
 from reward.prototypes import NAMES
 from reward.reliability import OUTCOME, Reliability, rater_of, source_of
 
@@ -45,8 +45,7 @@ class Neighbour(NamedTuple):
 
 def contributions(model: RewardModel, example: Example) -> list[tuple[str, float]]:
     """Log-odds that each feature gives or takes, mean of the members, strongest first; they sum to the opinion's."""
-    own, shared, topics = model._features([example])
-    shared[:, STYLE_COLUMNS] = 0
+    own, shared, topics, *_ = model.seen_of([example], style=False)
     shift = model.calibration.line(0.0, topics)[0]
     slope = model.calibration.line(1.0, topics)[0] - shift
     by_own = slope * (model.heads.own * own[:, 0]).mean(axis=0)

@@ -30,25 +30,30 @@ class Lesson(NamedTuple):
     members: Array
 
 
+class Batch(NamedTuple):
+    """Lessons together: own (n, heads, a), shared (n, b), labels (n,), weights (n,), members (n, heads)."""
+
+    own: Array
+    shared: Array
+    labels: Array
+    weights: Array
+    members: Array
+
+
 def probability(logits: Array) -> Array:
     """The logistic function, without overflow."""
     return 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite is found by the caller
-def loss_and_gradients(
-    own_weights: Array, shared_weights: Array, lessons: tuple[Array, Array, Array, Array, Array]
-) -> tuple[float, Array, Array]:
-    """Mean weighted cross-entropy, and its gradients (heads, features) by own and by shared weights.
-
-    ``lessons``: own (heads, n, a), shared (n, b), labels (n,), weights (n,), members (heads, n).
-    """
+def loss_and_gradients(own_weights: Array, shared_weights: Array, lessons: Batch) -> tuple[float, Array, Array]:
+    """Mean weighted cross-entropy, and its gradients (heads, features) by own and by shared weights."""
     own, shared, labels, weights, members = lessons
-    logits = np.einsum("hna,ha->hn", own, own_weights) + shared_weights @ shared.T
-    worth = weights * members / labels.size
+    logits = np.einsum("nha,ha->hn", own, own_weights) + shared_weights @ shared.T
+    worth = weights * members.T / labels.size
     loss = float((worth * (np.logaddexp(0, logits) - labels * logits)).sum())
     error = worth * (probability(logits) - labels)
-    return loss, np.einsum("hn,hna->ha", error, own), error @ shared
+    return loss, np.einsum("hn,nha->ha", error, own), error @ shared
 
 
 class Heads:
@@ -65,16 +70,9 @@ class Heads:
         """(heads, n) from own features (heads, n, a) and shared ones (n, b)."""
         return np.einsum("hna,ha->hn", own, self.own) + self.shared @ shared.T
 
-    def step(self, lessons: list[Lesson]) -> float:
+    def step(self, lessons: Batch) -> float:
         """One step on these lessons; the loss before it. A step that would not be finite is not made."""
-        batch = (
-            np.stack([lesson.own for lesson in lessons], axis=1),
-            np.stack([lesson.shared for lesson in lessons]),
-            np.array([lesson.label for lesson in lessons], np.float32),
-            np.array([lesson.weight for lesson in lessons], np.float32),
-            np.stack([lesson.members for lesson in lessons], axis=1),
-        )
-        loss, by_own, by_shared = loss_and_gradients(self.own, self.shared, batch)
+        loss, by_own, by_shared = loss_and_gradients(self.own, self.shared, lessons)
         if not (np.isfinite(by_own).all() and np.isfinite(by_shared).all()):
             return float("nan")
         self.own_sums += by_own**2

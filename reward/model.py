@@ -122,12 +122,29 @@ class Estimate:
     logits: tuple[float, ...] = field(default=(), repr=False)
 
 
-def shared_features(prompts: Array, answers: Array, examples: Sequence[Example]) -> Array:
-    """(n, SHARED + 3·size): structure, style, and the texts' vectors with their product."""
-    structure = [[*example.structure.vector(), *features.style_vector(example.answer)] for example in examples]
-    few = np.array(structure, np.float32).reshape(-1, SHARED) * EMPHASIS
-    product = prompts * answers * math.sqrt(prompts.shape[1])
-    return np.concatenate([few, product, answers, prompts], axis=1)
+class Seen(NamedTuple):
+    """Answers as the heads see them: ``own`` (heads, n, 1 + prototypes) and ``shared`` (n, …) features, the prompts'
+    ``topics`` (n,), and the vectors of prompts and answers (n, size)."""
+
+    own: Array
+    shared: Array
+    topics: Array
+    asked: Array
+    said: Array
+
+
+def shared_features(prompts: Array, answers: Array, examples: Sequence[Example], style: bool = True) -> Array:
+    """(n, SHARED + 3·size): structure, style (nothing of it where not ``style``), the texts' vectors, their product."""
+    size = prompts.shape[1]
+    made = np.zeros((len(examples), SHARED + 3 * size), np.float32)
+    made[:, : len(features.NAMES)] = [example.structure.vector() for example in examples]
+    if style:
+        made[:, STYLE_COLUMNS] = [features.style_vector(example.answer) for example in examples]
+    made[:, :SHARED] *= EMPHASIS
+    np.multiply(prompts, answers * np.float32(math.sqrt(size)), out=made[:, SHARED : SHARED + size])
+    made[:, SHARED + size : SHARED + 2 * size] = answers
+    made[:, SHARED + 2 * size :] = prompts
+    return made
 
 
 def shared_prior(size: int) -> Array:
@@ -139,6 +156,7 @@ def shared_prior(size: int) -> Array:
 
 SHARED = len(features.NAMES) + features.STYLES
 STYLE_COLUMNS = slice(len(features.NAMES), SHARED)
+STYLE_IS_SCORED = False  # it is learned with, so that it explains what raters owe to it, and left out of what is said
 
 
 class RewardModel:
@@ -191,19 +209,20 @@ class RewardModel:
 
     def _logits(self, examples: Sequence[Example]) -> tuple[Array, Array]:
         """Each member's logits (heads, n), what is only style left out, and the prompts' topics (n,)."""
-        own, shared, topics = self._features(examples)
-        shared[:, STYLE_COLUMNS] = 0
-        return self.heads.logits(own, shared), topics
+        seen = self.seen_of(examples, style=STYLE_IS_SCORED)
+        return self.heads.logits(seen.own, seen.shared), seen.topics
 
-    def _features(self, examples: Sequence[Example]) -> tuple[Array, Array, Array]:
-        """Own (heads, n, 1 + prototypes) and shared (n, …) features, and the prompts' topics (n,)."""
+    def seen_of(self, examples: Sequence[Example], *, style: bool) -> Seen:
+        """What the heads see of answers; distinct texts are encoded once."""
         prompts, which = _distinct([example.prompt for example in examples])
         answers, pairs = _distinct([example.answer for example in examples])
         vectors = self.encoder.encode([*prompts, *answers])
         asked, said = vectors[: len(prompts)], vectors[len(prompts) :]
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
         own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
-        return own, shared_features(asked[which], said[pairs], examples), self.topics.of(asked)[which]
+        topics = self.topics.of(asked)[which]
+        asked, said = asked[which], said[pairs]
+        return Seen(own, shared_features(asked, said, examples, style), topics, asked, said)
 
     def believe(self, reliability: Reliability) -> None:
         """Weigh words by this, which reads comments by what this model has learned of them."""
@@ -239,8 +258,7 @@ class RewardModel:
     def foretell(self, one: Label | Pair) -> float:
         """What is expected of a lesson that is not learned yet: P(it says good), or P(chosen is better)."""
         if isinstance(one, Pair):
-            own, shared, _ = self._features(_sides(one))
-            return self._expected_of_pair(own, shared)
+            return self._expected_of_pair(*_difference(self.seen_of(_sides(one), style=True)))
         return self._expected_of_label(*self._logits([one.example]))[0]
 
     def _expected_of_label(self, logits: Array, topic: Array) -> tuple[float, float]:
@@ -248,8 +266,7 @@ class RewardModel:
         right = float(probability(self.calibration.line(logits, topic)).mean())
         return self.calibration.heard(right), right
 
-    def _expected_of_pair(self, own: Array, shared: Array) -> float:
-        difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
+    def _expected_of_pair(self, difference: Array, alike: Array) -> float:
         return float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
 
     def take_back(self, name: str, example: Example, trace: Trace) -> None:
@@ -267,23 +284,25 @@ class RewardModel:
         self.seen[trace.value > 0.5] -= 1
 
     def _learn_label(self, label: Label) -> float:
-        own, shared, topic = self._features([label.example])
-        neutral = shared.copy()
-        neutral[:, STYLE_COLUMNS] = 0
+        seen = self.seen_of([label.example], style=True)
+        neutral = seen.shared.copy()
+        if not STYLE_IS_SCORED:
+            neutral[:, STYLE_COLUMNS] = 0
         self.trace = None
-        logits = self.heads.logits(own, neutral)
-        expected, right = self._expected_of_label(logits, topic)
-        if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(shared).all()):
+        logits = self.heads.logits(seen.own, neutral)
+        expected, right = self._expected_of_label(logits, seen.topics)
+        if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(seen.shared).all()):
             return self._refuse()
         members = _members(label.id, self.config.heads)
         good = label.value if label.certain else meant(label.value, right)
         self.trace = Trace(label.value, label.weight * good, label.weight * (1 - good), self.reservoir.count)
-        self._remember(label.example, members, self.trace.good, self.trace.bad)
+        self._remember(label.example.answer, seen.asked[0], seen.said[0], members, self.trace.good, self.trace.bad)
         weight = label.weight * label.rarity
-        self._step(Lesson(own[:, 0], shared[0], label.value, weight, members), label.example)
+        lesson = Lesson(seen.own[:, 0], seen.shared[0], label.value, weight, members)
+        self._step(lesson, seen.asked[0], label.example.structure.turn)
         self.seen[label.value > 0.5] += 1
         if label.watched:
-            self.calibration.add(float(logits.mean()), expected, label.value, int(topic[0]))
+            self.calibration.add(float(logits.mean()), expected, label.value, int(seen.topics[0]))
             self._answer(self.drift.told(label.value, expected))
         return expected
 
@@ -313,25 +332,24 @@ class RewardModel:
         """Learn the heads anew from what is remembered: what was said before counts no more than its share of it."""
         size = self.encoder.size
         self.heads = Heads(self.config.heads, PRIOR, shared_prior(size), self.config.learning_rate)
-        for step in range(RETRAIN if self.reservoir.lessons else 0):
+        for step in range(RETRAIN if len(self.reservoir) else 0):
             self.heads.step(self.reservoir.sample(step))
 
     def _learn_pair(self, pair: Pair) -> float:
-        chosen, rejected = _sides(pair)
-        own, shared, _ = self._features([chosen, rejected])
+        seen = self.seen_of(_sides(pair), style=True)
         self.trace = None
-        difference, alike = own[:, 0] - own[:, 1], shared[0] - shared[1]
-        expected = self._expected_of_pair(own, shared)
+        difference, alike = _difference(seen)
+        expected = self._expected_of_pair(difference, alike)
         if not (math.isfinite(expected) and np.isfinite(alike).all()):
             return self._refuse()
         members = _members(pair.id, self.config.heads)
         if pair.absolute:  # rare and meant: no member may miss it
             members = np.ones_like(members)
         weight = pair.weight if pair.absolute else RELATIVE * pair.weight
-        self._remember(chosen, members, weight, 0.0)
+        self._remember(pair.chosen, seen.asked[0], seen.said[0], members, weight, 0.0)
         if not pair.absolute:
-            self._remember(rejected, members, 0.0, weight)
-        self._step(Lesson(difference, alike, 1.0, pair.weight, members), chosen)
+            self._remember(pair.rejected, seen.asked[1], seen.said[1], members, 0.0, weight)
+        self._step(Lesson(difference, alike, 1.0, pair.weight, members), seen.asked[0], pair.structure.turn)
         return expected
 
     def _refuse(self) -> float:
@@ -339,24 +357,25 @@ class RewardModel:
         self.refused += 1
         return 0.5
 
-    def _remember(self, example: Example, members: Array, good: float, bad: float) -> None:
-        if example.answer.strip():
-            prompt, answer = self.encoder.encode([example.prompt, example.answer])
-            row = self.prototypes.add(key_of(example.answer), answer, prompt, members, good, bad)
-            self.changed_rows.add(row)
+    def _remember(self, text: str, asked: Array, said: Array, members: Array, good: float, bad: float) -> None:
+        if text.strip():
+            self.changed_rows.add(self.prototypes.add(key_of(text), said, asked, members, good, bad))
 
-    def _step(self, lesson: Lesson, about: Example) -> None:
-        replayed = self.reservoir.sample() if self.reservoir.lessons else []
-        (prompt,) = self.encoder.encode([about.prompt])
-        where = slice_of(self.topics.place(prompt), about.structure.turn)
-        self.changed_slots.add(self.reservoir.add(lesson, where))
-        self.heads.step([lesson, *replayed])
+    def _step(self, lesson: Lesson, asked: Array, turn: int) -> None:
+        slot = self.reservoir.add(lesson, slice_of(self.topics.place(asked), turn))
+        self.changed_slots.add(slot)
+        self.heads.step(self.reservoir.sample(beside=slot))
         self.updates += 1
 
 
 def _sides(pair: Pair) -> list[Example]:
     """The chosen and the rejected answer."""
     return [Example(pair.prompt, answer, pair.structure) for answer in (pair.chosen, pair.rejected)]
+
+
+def _difference(seen: Seen) -> tuple[Array, Array]:
+    """Own (heads, …) and shared (…,) features of the first answer less those of the second."""
+    return seen.own[:, 0] - seen.own[:, 1], seen.shared[0] - seen.shared[1]
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:

@@ -32,8 +32,14 @@ def key_of(answer: str) -> bytes:
 
 
 def _units(vectors: Array) -> Array:
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    norms = np.sqrt(np.einsum("...d,...d->...", vectors, vectors))[..., None]
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-12)
+
+
+def _together(fit: Array) -> Array:
+    """The logarithm of the sum of exponentials over the answers: (answers, heads, n) to (heads, n)."""
+    most: Array = fit.max(axis=0)
+    return most + np.log(np.exp(fit - most).sum(axis=0))
 
 
 class Prototypes:
@@ -45,14 +51,15 @@ class Prototypes:
     def __init__(self, heads: int, size: int, capacity: int = 512) -> None:
         self.heads, self.size, self.capacity = heads, size, capacity
         self.rows: dict[bytes, int] = {}
+        self.keys: list[bytes] = []  # of each row
         self.own = np.zeros((0, size), np.float32)
         self.good = np.zeros((heads, 0, size), np.float32)  # sums of prompt vectors
         self.bad = np.zeros((heads, 0, size), np.float32)
         self.counts = np.zeros((2, heads, 0), np.float32)  # weights of good and bad labels
         self._trust = np.geomspace(*OWN_WEIGHT, heads).astype(np.float32)[:, None]
         self.totals = np.zeros((2,), np.float32)  # of good and bad labels over all answers
-        self._centres = np.zeros((heads, 0, size), np.float32)
-        self._faults = np.zeros((heads, 0, size), np.float32)
+        self._centres = np.zeros((0, heads, size), np.float32)  # rows together, so that one product compares all
+        self._faults = np.zeros((0, heads, size), np.float32)
 
     def _room(self, width: int) -> None:
         """Grow the arrays to ``width`` rows."""
@@ -60,6 +67,7 @@ class Prototypes:
         pad = ((0, 0), (0, more), (0, 0))
         self.own = np.pad(self.own, pad[1:])
         self.good, self.bad = np.pad(self.good, pad), np.pad(self.bad, pad)
+        pad = ((0, more), (0, 0), (0, 0))
         self._centres, self._faults = np.pad(self._centres, pad), np.pad(self._faults, pad)
         self.counts = np.pad(self.counts, ((0, 0), (0, 0), (0, more)))
 
@@ -70,24 +78,28 @@ class Prototypes:
         row = len(self.rows)
         if row == self.capacity:
             row = int(self.counts.sum((0, 1)).argmin())
-            self.rows = {known: at for known, at in self.rows.items() if at != row}
-        nothing = np.zeros((self.heads, self.size), np.float32)
-        self.put(row, key, own, nothing, nothing, np.zeros((2, self.heads), np.float32))
+            del self.rows[self.keys[row]]
+        self._place(row, key, own, 0, 0, 0)
         return row
 
     def put(self, row: int, key: bytes, own: Array, good: Array, bad: Array, counts: Array) -> None:
         """Set one row: the answer's own vector (size,), sums (heads, size), weights (2, heads). No row is left out."""
-        if row >= self.own.shape[0]:
-            self._room(min(max(16, 2 * row), self.capacity))
-        self.rows[key] = row
-        self.own[row], self.good[:, row], self.bad[:, row] = own, good, bad
-        self.counts[:, :, row] = counts
+        self._place(row, key, own, good, bad, counts)
         self._refresh(row)
 
+    def _place(self, row: int, key: bytes, own: Array, good: Any, bad: Any, counts: Any) -> None:
+        if row >= self.own.shape[0]:
+            self._room(min(max(16, 2 * row), self.capacity))
+        if row == len(self.keys):
+            self.keys.append(key)
+        self.rows[key], self.keys[row] = row, key
+        self.own[row], self.good[:, row], self.bad[:, row] = own, good, bad
+        self.counts[:, :, row] = counts
+
     def _refresh(self, row: int) -> None:
-        self._centres[:, row] = _units(self.good[:, row] + self._trust * self.own[row])
+        self._centres[row] = _units(self.good[:, row] + self._trust * self.own[row])
         bad = self.counts[1, :, row, None]
-        self._faults[:, row] = _units(self.bad[:, row]) * bad / (bad + BAD_PRIOR)
+        self._faults[row] = _units(self.bad[:, row]) * bad / (bad + BAD_PRIOR)
 
     def add(self, answer: bytes, own: Array, prompt: Array, members: Array, good: float, bad: float) -> int:
         """Learn that ``prompt`` was judged good and bad with these weights for an answer (its key and own vector).
@@ -95,10 +107,10 @@ class Prototypes:
         ``members`` (heads,) is 1 for the members that see this label, 0 for the others. Returns the changed row.
         """
         row = self._row(answer, own)
-        self.good[:, row] += np.float32(good) * members[:, None] * prompt
-        self.bad[:, row] += np.float32(bad) * members[:, None] * prompt
-        self.counts[0, :, row] += np.float32(good) * members
-        self.counts[1, :, row] += np.float32(bad) * members
+        goods, bads = np.float32(good) * members, np.float32(bad) * members
+        self.good[:, row] += np.outer(goods, prompt)
+        self.bad[:, row] += np.outer(bads, prompt)
+        self.counts[:, :, row] += (goods, bads)
         self.totals += np.array([good, bad], np.float32)
         self._refresh(row)
         return row
@@ -124,30 +136,29 @@ class Prototypes:
         rows = np.array([self.rows.get(key, -1) for key in answers], np.int64)[pairs]
         known = rows >= 0
         at = np.maximum(rows, 0)
-        fit = SHARPNESS * np.einsum("nd,hkd->hnk", prompts, self._centres[:, :width], optimize=True)
-        near = SHARPNESS * np.einsum("pd,pd->p", prompts[which], own[pairs])
-        rivals = np.logaddexp.reduce(fit, axis=2)[:, which] if width else np.full((self.heads, len(which)), -np.inf)
-        faults = np.einsum("nd,hkd->hnk", prompts, self._faults[:, :width], optimize=True)
-        mine = np.where(known, fit[:, which, at], near) if width else np.broadcast_to(near, rivals.shape)
+        asked = prompts[which]
+        fit = self._centres[:width].reshape(-1, self.size) @ (SHARPNESS * prompts.T)
+        fit = fit.reshape(width, self.heads, len(prompts))
+        near = SHARPNESS * np.einsum("pd,pd->p", asked, own[pairs])
+        rivals = _together(fit)[:, which] if width else np.full((self.heads, len(which)), -np.inf)
+        mine = np.where(known, fit[at, :, which].T, near) if width else np.broadcast_to(near, rivals.shape)
+        faults = np.einsum("pd,phd->hp", asked, self._faults[at]) if width else rivals
         among = np.where(known, rivals, np.logaddexp(rivals, near))
-        good, bad = (self.counts[i][:, at] * known if width else np.zeros(rivals.shape) for i in (0, 1))
+        good, bad = self.counts[:, :, at] * known if width else np.zeros((2, *rivals.shape))
         base = (self.totals[0] + 1) / (self.totals.sum() + 2)
-        rate = (good + 2 * base) / (good + bad + 2)
-        found = [
-            np.maximum(mine - among, -8.0),
-            mine / SHARPNESS - 0.5,
-            np.where(known, faults[:, which, at], 0.0) if width else np.zeros(rivals.shape),
-            np.log(rate / (1 - rate)),
-            0.3 * np.log1p(good),
-            np.exp(mine - among),
-        ]
-        return np.stack(found, axis=-1).astype(np.float32)
+        found = np.empty((self.heads, len(which), FEATURES), np.float32)
+        found[..., 0] = np.maximum(mine - among, -8.0)
+        found[..., 1] = mine / SHARPNESS - 0.5
+        found[..., 2] = np.where(known, faults, 0.0)
+        found[..., 3] = np.log((good + 2 * base) / (bad + 2 * (1 - base)))
+        found[..., 4] = 0.3 * np.log1p(good)
+        found[..., 5] = np.exp(mine - among)
+        return found
 
     def pack(self, row: int) -> bytes:
         """One row as bytes, for a durable state that is written row by row."""
-        key = next(key for key, at in self.rows.items() if at == row)
         parts = (self.own[row], self.good[:, row], self.bad[:, row], self.counts[:, :, row])
-        return key + b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
+        return self.keys[row] + b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
 
     def unpack(self, row: int, packed: bytes) -> None:
         """Take back what :meth:`pack` gave, rows in ascending order. Raises ValueError where it has another size."""

@@ -8,11 +8,11 @@ episode it came.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from reward.heads import Lesson
+from reward.heads import Batch, Lesson
 
 REPLAY = 64  # remembered lessons in each step, beside the new one
 RECENT = 512  # half of them are drawn from so many newest
@@ -24,19 +24,35 @@ def slice_of(topic: int, turn: int) -> int:
 
 
 class Reservoir:
-    """At most ``capacity`` lessons in as many slots; ``count``: how many were ever added."""
+    """At most ``capacity`` lessons in as many slots; ``count``: how many were ever added.
+
+    They lie in arrays that grow as they fill, so that a step takes its lessons by one look-up.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.lessons: list[Lesson] = []
         self.marks: list[tuple[int, int]] = []  # of each slot: the lesson's number, its slice
         self.count = 0
+        self._kept: Batch | None = None  # of at least as many rows as there are marks
         self._slots: dict[int, int] = {}  # by number, oldest first
         self._slices: dict[int, dict[int, None]] = {}  # numbers of each slice, oldest first
+        self._newest = np.full(RECENT, -1)  # slots of the newest numbers, each at its number's remainder; -1: given up
+
+    def __len__(self) -> int:
+        return len(self.marks)
+
+    def lesson(self, slot: int) -> Lesson:
+        """The lesson of a slot, as it is now; what comes into the slot later does not change it."""
+        own, shared, labels, weights, members = self._rows(np.array([slot]))
+        return Lesson(own[0], shared[0], float(labels[0]), float(weights[0]), members[0])
+
+    def _rows(self, slots: Any) -> Batch:
+        assert self._kept is not None
+        return Batch(*(array[slots] for array in self._kept))
 
     def add(self, lesson: Lesson, slice_: int = 0) -> int:
         """Returns the slot that was written."""
-        slot = len(self.lessons) if len(self.lessons) < self.capacity else self._emptied(slice_)
+        slot = len(self.marks) if len(self.marks) < self.capacity else self._emptied(slice_)
         self._put(slot, self.count, slice_, lesson)
         self.count += 1
         return slot
@@ -46,42 +62,73 @@ class Reservoir:
         largest = max(self._slices, key=lambda one: (len(self._slices[one]), one == coming, -one))
         number = next(iter(self._slices[largest]))
         del self._slices[largest][number]
+        if number >= self.count - RECENT:
+            self._newest[number % RECENT] = -1
         return self._slots.pop(number)
 
     def _put(self, slot: int, number: int, slice_: int, lesson: Lesson) -> None:
-        if slot == len(self.lessons):
-            self.lessons.append(lesson)
+        if slot == len(self.marks):
             self.marks.append((number, slice_))
-        self.lessons[slot], self.marks[slot] = lesson, (number, slice_)
+            self._room(lesson)
+        assert self._kept is not None
+        for array, part in zip(self._kept, lesson, strict=True):
+            array[slot] = part
+        self.marks[slot] = number, slice_
         self._slots[number] = slot
         self._slices.setdefault(slice_, {})[number] = None
+        self._newest[number % RECENT] = slot
+
+    def _room(self, lesson: Lesson) -> None:
+        """Room for as many lessons as there are marks: twice what there was, so that few fill it often."""
+        width = len(self._kept.labels) if self._kept is not None else 0
+        if len(self.marks) <= width:
+            return
+        shapes = [np.shape(part) for part in lesson]
+        wider = min(max(64, 2 * width), self.capacity)
+        grown = Batch(*(np.zeros((wider, *shape), np.float32) for shape in shapes))
+        for array, before in zip(grown, self._kept or (), strict=False):
+            array[:width] = before
+        self._kept = grown
 
     def restore(self, held: Iterable[tuple[int, int, Lesson]], count: int) -> None:
         """Take (number, slice, lesson) of each slot in order. Raises ValueError where two have one number."""
-        for number, slice_, lesson in held:
-            self.lessons.append(lesson)
-            self.marks.append((number, slice_))
-        for slot in sorted(range(len(self.marks)), key=lambda slot: self.marks[slot]):
-            self._put(slot, *self.marks[slot], self.lessons[slot])
-        if len(self._slots) != len(self.lessons) or any(number >= count for number in self._slots):
-            raise ValueError(f"{len(self.lessons)} lessons with {len(self._slots)} numbers below {count}")
+        for slot, (number, slice_, lesson) in enumerate(held):
+            self._put(slot, number, slice_, lesson)
+        self._slots = dict(sorted(self._slots.items()))
+        self._slices = {slice_: dict.fromkeys(sorted(numbers)) for slice_, numbers in self._slices.items()}
+        if len(self._slots) != len(self.marks) or any(number >= count for number in self._slots):
+            raise ValueError(f"{len(self.marks)} lessons with {len(self._slots)} numbers below {count}")
         self.count = count
+        self._newest[:] = -1
+        for number in range(max(0, count - RECENT), count):
+            self._newest[number % RECENT] = self._slots.get(number, -1)
 
     def silence(self, number: int) -> int | None:
         """Have the lesson that was added as the ``number``-th (from 0) teach nothing more; its slot, if it is there."""
         slot = self._slots.get(number)
-        if slot is not None:
-            self.lessons[slot] = self.lessons[slot]._replace(weight=0.0)
+        if slot is not None and self._kept is not None:
+            self._kept.weights[slot] = 0.0
         return slot
 
     def sizes(self) -> dict[int, int]:
         """Lessons by slice."""
         return {slice_: len(numbers) for slice_, numbers in sorted(self._slices.items())}
 
-    def sample(self, turn: int = 0) -> list[Lesson]:
-        """REPLAY lessons, half of them from the RECENT newest; the draw depends on the count and ``turn`` alone."""
-        random = np.random.default_rng([self.count, turn] if turn else self.count)
-        newest = list(islice(reversed(self._slots.values()), RECENT))
-        anywhere = random.integers(len(self.lessons), size=REPLAY // 2)
-        back = random.integers(len(newest), size=REPLAY - REPLAY // 2)
-        return [self.lessons[slot] for slot in (*anywhere, *(newest[at] for at in back))]
+    def sample(self, turn: int = 0, beside: int | None = None) -> Batch:
+        """REPLAY lessons, half of them of the RECENT newest, after that of the slot ``beside`` if one is given.
+
+        The draw depends on the count and ``turn`` alone.
+        """
+        draws = _mixed((self.count << 20) + (turn << 8), REPLAY)
+        newest = self._newest[self._newest >= 0]
+        half = REPLAY // 2
+        slots = np.concatenate([draws[:half] % len(self.marks), newest[draws[half:] % len(newest)]])
+        return self._rows(slots if beside is None else np.concatenate([[beside], slots]))
+
+
+def _mixed(start: int, many: int) -> Any:
+    """``many`` numbers below 2**31 that look drawn by chance, from ``start`` on (splitmix64; Steele et al. 2014)."""
+    bits = (np.arange(many, dtype=np.uint64) + np.uint64(start % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (bits >> np.uint64(33)).astype(np.int64)

@@ -247,8 +247,8 @@ def test_a_word_that_is_changed_to_and_fro_leaves_what_the_last_one_leaves(new_h
     for name in ("good", "bad", "counts", "totals"):
         ours, theirs = getattr(there.prototypes, name), getattr(straight.prototypes, name)
         np.testing.assert_allclose(ours, theirs, atol=0.06)
-    assert sum(lesson.weight for lesson in there.reservoir.lessons) == pytest.approx(
-        sum(lesson.weight for lesson in straight.reservoir.lessons)
+    assert sum(there.reservoir.lesson(slot).weight for slot in range(len(there.reservoir))) == pytest.approx(
+        sum(straight.reservoir.lesson(slot).weight for slot in range(len(straight.reservoir)))
     )
     if last is not None:
         value, expected, other = (m.estimate([Example(*turns[1])])[0].value for m in (there, straight, against))

@@ -5,22 +5,26 @@ import math
 import numpy as np
 import pytest
 
-from reward.heads import Heads, Lesson, loss_and_gradients, probability
+from reward.heads import Batch, Heads, Lesson, loss_and_gradients, probability
 from reward.reservoir import REPLAY, Reservoir
 
 
 def batch(random, heads=2, n=5, own=3, shared=4):
-    return (
-        random.normal(size=(heads, n, own)),
+    return Batch(
+        random.normal(size=(n, heads, own)),
         random.normal(size=(n, shared)),
         random.random(n),
         random.random(n) + 0.5,
-        random.integers(0, 2, (heads, n)).astype(float),
+        random.integers(0, 2, (n, heads)).astype(float),
     )
 
 
+def alone(lesson):
+    return Batch(*(np.array([part]) for part in lesson))
+
+
 def test_loss_of_one_label_by_hand():
-    one = (np.array([[[2.0]]]), np.zeros((1, 1)), np.array([1.0]), np.array([1.0]), np.array([[1.0]]))
+    one = Batch(np.array([[[2.0]]]), np.zeros((1, 1)), np.array([1.0]), np.array([1.0]), np.array([[1.0]]))
     loss, by_own, by_shared = loss_and_gradients(np.array([[0.5]]), np.zeros((1, 1)), one)
     # logit 0.5 · 2 = 1; -log σ(1); gradient (σ(1) - 1) · 2
     assert loss == pytest.approx(math.log(1 + math.exp(-1)))
@@ -31,7 +35,7 @@ def test_loss_of_one_label_by_hand():
 def test_loss_of_a_preference_is_bradley_terrys():
     chosen, rejected, weights = np.array([1.0, 3.0]), np.array([2.0, 0.5]), np.array([0.3, 0.7])
     difference = (chosen - rejected)[None, None]
-    pair = (difference, np.zeros((1, 1)), np.ones(1), np.ones(1), np.ones((1, 1)))
+    pair = Batch(difference, np.zeros((1, 1)), np.ones(1), np.ones(1), np.ones((1, 1)))
     loss, _, _ = loss_and_gradients(weights[None], np.zeros((1, 1)), pair)
     better, worse = math.exp(weights @ chosen), math.exp(weights @ rejected)
     assert loss == pytest.approx(-math.log(better / (better + worse)))
@@ -56,7 +60,7 @@ def test_gradients_agree_with_finite_differences():
 def test_a_member_learns_nothing_from_a_label_that_it_does_not_see():
     heads = Heads(2, np.zeros(1), np.zeros(1), 0.1)
     lesson = Lesson(np.ones((2, 1), np.float32), np.zeros(1, np.float32), 1.0, 1.0, np.array([1.0, 0.0], np.float32))
-    heads.step([lesson])
+    heads.step(alone(lesson))
     assert heads.own[0, 0] > 0
     assert heads.own[1, 0] == 0
 
@@ -64,7 +68,7 @@ def test_a_member_learns_nothing_from_a_label_that_it_does_not_see():
 def test_a_step_that_would_not_be_finite_is_not_made():
     heads = Heads(1, np.ones(1), np.zeros(1), 0.1)
     lesson = Lesson(np.full((1, 1), np.inf, np.float32), np.zeros(1, np.float32), 0.0, 1.0, np.ones(1, np.float32))
-    assert math.isnan(heads.step([lesson]))
+    assert math.isnan(heads.step(alone(lesson)))
     assert heads.own.tolist() == [[1.0]]
 
 
@@ -80,8 +84,8 @@ def test_reservoir_is_bounded_and_draws_the_same_for_the_same_count():
         return reservoir
 
     reservoir = filled()
-    drawn = [lesson.label for lesson in reservoir.sample()]
-    assert len(reservoir.lessons) == 64
-    assert sorted(lesson.label for lesson in reservoir.lessons) == [float(i) for i in range(136, 200)]
+    drawn = reservoir.sample().labels.tolist()
+    assert len(reservoir) == 64
+    assert sorted(reservoir.lesson(slot).label for slot in range(64)) == [float(i) for i in range(136, 200)]
     assert len(drawn) == REPLAY
-    assert drawn == [lesson.label for lesson in filled().sample()]
+    assert drawn == filled().sample().labels.tolist()

@@ -224,7 +224,7 @@ def test_length_is_corrected_for(words, monkeypatch):
             return super().encode([text.replace(" well", "") for text in texts])
 
     corrected = gain_by_length(Attentive())
-    monkeypatch.setattr("reward.model.STYLE_COLUMNS", slice(0, 0))
+    monkeypatch.setattr("reward.model.STYLE_IS_SCORED", True)
     as_rated = gain_by_length(Attentive())
     assert abs(corrected) < as_rated / 3
     assert as_rated > 0.06

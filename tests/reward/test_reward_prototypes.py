@@ -81,7 +81,7 @@ def test_packed_rows_come_back_the_same_bits():
     back.totals[:] = known.totals
     assert back.rows == known.rows
     for name in ("good", "bad", "counts", "own", "_centres", "_faults"):
-        axis = {"own": 0, "counts": 2}.get(name, 1)
+        axis = {"good": 1, "bad": 1, "counts": 2}.get(name, 0)
         assert np.array_equal(
             getattr(known, name).take(range(20), axis=axis), getattr(back, name).take(range(20), axis=axis)
         )
