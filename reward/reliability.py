@@ -112,6 +112,16 @@ def comparable(one: str, other: str) -> bool:
     return bool(kinds & PEOPLE)
 
 
+def _same_person(one: Piece, other: Piece) -> bool:
+    return one.person is not None and one.person == other.person
+
+
+def _read(piece: Piece) -> bool:
+    """Whether it is a comment: its reading is the platform's, so what its writer said plainly tells if it was read
+    right. Of the writer that tells nothing: nobody vouches for himself."""
+    return piece.source == FeedbackKind.COMMENT
+
+
 class Reliability:
     """What is believed of the sources and raters of one policy. Not thread-safe."""
 
@@ -134,7 +144,7 @@ class Reliability:
             (i, j)
             for i, one in enumerate(pieces)
             for j, other in enumerate(pieces[:i])
-            if comparable(one.source, other.source) and (one.person is None or one.person != other.person)
+            if comparable(one.source, other.source) and (not _same_person(one, other) or _read(one) != _read(other))
         ]
         among = np.bincount(np.array(pairs, np.int64).ravel(), minlength=len(pieces))
         for i, j in pairs:
@@ -149,8 +159,9 @@ class Reliability:
             return
         said = worth * np.outer([1 - one.good, one.good], [1 - other.good, other.good])
         _fold(self.tables, key, said)
-        self._add_own(one, other, said)
-        self._add_own(other, one, said.T)
+        if not _same_person(one, other):
+            self._add_own(one, other, said)
+            self._add_own(other, one, said.T)
         self.changed = True
         self._found = None
         self._found_own.clear()
