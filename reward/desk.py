@@ -52,6 +52,7 @@ class Desk:
         self.shadow = Shadow(config.window)
         self.refused: tuple[str, str] | None = None  # the newest snapshot, where it did not take over, and why
         self.refusals = 0
+        self.waits = 0  # snapshots that did not take over, and were not refused
         self.pinned: str | None = None  # why a person has this version kept, whatever snapshots come
         self.obeyed = 0.0  # time of the newest order that was obeyed; see reward.orders
         self.scoring = self.live
@@ -79,7 +80,7 @@ class Desk:
         self.watch = Watch(self.live.config.window, **desk["watch"])
         self.shadow = Shadow(self.live.config.window, **desk.get("shadow", {}))
         self.refused = (str(held[0]), str(held[1])) if (held := desk.get("refused")) else None
-        self.refusals = desk.get("refusals", 0)
+        self.refusals, self.waits = desk.get("refusals", 0), desk.get("waits", 0)
         self.pinned, self.obeyed = desk.get("pinned"), desk.get("obeyed", 0.0)
         self._score_with(desk["version"])
         return self
@@ -112,6 +113,7 @@ class Desk:
             "shadow": self.shadow.dump(),
             "refused": self.refused,
             "refusals": self.refusals,
+            "waits": self.waits,
             "pinned": self.pinned,
             "obeyed": self.obeyed,
         }
@@ -160,7 +162,8 @@ class Desk:
             self._take_over(version, candidate)
         else:
             self.refused = (version, verdict.reason)
-            self.refusals += 1
+            self.waits += verdict.waits
+            self.refusals += not verdict.waits
             os.utime(self._folder / self.version / "model.json")  # what scores is the last to make room
         state: Literal["released", "refused"] = "released" if verdict.takes_over else "refused"
         return self.described(version, time, state, verdict.reason, verdict.evidence)
@@ -212,9 +215,8 @@ class Desk:
         verdict = self.shadow.judge(self.scoring, candidate)
         if self.pinned is None or not verdict.takes_over:
             return verdict
-        return Verdict(
-            False, f"waits: {self.version} is kept {self.pinned}; else it {verdict.reason}", verdict.evidence
-        )
+        kept = f"waits: {self.version} is kept {self.pinned}; else it {verdict.reason}"
+        return Verdict(False, kept, verdict.evidence, waits=True)
 
     def status(self) -> dict[str, Any]:
         """JSON values; see ``services/scorer``."""
@@ -239,6 +241,7 @@ class Desk:
             "poison": self.guard.status(),
             "shadow_labels": len(self.shadow.pairs),
             "snapshots_refused": self.refusals,
+            "snapshots_waited": self.waits,
             "pinned": self.pinned,
             "refused_version": self.refused[0] if self.refused else None,
             "refused_because": self.refused[1] if self.refused else None,

@@ -58,11 +58,13 @@ class Foretold(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """``reason``: one sentence for people; ``evidence``: numbers by name."""
+    """``reason``: one sentence for people; ``evidence``: numbers by name. ``waits``: it may pass with more labels, or
+    once a person lets it; else one that does not take over is refused."""
 
     takes_over: bool
     reason: str
     evidence: dict[str, float]
+    waits: bool = False
 
 
 class Shadow:
@@ -98,15 +100,15 @@ class Shadow:
         if len(pairs) < FEWEST or min(good, len(pairs) - good) < FEWEST_OF_A_KIND:
             few = f"{len(pairs)} labels, {good} of them good, since the incumbent took over"
             needed = f"{FEWEST} with {FEWEST_OF_A_KIND} of each kind"
-            return Verdict(False, f"waits: {few}; a comparison needs {needed}", evidence)
+            return Verdict(False, f"waits: {few}; a comparison needs {needed}", evidence, waits=True)
         against = [_ranking(pairs, evidence), _calibration(pairs, evidence), _length(pairs, evidence)]
         against.append(_planted(incumbent, candidate, list(self.praised), evidence))
         reasons = [reason for reason in against if reason is not None]
         if reasons:
             waits = evidence["auc_upper"] >= 0 and reasons == against[:1]
-            return Verdict(False, f"{'waits' if waits else 'refused'}: {'; '.join(reasons)}", evidence)
+            return Verdict(False, f"{'waits' if waits else 'refused'}: {'; '.join(reasons)}", evidence, waits)
         if few := _few(self.pairs):
-            return Verdict(False, f"waits: {few}", evidence)
+            return Verdict(False, f"waits: {few}", evidence, True)
         auc_now, before = evidence["auc"], evidence["incumbent_auc"]
         return Verdict(
             True,

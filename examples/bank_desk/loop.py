@@ -84,10 +84,10 @@ def reward_told(its: dict[str, Any], paused: bool = False) -> tuple[str, str]:
     auc, error = (
         "not known yet" if its.get(name) is None else f"{its[name]:.3f}" for name in ("auc", "calibration_error")
     )
-    refused = its.get("snapshots_refused", 0)
+    refused, waited = its.get("snapshots_refused", 0), its.get("snapshots_waited", 0)
     first = (
         f"Reward model {str(its.get('version') or 'none')[:8]}: AUC {auc}, calibration error {error} on "
-        f"{its.get('labels', 0):,} labels; {refused} of its versions did not take over"
+        f"{its.get('labels', 0):,} labels; {refused} of its versions were refused, {waited} waited for labels"
     )
     poison = its.get("poison") or {}
     held = [f"{count} x {rule}" for rule, count in poison.get("quarantined", {}).items()]

@@ -194,7 +194,8 @@ def _reward(its: dict[str, Any]) -> Iterator[str]:
     quality = f"AUC {auc:.3f}" if auc is not None else "AUC not known yet"
     calibration = f", calibration error {error:.3f}" if error is not None else ""
     version = str(its.get("version") or "none")[:12]
-    refused = f", {its['snapshots_refused']} versions did not take over" if its.get("snapshots_refused") else ""
+    counts = {"refused": its.get("snapshots_refused"), "waited": its.get("snapshots_waited")}
+    refused = "".join(f", {count} versions {what}" for what, count in counts.items() if count)
     yield f"  reward model  {version}: {quality}{calibration}, {its.get('labels', 0)} labels{refused}"
     if its.get("pinned"):
         yield f"                kept {its['pinned']}; 'everloop reward resume' ends that"

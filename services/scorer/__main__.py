@@ -22,7 +22,8 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
 - ``drift_inputs``, ``drift_labels``, ``drift_calibration``: alarms so far; ``drift``: those that page, in words;
   ``frozen``: opinions are kept from training for now; ``topics``: of its prompts, found so far
 - ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``refused_version``,
-  ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many did not;
+  ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many were;
+  ``snapshots_waited``: how many only lacked labels for a comparison, or were kept back by a rollback;
   ``pinned``: by whom and why the version that scores is kept whatever snapshots come; null: it is not
 - ``answers_known``: recurring answers whose ratings are remembered
 

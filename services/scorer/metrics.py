@@ -24,7 +24,8 @@ GAUGES = {
 }
 COUNTERS = {
     "everloop_reward_updates": ("updates", "Labels and preferences that a reward model learned from"),
-    "everloop_reward_snapshots_refused": ("snapshots_refused", "Snapshots that did not take over"),
+    "everloop_reward_snapshots_refused": ("snapshots_refused", "Snapshots that were refused"),
+    "everloop_reward_snapshots_waited": ("snapshots_waited", "Snapshots that more labels, or a person, may let over"),
     "everloop_reward_refused": ("refused", "Labels that were not learned because they were not finite"),
     "everloop_reward_drifts_inputs": ("drift_inputs", "Times that what is asked has changed"),
     "everloop_reward_drifts_labels": ("drift_labels", "Times that how answers are rated has changed"),

@@ -10,17 +10,24 @@ ITS: dict[str, Any] = {"version": "0123456789abcdef", "auc": 0.91, "calibration_
 
 
 def test_a_reward_model_that_nothing_happened_to_has_one_line() -> None:
-    quiet = {"snapshots_refused": 0, "pinned": None, "poison": {"quarantined": {}}, "drift": None, "frozen": False}
+    quiet = {
+        "snapshots_refused": 0,
+        "snapshots_waited": 0,
+        "pinned": None,
+        "poison": {"quarantined": {}},
+        "drift": None,
+        "frozen": False,
+    }
     assert list(_reward(ITS | quiet)) == [
         "  reward model  0123456789ab: AUC 0.910, calibration error 0.040, 600 labels"
     ]
 
 
 def test_what_did_not_take_over_who_keeps_it_and_what_guards_did_is_told() -> None:
-    changed = {"snapshots_refused": 3, "pinned": "by ada: it likes lists", "frozen": True}
+    changed = {"snapshots_refused": 3, "snapshots_waited": 2, "pinned": "by ada: it likes lists", "frozen": True}
     guards = {"poison": {"quarantined": {"duplicate": 2}}, "drift": "what is asked has changed 1x"}
     first, *more = _reward(ITS | changed | guards)
-    assert first.endswith("600 labels, 3 versions did not take over")
+    assert first.endswith("600 labels, 3 versions refused, 2 versions waited")
     assert [line.strip() for line in more] == [
         "kept by ada: it likes lists; 'everloop reward resume' ends that",
         "words held: 2 x duplicate",

@@ -46,6 +46,9 @@ class NoPlatform:
 
     def stop(self) -> None: ...
 
+    def status(self, service: str) -> dict[str, Any]:
+        return {}
+
     def start(self) -> SimpleNamespace:
         return SimpleNamespace(url="http://127.0.0.1:9/v1", key="ek_test")
 

@@ -87,14 +87,15 @@ def test_the_reward_model_is_told_in_two_lines() -> None:
         "calibration_error": None,
         "labels": 1602,
         "snapshots_refused": 7,
+        "snapshots_waited": 2,
         "poison": {"quarantined": {"duplicate": 3}},
         "drift": "how answers are rated has changed 1x",
         "frozen": True,
     }
     model, guards = reward_told(its, paused=True)
     assert model == (
-        "Reward model 01234567: AUC 0.871, calibration error not known yet on 1,602 labels; 7 of its versions did not "
-        "take over"
+        "Reward model 01234567: AUC 0.871, calibration error not known yet on 1,602 labels; 7 of its versions were "
+        "refused, 2 waited for labels"
     )
     assert guards == (
         "Guards: words held: 3 x duplicate; drift: how answers are rated has changed 1x; opinions are kept from "

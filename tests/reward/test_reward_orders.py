@@ -46,7 +46,8 @@ def scored_by(kit, outputs):
 
 def test_a_rollback_scores_from_where_it_was_given_and_no_snapshot_takes_over_until_resume(new_handler, ordered, kit):
     records, handler, state = kit.records(*kit.desk_traffic(400)), new_handler(), kit.MemoryState()
-    whole = [one for one in announced(kit, run(handler, state, records[:200])) if one.state == "released"]
+    early = announced(kit, run(handler, state, records[:200]))
+    whole = [one for one in early if one.state == "released"]
     first = [one.version for one in whole]
     ordered.append(order("rollback", 210, first[-2]))
     outputs = run(handler, state, records[200:300])
@@ -58,7 +59,10 @@ def test_a_rollback_scores_from_where_it_was_given_and_no_snapshot_takes_over_un
     assert (back.updates, back.auc, back.offsets) == (whole[-2].updates, whole[-2].auc, whole[-2].offsets)
     assert [one.state for one in later] == ["refused", "refused"]
     assert "is kept by ada" in later[-1].reason
-    assert handler.status()["default/assistant"]["pinned"] == "by ada: it likes lists"
+    status = handler.status()["default/assistant"]
+    assert status["pinned"] == "by ada: it likes lists"
+    assert status["snapshots_refused"] + status["snapshots_waited"] == len(early) - len(whole) + len(later)
+    assert status["snapshots_waited"] >= 1, "the one that a person keeps back"
     assert handler.office.answers["cmd_1"]["done"]
     ordered.append(order("resume", 300, number=2))
     again = announced(kit, run(handler, state, records[300:]))

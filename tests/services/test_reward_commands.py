@@ -60,15 +60,19 @@ def installation(home: Home, letters: Any, monkeypatch: pytest.MonkeyPatch) -> C
     return load(path, {})
 
 
-@pytest.fixture
-def desk(installation: Config, home: Home, letters: Any) -> Home:
-    """240 rated answers, scored and in the store."""
+def taken(installation: Config, home: Home, letters: Any, made: list[Episode]) -> None:
+    """Have episodes scored and filed."""
     log = open_log(installation)
-    made = [episode(number) for number in range(240)]
     log.append([NewRecord("episodes", e.key, wire.encode(e), {"schema": "Episode"}, e.updated, e.route) for e in made])
     for handler in (RewardHandler(installation, home, lambda name: letters), Archive(home)):
         run_handler(handler, log, home.folder("state"), stop=threading.Event(), until_idle=True)
     log.close()
+
+
+@pytest.fixture
+def desk(installation: Config, home: Home, letters: Any) -> Home:
+    """240 rated answers, scored and in the store."""
+    taken(installation, home, letters, [episode(number) for number in range(240)])
     return home
 
 
@@ -168,6 +172,30 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     assert "one more thumb down" in out
     assert "no declaration: all words count" in out
     assert "rated" in out
+
+
+def test_of_held_words_the_rule_and_what_they_would_do_is_told(
+    desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    first = episode(240)
+    again = []
+    for number in range(300, 305):  # one rater says the same of the same words five times
+        (turn,) = first.turns
+        thumb = turn.feedback[0].model_copy(update={"id": f"g{number}", "rater": "twin"})
+        turn = turn.model_copy(update={"call": turn.call.model_copy(update={"id": f"c{number}"}), "feedback": (thumb,)})
+        about = {"id": f"ep_{number}", "turns": (turn,), "started": float(number), "updated": float(number)}
+        again.append(first.model_copy(update=about))
+    taken(installation, desk, letters, again)
+    status, out, _ = said("explain", "ep_304", "--json")
+    assert status == 0
+    (turn,) = json.loads(out)["turns"]
+    assert turn["held"] == "one rater said the same of the same words 3 times before"
+    assert turn["source"] == "model"
+    assert [one["said"] for one in turn["if"]] == ["its words were believed"]
+    assert turn["if"][0]["value"] != turn["value"]
+    out = said("explain", "ep_304")[1]
+    assert "held        what was said is kept from learning and from the score: one rater said the same" in out
+    assert json.loads(said("explain", "ep_300", "--json")[1])["turns"][0]["held"] is None
 
 
 def test_versions_are_rolled_back_kept_promoted_and_resumed(
