@@ -84,7 +84,7 @@ def weighed(answer: str, words: Sequence[Feedback], trust: Reliability) -> list[
     """Each word with what it weighs by what is believed of its source and its rater."""
     found = []
     for word in words:
-        source, good = source_of(word), evidence.goodness(answer, word)
+        source, good = source_of(word), evidence.goodness(answer, word, trust)
         silent = good is None or source == OUTCOME
         weight = None if silent or good is None else trust.odds(source, rater_of(word), good)
         found.append(Weighed(_named(word), source, weight, trust.counts(word)))

@@ -130,7 +130,7 @@ def test_silence_teaches_the_heads_nothing_however_much_of_it_there_is(letters: 
         made.saw(example(10, i % 3) if i % 100 else one)
     assert all(np.array_equal(heads[name], array) for name, array in made.heads.arrays().items())
     assert made.seen == [0, 0]
-    assert not made.reservoir.lessons
+    assert not len(made.reservoir)
     after = {name: len(piece) for name, piece in durable.changes(made)}
     assert after.keys() == size.keys()
     assert after["core"] < size["core"] + 3000, "digits of a hundred numbers, and no more"
