@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ IDLE_SECONDS = 1.0  # between flushes of a partition while no record comes
 QUIET = 5  # idle times in a row after which a partition that is behind is read from the log
 THREADS = 64  # of a worker, made as they are needed: one for each of its partitions that is busy
 LOOK_SECONDS = 1.0  # between looks at how far behind it is
+LEAVE_SECONDS = 5.0  # that a worker which ends may take to leave the group: about then it would be put out anyway
+CLOSE_SECONDS = 1.0  # and to close its connections, where the other side is silent
 FULL_RECORDS, FULL_BYTES = 4000, 16_777_216  # of a line, above which Faust fetches no more for it
 
 REBALANCES = Counter("everloop_handler_rebalances", "Times that partitions were shared out anew", ["handler"])
@@ -66,6 +69,21 @@ class ReadsCommitted(driver.AIOKafkaConsumerThread):
         consumer = super()._create_worker_consumer(transport)
         consumer._isolation_level = "read_committed"
         return consumer
+
+    async def on_thread_stop(self) -> None:
+        """Leave the group in good order where that is done soon. Else what is still under way is given up: those are
+        tasks of this thread, which end with it."""
+        await _soon(super().on_thread_stop(), LEAVE_SECONDS)
+        if self._consumer is not None:
+            await _soon(self._consumer._client.close(), CLOSE_SECONDS)  # again, where the first did not get so far
+
+
+async def _soon(step: Coroutine[Any, Any, None], seconds: float) -> None:
+    """A step of aiokafka's end. One that is cut short by a fetch that had just failed ends in a CancelledError of its
+    own, and with that Faust's thread would end before it says so: whoever stops it would wait a minute for that."""
+    with suppress(TimeoutError, asyncio.CancelledError):
+        async with asyncio.timeout(seconds):
+            await step
 
 
 class _Consumer(driver.Consumer):

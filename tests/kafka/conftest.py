@@ -32,7 +32,7 @@ SESSION = 6.0  # the shortest that a broker allows
 FAST = Retry(tries=3, first=0.001, longest=0.002)
 
 PROGRAM = """
-import signal, sys, threading
+import logging, signal, sys, threading
 from pathlib import Path
 from everloop.home import Home
 from everloop.log import connect
@@ -40,6 +40,7 @@ from everloop.log.kafka.fenced import FencedWriter
 from services.faust_worker import FaustWorker
 from services.partition import Partition
 from services.state import StateStore
+logging.basicConfig()  # why each partition failed, not only the first
 sys.path.insert(0, sys.argv[5])
 from conftest import SESSION, Counting
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import signal
 import time
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 from everloop.log import NewRecord
+from everloop.log.kafka.declared import Keeping
 from everloop.log.kafka.log import KafkaLog
+from everloop.log.kafka.settings import Access, Address
 from everloop.topics import CHANGELOG
+
+from services.broker.process import Broker
 
 pytestmark = [pytest.mark.kafka, pytest.mark.processes]
 Until = Callable[..., Any]
@@ -77,17 +82,62 @@ def test_another_goes_on_where_a_worker_stopped_whose_disk_is_lost(
 def test_a_worker_that_was_stopped_past_its_session_cannot_write(
     log: KafkaLog, tmp_path: Path, start: Any, until: Until, done: Any, said: Any
 ) -> None:
-    feed(log)
-    zombie = start(tmp_path, "transform", 9)
+    feed(log, 0, 1)
+    assert all(log.end_offsets("events"))
+    zombie = start(tmp_path, "transform", KEYS + 9)
+    until(lambda: done() == KEYS, deadline=60)  # it has all partitions: one that it still takes over fails otherwise
+    feed(log, 1, EACH)
     reaches(zombie, "transform")
     zombie.send_signal(signal.SIGSTOP)
     start(tmp_path)
-    until(lambda: done() == KEYS * EACH, deadline=40)
+    until(lambda: done() == KEYS * EACH, deadline=90)
     before = log.end_offsets("episodes"), log.end_offsets(CHANGELOG + "counting")
     zombie.stdin.write("\n")
     zombie.stdin.flush()
     zombie.send_signal(signal.SIGCONT)
-    assert zombie.wait(30) == 1
-    assert "another process has taken the place" in zombie.stderr.read()
+    _, why = zombie.communicate(timeout=30)
+    assert "another process has taken the place" in why, why
+    assert zombie.returncode == 1
     assert (log.end_offsets("episodes"), log.end_offsets(CHANGELOG + "counting")) == before, "it wrote nothing"
     assert said() == WHOLE
+
+
+def test_a_worker_ends_soon_though_its_broker_is_silent_or_gone(
+    own: Broker, tmp_path: Path, work: Any, until: Until
+) -> None:
+    """So too one that was fenced while a fetch had just failed. It took a minute, and 20 s where nothing answers."""
+    log = KafkaLog(Address((own.address,), secrets.token_hex(6)), Access(), Keeping())
+
+    def runs(folder: Path) -> Any:
+        feed(log)
+        fed = sum(log.end_offsets("events"))
+        worker = work(folder, on=log)
+        until(lambda: sum(log.committed("counting", "events").values()) == fed, deadline=60)
+        until(lambda: len(worker.worker.handlers()) == 4, deadline=30)
+        time.sleep(2)  # until it is idle: a partition that is being taken over asks first where the group is
+        return worker
+
+    def ends(worker: Any, when: str, within: float) -> None:
+        began = time.monotonic()
+        worker.stop()
+        took = time.monotonic() - began
+        print(f"{took:.1f} s to stop while the broker is {when}")
+        assert worker.failure is None
+        assert took < within
+
+    try:
+        worker = runs(tmp_path / "silent")
+        own.freeze()
+        try:
+            ends(worker, "silent", within=18)  # 5 s, or the 10 s of a question after its lag that is under way
+        finally:
+            own.thaw()
+        worker = runs(tmp_path / "gone")
+        own.kill()
+        try:
+            time.sleep(1)  # so that fetches fail, one try after another
+            ends(worker, "gone", within=29)
+        finally:
+            own.start()
+    finally:
+        log.close()
