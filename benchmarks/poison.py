@@ -104,6 +104,8 @@ def rows_of(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for kind, share, guards in dict.fromkeys((cell.kind, cell.share, cell.guards) for cell in found):
         mine = [cell for cell in found if cell[:3] == (kind, share, guards) and _honest(cell) in found]
+        if not mine:
+            continue
         honest = [found[_honest(cell)] for cell in mine]
         its = [found[cell] for cell in mine]
         row: dict[str, Any] = {"poison": kind or "none", "users": f"{share:.0%}", "guards": guards, "seeds": len(its)}
