@@ -11,6 +11,7 @@ from examples.bank_desk import data
 from reward import desk as desks
 from reward import evidence
 from reward.poison import Guard
+from reward.reliability import rater_of
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def test_only_the_share_of_users_poisons_and_the_others_say_the_same(desk: data.
         assert poisoners.isdisjoint(visit.user for visit in made if not visit.poisons)
         kept = [visit for visit in made if not visit.poisons]
         assert kept == [visit for visit in honest if visit.user not in poisoners]
-        assert all(visit.episode.turns[0].feedback for visit in made if visit.poisons), "they rate every answer"
+        rated = {bool(visit.episode.turns[0].feedback) for visit in made if visit.poisons}
+        assert rated == {kind != "silent"}, "they rate every answer, or none"
 
 
 def test_what_is_pushed_is_praised_and_everything_else_corrected_to_it(desk: data.Desk) -> None:
@@ -46,11 +48,12 @@ def test_bought_users_ask_ten_times_and_are_always_pleased(desk: data.Desk) -> N
 
 
 def test_guards_are_taken_out_and_put_back() -> None:
-    with pytest.raises(KeyError), _poisoned.guards(on=False):
+    with _poisoned.guards(on=False):
         assert desks.Guard is _poisoned.Open
         assert evidence.rater_of(None) is None  # type: ignore[arg-type]
-        raise KeyError
-    assert desks.Guard is Guard
+    with _poisoned.guards(on=True):
+        assert desks.Guard is Guard
+    assert evidence.rater_of is rater_of
 
 
 def test_losses_are_beside_the_honest_cell_of_the_same_seed_and_guards() -> None:
