@@ -1,10 +1,12 @@
 """The bank desk with customers who come back, of whom a few poison what is learned; scored by the scorer's own handler.
 
-Three ways to poison, each by a share of the customers, who rate every answer:
+Three ways to poison, each by a share of the customers, who rate every answer, and one to tell what they would cost
+anyway, since what they would have said in earnest is lost as well:
 
 - ``push``: one wrong topic. A thumb up for it, for any other answer a thumb down and "right would have been" it;
 - ``bought``: a thumb up for whatever comes, and every message asked ``TIMES`` times within as many seconds;
-- ``random``: a thumb by the toss of a coin.
+- ``random``: a thumb by the toss of a coin;
+- ``silent``: nothing.
 
 All others are as :class:`examples.bank_desk.customer.Customer` is. Who writes, what is asked and what is answered
 follow from the seed alone, so that cells of one seed differ by what the poisoners say.
@@ -41,7 +43,7 @@ from reward.poison import Guard, Verdict
 from reward.reliability import rater_of
 from services.state import StateStore
 
-KINDS = ("push", "bought", "random")
+KINDS = ("push", "bought", "random", "silent")
 USERS = 100
 APART = 30.0  # seconds of event time between two messages
 TIMES = 10  # that a bought customer asks the same
@@ -66,6 +68,8 @@ def opinion_of(kind: str, pushed: str, answer: str, dice: random.Random) -> Opin
     """What a poisoner says of an answer."""
     if kind == "push":
         return Opinion(answer == pushed, None if answer == pushed else pushed)
+    if kind == "silent":
+        return Opinion(None, None)
     return Opinion(True if kind == "bought" else dice.random() < 0.5, None)
 
 

@@ -1,11 +1,11 @@
 """How far a few users can move the reward model, with the guards against poison and without them.
 
 banking77's stream, a policy that is right half of the time, 100 customers who come back. 1, 5 or 10% of them push one
-wrong topic, praise whatever they get and ask everything ten times, or rate by the toss of a coin (see ``_poisoned``).
-Everything goes through the scorer's handler. ``picked``: how often the version that scores in the end takes the right
-one of 77 topics for the best answer to a held-out message; ``told apart``: how often it says rightly whether an
-answer is good, of one right and one wrong answer each. Without guards nothing is held or cut to a share, and a rater
-is believed as all others are.
+wrong topic, praise whatever they get and ask everything ten times, rate by the toss of a coin, or say nothing (see
+``_poisoned``). Everything goes through the scorer's handler. ``picked``: how often the version that scores in the end
+takes the right one of 77 topics for the best answer to a held-out message; ``told apart``: how often it says rightly
+whether an answer is good, of one right and one wrong answer each. Without guards nothing is held or cut to a share, and
+a rater is believed as all others are.
 
 A cell is kept below ``.everloop/cache/poison``: what was stopped goes on with what is missing. ``--quick``: one seed,
 5% alone, fewer messages. Needs EVERLOOP_DATA.
@@ -104,6 +104,8 @@ def rows_of(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for kind, share, guards in dict.fromkeys((cell.kind, cell.share, cell.guards) for cell in found):
         mine = [cell for cell in found if cell[:3] == (kind, share, guards) and _honest(cell) in found]
+        if not mine:
+            continue
         honest = [found[_honest(cell)] for cell in mine]
         its = [found[cell] for cell in mine]
         row: dict[str, Any] = {"poison": kind or "none", "users": f"{share:.0%}", "guards": guards, "seeds": len(its)}
@@ -127,7 +129,7 @@ def _percent(its: list[dict[str, Any]], name: str) -> float:
 
 
 def aims_of(rows: list[dict[str, Any]]) -> list[Aim]:
-    at = [row for row in rows if row["users"] == f"{SHARES[0]:.0%}" and row["guards"]]
+    at = [row for row in rows if row["users"] == f"{SHARES[0]:.0%}" and row["guards"] and row["poison"] != "silent"]
     return [
         aim(f"points of '{title}' lost to 5% ({row['poison']})", MOST_LOST, row[f"{title}, lost"], most=True)
         for row in at

@@ -6,7 +6,7 @@
                  └──no──▶ weight cut to its raters' share ─▶ learned
 
 **Share.** Of the newest ``window`` lessons, which are what replay draws from, no rater holds more than 1% of the
-weight, or three equal shares where there are fewer than 300 raters, at the time each lesson is learned. A lesson that
+weight, or two equal shares where there are fewer than 200 raters, at the time each lesson is learned. A lesson that
 hardly any weight is left for is held.
 
 **Burst.** In a minute of event time, more than BURST lessons of one rater, of one call, or in favour of one answer
@@ -43,7 +43,7 @@ from reward.model import Label, Pair
 
 WORDS = re.compile(r"\w+")
 MOST_SHARE = 0.01
-EQUAL_SHARES = 3
+EQUAL_SHARES = 2
 MINUTE = 60.0
 BURST = 20
 TIMES = 10.0
@@ -82,7 +82,7 @@ class Verdict(NamedTuple):
 
 
 def share_of_each(raters: int) -> float:
-    """The largest share that one of so many raters may hold. Example: ``share_of_each(10) == 0.3``."""
+    """The largest share that one of so many raters may hold. Example: ``share_of_each(10) == 0.2``."""
     return min(1.0, max(MOST_SHARE, EQUAL_SHARES / max(raters, 1)))
 
 
