@@ -213,10 +213,12 @@ class Desk:
         if not self.version:
             return Verdict(True, "takes over: it is the first, or the version that scored is gone", {})
         verdict = self.shadow.judge(self.scoring, candidate)
-        if self.pinned is None or not verdict.takes_over:
+        if self.pinned is None:
             return verdict
-        kept = f"waits: {self.version} is kept {self.pinned}; else it {verdict.reason}"
-        return Verdict(False, kept, verdict.evidence, waits=True)
+        kept = f"{self.version} is kept {self.pinned}"
+        if not verdict.takes_over:
+            return verdict._replace(reason=f"{verdict.reason}; besides, {kept}")
+        return Verdict(False, f"waits: {kept}; else it {verdict.reason}", verdict.evidence, waits=True)
 
     def status(self) -> dict[str, Any]:
         """JSON values; see ``services/scorer``."""

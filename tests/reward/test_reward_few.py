@@ -9,65 +9,74 @@ from reward.model import Label, RewardModel
 from reward.release import FEWEST_RATERS, Shadow
 
 
+def told(kit):
+    turns = [one.turns[0] for one in kit.desk_traffic(200)]
+    return [(Example(t.call.messages[0].content, t.call.output.content), t.feedback[0].value > 0) for t in turns]
+
+
 @pytest.fixture
 def model(words, kit):
     made = RewardModel(RewardConfig(), words)
-    turns = [one.turns[0] for one in kit.desk_traffic(200)]
-    told = [(Example(t.call.messages[0].content, t.call.output.content), t.feedback[0].value > 0) for t in turns]
-    made.learn([Label(f"l{i}", example, float(up)) for i, (example, up) in enumerate(told)])
+    made.learn([Label(f"l{i}", example, float(up)) for i, (example, up) in enumerate(told(kit))])
     return made
 
 
-def foretold(shadow, rng, raters, count, *, candidate_errs):
+@pytest.fixture
+def liked(kit):
+    """Well-rated answers that the model knows, so that planted ones lose against them."""
+    return [example for example, up in told(kit) if up]
+
+
+def foretold(shadow, liked, rng, raters, count, *, candidate_errs):
     """Labels of some raters of which one version foretells two in three rightly, and the other nearly all."""
     for number in range(count):
         label = float(number % 2)
         good, bad = 0.5 + (label - 0.5) * 0.8, 0.5 + (label - 0.5) * 0.6 * rng.choice([1, 1, -1])
         both = (good, bad) if candidate_errs else (bad, good)
-        shadow.add(*both, label, Example("asked", f"answer {number % 7}"), raters[number % len(raters)])
+        shadow.add(*both, label, liked[number % len(liked)], raters[number % len(raters)])
 
 
-def honest_and(rng, raters, count):
+def honest_and(liked, rng, raters, count):
     """40 raters whose labels the candidate foretells worse than what scores, and others with whom it is the better."""
     shadow = Shadow(1000)
-    foretold(shadow, rng, [f"rater:{i:02}" for i in range(40)], 120, candidate_errs=True)
-    foretold(shadow, rng, raters, count, candidate_errs=False)
+    foretold(shadow, liked, rng, [f"rater:{i:02}" for i in range(40)], 120, candidate_errs=True)
+    foretold(shadow, liked, rng, raters, count, candidate_errs=False)
     return shadow
 
 
-def test_a_takeover_that_hangs_on_one_rater_waits_and_names_him(model):
-    shadow = honest_and(np.random.default_rng(0), ["rater:bot"], 240)
+def test_a_takeover_that_hangs_on_one_rater_waits_and_names_him(model, liked):
+    shadow = honest_and(liked, np.random.default_rng(0), ["rater:bot"], 240)
     verdict = shadow.judge(model, model)
     assert not verdict.takes_over
     assert verdict.reason.startswith("waits: without rater:bot the decision would be 'refuse', not 'take over'")
     assert verdict.evidence["auc"] > verdict.evidence["incumbent_auc"]
 
 
-def test_the_same_labels_of_many_raters_take_over(model):
-    shadow = honest_and(np.random.default_rng(0), [f"rater:other{i}" for i in range(60)], 240)
+def test_the_same_labels_of_many_raters_take_over(model, liked):
+    shadow = honest_and(liked, np.random.default_rng(0), [f"rater:other{i}" for i in range(60)], 240)
     assert shadow.judge(model, model).takes_over
 
 
-def test_three_together_are_found_too(model):
-    shadow = honest_and(np.random.default_rng(0), ["rater:a", "rater:b", "rater:c"], 240)
+def test_three_together_are_found_too(model, liked):
+    shadow = honest_and(liked, np.random.default_rng(0), ["rater:a", "rater:b", "rater:c"], 240)
     verdict = shadow.judge(model, model)
     assert not verdict.takes_over
     assert all(name in verdict.reason for name in ("rater:a", "rater:b", "rater:c"))
 
 
-def test_labels_of_nobody_known_each_stand_alone(model):
-    assert honest_and(np.random.default_rng(0), [""], 240).judge(model, model).takes_over
+def test_labels_of_nobody_known_each_stand_alone(model, liked):
+    assert honest_and(liked, np.random.default_rng(0), [""], 240).judge(model, model).takes_over
 
 
-def test_few_raters_decide_what_they_decide(model):
+def test_few_raters_decide_what_they_decide(model, liked):
     shadow = Shadow(1000)
     raters = [f"rater:{i}" for i in range(FEWEST_RATERS - 1)]
-    foretold(shadow, np.random.default_rng(0), raters, 100, candidate_errs=False)
+    foretold(shadow, liked, np.random.default_rng(0), raters, 100, candidate_errs=False)
     assert shadow.judge(model, model).takes_over
 
 
-def test_who_said_it_survives_a_restart_and_older_states_have_nobody(model):
-    shadow = honest_and(np.random.default_rng(0), ["rater:bot"], 240)
+def test_who_said_it_survives_a_restart_and_older_states_have_nobody(model, liked):
+    shadow = honest_and(liked, np.random.default_rng(0), ["rater:bot"], 240)
     again = Shadow(1000, **shadow.dump())
     assert again.judge(model, model) == shadow.judge(model, model)
     before = Shadow(1000, pairs=[pair[:4] for pair in shadow.pairs], praised=shadow.dump()["praised"])
