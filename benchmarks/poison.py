@@ -115,9 +115,14 @@ def rows_of(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
         row["pushed topic picked"] = _percent(its, "pushed")
         row |= {"held of poison": _percent(its, "held_poison"), "held of others": _percent(its, "held_others")}
         row["cut"] = round(statistics.fmean(one["cut"] for one in its))
-        row["poisoners believed"] = round(statistics.fmean(one["believed_poison"] for one in its), 2) if kind else None
+        trust = statistics.fmean(one["believed_poison"] for one in its)
+        row["poisoners believed"] = None if kind in ("", "silent") else round(trust, 2)
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["poison"] != "none", row["poison"], row["users"], not row["guards"]))
+    return sorted(rows, key=_order)
+
+
+def _order(row: dict[str, Any]) -> tuple[bool, str, float, bool]:
+    return row["poison"] != "none", row["poison"], float(row["users"][:-1]), not row["guards"]
 
 
 def _honest(cell: Cell) -> Cell:
