@@ -58,6 +58,11 @@ class Said:
     value: float = 0.0
     weight: float = 1.0
 
+    @property
+    def measured(self) -> Said:
+        """What is left of it where people's words are held: an outcome, which none of them said; else nothing."""
+        return NOTHING if self.outcome is None else Said(self.outcome, True, 0.0, self.outcome, value=self.outcome)
+
 
 NOTHING = Said(None, False, 0.0, None)
 

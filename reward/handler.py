@@ -23,6 +23,7 @@ from everloop import wire
 from everloop.config import Config, RewardConfig
 from everloop.episode import Episode, Split
 from everloop.errors import ConfigError, ContractError
+from everloop.feedback import FeedbackKind
 from everloop.home import Home
 from everloop.log.base import NewRecord, Record
 from everloop.score import Score
@@ -236,8 +237,12 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
 
 
 def _raters(episode: Episode, number: int, lesson: Label | Pair) -> list[str]:
-    """The people who said what a lesson was made of, as far as they are known."""
+    """The people who said what a lesson was made of, as far as they are known. An outcome is measured, and decides
+    whatever people say beside it: it is theirs alone who are named with it."""
     words = [word for word in evidence.words_of(episode, number, lesson) if word.source is None]
+    measured = [word for word in words if word.kind is FeedbackKind.OUTCOME]
+    if measured and isinstance(lesson, Label):
+        return [word.rater for word in measured if word.rater]
     return [rater for word in words if (rater := word.rater or episode.subject)]
 
 
@@ -309,7 +314,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
     heard = evidence.said(episode, desk.scoring.reliability)
-    said = [evidence.NOTHING if why else one for one, why in zip(heard, held, strict=True)]
+    said = [one.measured if why else one for one, why in zip(heard, held, strict=True)]
     outputs = []
     for i, estimate in zip(fresh, estimates, strict=True):
         score = score_of(

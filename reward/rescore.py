@@ -120,7 +120,7 @@ def _rescored(
                     episode,
                     turn,
                     estimate,
-                    evidence.NOTHING if why else said,
+                    said.measured if why else said,
                     version=version,
                     pessimism=model.config.pessimism,
                     predicted=held.predicted if held else None,
