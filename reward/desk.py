@@ -8,6 +8,7 @@ learned from it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from everloop.stream import State
 
 from reward import durable, snapshot
 from reward.features import Example
+from reward.floor import worthless
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
 from reward.poison import Guard, name_of
 from reward.release import Shadow, Verdict, finite
@@ -148,13 +150,17 @@ class Desk:
     def estimate(self, examples: list[Example]) -> list[Estimate]:
         """What the snapshot says of each answer; nothing that is to be trained on while a drift has frozen that."""
         found = self.scoring.estimate(examples)
-        return [replace(one, mask=False) for one in found] if self.live.frozen else found
+        if not self.live.frozen:
+            return found
+        both = zip(found, examples, strict=True)
+        return [one if worthless(example) else replace(one, mask=False) for one, example in both]
 
     def freeze(self, time: float) -> RewardVersion:
         """Save the live model as it is: a candidate, which scores from here on if it is released.
 
         Doing it twice gives the same. Where nothing frozen scores yet, it is released at once.
         """
+        self._keep_scoring()
         version = self.live.save(self._folder)
         candidate = RewardModel.load(self._folder / version, self.live.encoder)
         verdict = self._verdict(candidate)
@@ -164,9 +170,15 @@ class Desk:
             self.refused = (version, verdict.reason)
             self.waits += verdict.waits
             self.refusals += not verdict.waits
-            os.utime(self._folder / self.version / "model.json")  # what scores is the last to make room
+            self._keep_scoring()
         state: Literal["released", "refused"] = "released" if verdict.takes_over else "refused"
         return self.described(version, time, state, verdict.reason, verdict.evidence)
+
+    def _keep_scoring(self) -> None:
+        """What scores is the last to make room for other snapshots."""
+        if self.version:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._folder / self.version / "model.json")
 
     def described(
         self, version: str, time: float, state: Literal["released", "refused"], reason: str, evidence: dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from everloop.feedback import Feedback, FeedbackKind
 
-from reward import evidence, features
+from reward import comments, evidence, features
 from reward.evidence import Said
 from reward.features import Example
 from reward.model import SHARED, Estimate, RewardModel
@@ -85,7 +85,8 @@ def weighed(answer: str, words: Sequence[Feedback], trust: Reliability) -> list[
     found = []
     for word in words:
         source, good = source_of(word), evidence.goodness(answer, word, trust)
-        silent = good is None or source == OUTCOME
+        repeats = word.kind is FeedbackKind.COMMENT and not comments.adds(word, tuple(words))
+        silent = good is None or source == OUTCOME or repeats
         weight = None if silent or good is None else trust.odds(source, rater_of(word), good)
         found.append(Weighed(_named(word), source, weight, trust.counts(word)))
     return found

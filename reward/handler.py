@@ -48,7 +48,6 @@ class Read:
     record: Record
     episode: Episode
     examples: list[Example]
-    said: list[Said]
     lessons: list[tuple[int, Label | Pair]]
 
 
@@ -119,7 +118,7 @@ class RewardHandler:
         its = examples(episode)
         lessons = evidence.lessons(episode, its) if teaches(episode) else []
         self.office.saw(record)
-        self._waiting.append(Read(record, episode, its, evidence.said(episode), lessons))
+        self._waiting.append(Read(record, episode, its, lessons))
         return []
 
     def flush(self, state: State, now: float) -> list[NewRecord]:
@@ -223,6 +222,8 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
             continue
+        if isinstance(lesson, Label):
+            hearing.spoke(desk.live, read.episode, read.examples, about, known.calls)
         able = desk.live.may_judge
         expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call, raters)
         if first and isinstance(lesson, Label):
@@ -252,12 +253,20 @@ def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair, raters: 
     call = episode.turns[number].call.id
     words = evidence.words_of(episode, number, lesson)
     time = max((word.time for word in words), default=episode.updated)
-    rarity = lesson.rarity if isinstance(lesson, Label) else 1.0
-    asked = poison.weighted(lesson, lesson.weight * rarity)
-    verdict = desk.guard.weigh(asked, raters, call, time, lambda: desk.agrees(lesson))
+    verdict = desk.guard.weigh(_in_all(lesson), raters, call, time, lambda: desk.agrees(lesson))
     if verdict.rule:
-        desk.guard.hold(lesson, verdict, episode.id, call, time)
-    return verdict._replace(weight=verdict.weight / rarity)
+        desk.guard.hold(lesson, verdict, episode.id, call, time, raters)
+    return _each(lesson, verdict)
+
+
+def _in_all(lesson: Label | Pair) -> Label | Pair:
+    """With the weight that the heads learn it with."""
+    return poison.weighted(lesson, lesson.weight * lesson.rarity) if isinstance(lesson, Label) else lesson
+
+
+def _each(lesson: Label | Pair, verdict: poison.Verdict) -> poison.Verdict:
+    """What :func:`_in_all` put on the weight, taken off again."""
+    return verdict._replace(weight=verdict.weight / lesson.rarity) if isinstance(lesson, Label) else verdict
 
 
 def _teach(
@@ -272,16 +281,25 @@ def _teach(
 
 
 def _let_in(state: State, desk: Desk, now: float) -> list[NewRecord]:
-    """Learn what was held and a person trusts by now. Its score stays: the episode is not at hand."""
+    """Learn what was held and a person trusts by now, as far as shares let. Its score stays: the episode is not at
+    hand."""
     outputs = []
     for about, lesson in desk.guard.vouched():
+        verdict = _each(lesson, desk.guard.admit(_in_all(lesson), about["raters"]))
+        if verdict.rule:
+            desk.guard.hold(lesson, verdict, about["episode"], about["call"], about["time"], about["raters"])
+            continue
         mark = f"episode/{desk.tenant}/{desk.policy}/{about['episode']}"
         held = state.get(mark)
         known = Known.unpacked(held) if held else Known()
         call = known.call(about["call"])
         call.get("held", {}).pop(lesson.id, None)
         desk.guard.drop(lesson.id)
-        _, due = _teach(desk, lesson, known, call)
+        first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
+        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call, about["raters"])
+        if first and isinstance(lesson, Label):
+            call["predicted"] = expected
+            desk.watch.label(lesson.value, lesson.rarity)
         state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
         outputs += [version_record(desk, about["time"])] if due else []
     return outputs
@@ -306,10 +324,10 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Scores of the calls that are new, or of which something else is said than when they were scored last."""
     episode = read.episode
     calls = [known.call(turn.call.id) for turn in episode.turns]
-    held = [next(iter(call.get("held", {}).values()), None) for call in calls]
+    held = [hearing.held(turn.call.id, call) for turn, call in zip(episode.turns, calls, strict=True)]
     digests = [
         hashlib.blake2b(repr((*both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
-        for both in zip(_said(read), held, read.examples, strict=True)
+        for both in zip(evidence.words(episode), held, read.examples, strict=True)
     ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
@@ -334,12 +352,6 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         calls[i]["scored"] = digests[i]
         outputs.append(score_record(score))
     return outputs
-
-
-def _said(read: Read) -> list[Any]:
-    """What was said of each turn; comments, which are nothing until they are read, by their ids."""
-    named = [[word.id for word in words if comments.is_one(word)] for words in evidence.words(read.episode)]
-    return [(one, its) if its else one for one, its in zip(read.said, named, strict=True)]
 
 
 def score_of(

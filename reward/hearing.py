@@ -44,19 +44,32 @@ def after(model: RewardModel, episode: Episode, calls: Calls, teaches: bool) -> 
         if "heard" not in call and (words := _words(model, about if teaches else None, call)):
             model.reliability.learn([Piece(*piece) for piece in words])
             call["heard"] = words
-        taught = call.get("taught") and not call.get("held")
+        taught = call.get("taught") and not held(name, call)
         comments.learn(model, name, about[1] if taught else (), call)
 
 
 def rarity(model: RewardModel, episode: Episode, examples: list[Example], number: int | None, calls: Calls) -> float:
-    """For how many times the answers a label of this turn stands (:mod:`reward.propensity`): found when somebody first
-    speaks of it, and kept under ``rarity``."""
+    """For how many times the answers a label of this turn stands (:mod:`reward.propensity`): as it was when somebody
+    first spoke of it who was heard, kept under ``rarity``."""
     if number is None:
         return 1.0
     call = calls.setdefault(episode.turns[number].call.id, {})
+    return float(call["rarity"]) if "rarity" in call else model.propensity.weight(examples[number])
+
+
+def spoke(model: RewardModel, episode: Episode, examples: list[Example], number: int | None, calls: Calls) -> None:
+    """Somebody who is heard speaks of this turn: learned once."""
+    if number is None:
+        return
+    call = calls.setdefault(episode.turns[number].call.id, {})
     if "rarity" not in call:
         call["rarity"] = model.propensity.spoken(examples[number])
-    return float(call["rarity"])
+
+
+def held(name: str, call: dict[str, Any]) -> str | None:
+    """Why people's words of a call are not believed; None: they are. What is held of a pair, or of an episode as a
+    whole for its earlier answers, leaves the label of the call itself alone."""
+    return next((why for lesson, why in call.get("held", {}).items() if lesson.startswith(f"{name}=")), None)
 
 
 def _about(episode: Episode) -> dict[str, About]:
@@ -66,7 +79,7 @@ def _about(episode: Episode) -> dict[str, About]:
 
 def _words(model: RewardModel, about: About | None, call: dict[str, Any]) -> list[list[Any]]:
     """The words about a turn that anything may be learned from, as they are kept; of a turn that is gone, none."""
-    if about is None or call.get("held"):
+    if about is None or held(about[0].call.id, call):
         return []
     found = evidence.pieces(*about, call.get("vote"), model.reliability, call.get("read", {}))
     return [list(piece) for piece in found[:MOST_WORDS]]

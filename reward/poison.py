@@ -32,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +45,7 @@ WORDS = re.compile(r"\w+")
 MOST_SHARE = 0.01
 EQUAL_SHARES = 2
 MINUTE = 60.0
+FAR = 253_402_300_799.0  # the year 9999: later times are taken for it
 BURST = 20
 TIMES = 10.0
 TWINS = 3
@@ -133,15 +134,25 @@ class Guard:
         if verdict.rule:
             self.counted[verdict.rule] += 1
             return verdict
+        return self._learned(seen, verdict)
+
+    def admit(self, lesson: Label | Pair, raters: Iterable[str]) -> Verdict:
+        """What becomes of a held lesson that a person trusts: shares bind it still."""
+        seen = _seen(lesson, [name_of("rater", rater) for rater in sorted(set(raters))])
+        verdict = self._cut(seen)
+        return verdict if verdict.rule else self._learned(seen, verdict)
+
+    def _learned(self, seen: Seen, verdict: Verdict) -> Verdict:
         if verdict.weight < seen.weight:
             self.counted["cut"] += 1
-        self._note(seen._replace(weight=verdict.weight))
+        self._note(seen._replace(weight=_exact(verdict.weight)))
         return verdict
 
     def _minute(self, time: float, names: Iterable[str]) -> Counter[str]:
         """Count a lesson in its minute; returns the minute, ``""`` being how many lessons it has."""
-        newest = max([int(time // MINUTE), *self.minutes])
-        at = max(int(time // MINUTE), newest - LATE + 1)
+        now = int(min(time, FAR) // MINUTE)
+        newest = max([now, *self.minutes])
+        at = max(now, newest - LATE + 1)
         for old in [each for each in self.minutes if each <= newest - LATE]:
             del self.minutes[old]
         minute = self.minutes.setdefault(at, Counter())
@@ -227,7 +238,7 @@ class Guard:
 
     def _add(self, seen: Seen, sign: int) -> None:
         for rater in seen.raters:
-            self._weights[rater] += sign * seen.weight / len(seen.raters)
+            self._weights[rater] += sign * _exact(seen.weight / len(seen.raters))
         self._named += sign * seen.weight * bool(seen.raters)
         both = [_both(rater, seen.answer) for rater in seen.raters]
         for name in (*seen.raters, *both, seen.answer, seen.twin) if seen.lesson else ():
@@ -240,10 +251,13 @@ class Guard:
         """Each known rater's share of the window's weight."""
         return {name: weight / self._named for name, weight in self._weights.items()} if self._named else {}
 
-    def hold(self, lesson: Label | Pair, verdict: Verdict, episode: str, call: str, time: float) -> None:
+    def hold(
+        self, lesson: Label | Pair, verdict: Verdict, episode: str, call: str, time: float, raters: Sequence[str]
+    ) -> None:
         """Keep a lesson for a person to look at; the oldest goes where there are too many."""
         about = {"rule": verdict.rule, "name": verdict.name, "says": verdict.says, "episode": episode, "call": call}
-        self.held[lesson.id] = ormsgpack.packb({**about, "time": time, "lesson": _packed(lesson)})
+        kept = {**about, "time": time, "raters": list(raters), "lesson": _packed(lesson)}
+        self.held[lesson.id] = ormsgpack.packb(kept)
         self._changed_held.add(lesson.id)
         if len(self.held) > MOST_HELD:
             self.drop(next(iter(self.held)))
@@ -278,19 +292,20 @@ class Guard:
             if kind == "slot":
                 self.slots.append(Seen(*ormsgpack.unpackb(value)))
                 self._add(self.slots[-1], 1)
-                self._slot_of[self.slots[-1].lesson] = len(self.slots) - 1
+                if self.slots[-1].lesson:
+                    self._slot_of[self.slots[-1].lesson] = len(self.slots) - 1
             elif kind == "held":
                 self.held[rest] = value
         self.held = dict(sorted(self.held.items(), key=lambda item: (ormsgpack.unpackb(item[1])["time"], item[0])))
         if "core" in pieces:
-            self.count, counted, minutes, *pushes = ormsgpack.unpackb(pieces["core"])
-            self.counted, self.pushes = Counter(counted), Counter(*pushes)
+            self.count, counted, minutes, pushes = ormsgpack.unpackb(pieces["core"])
+            self.counted, self.pushes = Counter(counted), Counter(pushes)
             self.minutes = {at: Counter(minute) for at, minute in minutes}
 
     def status(self, most: int = 20) -> dict[str, Any]:
         """JSON values: counts by rule, how many are held and the newest of them, and the largest share."""
         newest = [ormsgpack.unpackb(one) for one in list(self.held.values())[-most:]]
-        shown = [{key: value for key, value in one.items() if key != "lesson"} for one in reversed(newest)]
+        shown = [{key: one[key] for key in one if key not in ("lesson", "raters")} for one in reversed(newest)]
         return {
             "quarantined": {rule: self.counted[rule] for rule in RULES if self.counted[rule]},
             "cut_to_share": self.counted["cut"],
@@ -315,6 +330,11 @@ def same_without(
         if other != first:
             return f"without {', '.join(left_out)} the decision would be {other!r}, not {first!r}: it is not taken"
     return ""
+
+
+def _exact(weight: float) -> float:
+    """A multiple of 2^-20, of which sums are the same in every order: also after a restart."""
+    return round(weight * 2**20) / 2**20
 
 
 def _both(rater: str, answer: str) -> str:

@@ -122,6 +122,7 @@ class Prototypes:
             return None
         self.add(answer, own, prompt, members, -good, -bad)
         self.counts[:, :, row] = np.maximum(self.counts[:, :, row], 0)  # rounding
+        self._refresh(row)
         return row
 
     @np.errstate(invalid="ignore")  # vectors that are not finite give features that are not: the caller looks

@@ -177,7 +177,7 @@ class Reliability:
         if slot is None:  # it made room since, and what it had said with it
             return
         _fold(self.own[slot][2], other.source, said)
-        self.heard[slot] = max(self.heard[slot] + said.sum(), 0.0)
+        self.heard[slot] = _words_in(self.own[slot][2])
         self.changed_slots.add(slot)
 
     def _slot(self, mine: Piece) -> int:
@@ -195,7 +195,7 @@ class Reliability:
         """Set one rater. No slot is left out."""
         self.own[slot : slot + 1] = [(rater, source, tables)]
         self.raters[rater] = slot
-        self.heard[slot] = sum(float(table.sum()) for table in tables.values())
+        self.heard[slot] = _words_in(tables)
 
     def probabilities(self, source: str, rater: str | None = None) -> Array:
         """(2,) P(says "good" | bad) and P(says "good" | good)."""
@@ -282,6 +282,11 @@ class Reliability:
             self.put(slot, rater, source, {name: _table(numbers) for name, numbers in its.items()})
         self._found = None
         self._found_own.clear()
+
+
+def _words_in(tables: dict[str, Array]) -> float:
+    """How many words they count; the same however they were added up, since a snapshot is cut by it."""
+    return math.fsum(number for table in tables.values() for number in table.ravel().tolist())
 
 
 def _table(numbers: Any) -> Array:

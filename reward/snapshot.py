@@ -26,6 +26,7 @@ from reward.reliability import restored
 
 KEPT = 64  # newest snapshots of a policy; older ones can be rebuilt from the log
 CODE = (
+    "bert",
     "calibration",
     "comments",
     "declaration",
@@ -37,6 +38,7 @@ CODE = (
     "heads",
     "hearing",
     "model",
+    "poison",
     "propensity",
     "prototypes",
     "reliability",

@@ -89,7 +89,8 @@ class FeedbackDesk(Desk):
         if "id" not in fields:
             key = header(request, IDEMPOTENCY_KEY)
             fields["id"] = unique("fb_") if key is None else _named("fb_", rater.tenant, key, str(at))
-        return checked(self.ids, rater.tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
+        said = checked(self.ids, rater.tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
+        return said.model_copy(update={"time": min(said.time, now)})  # nothing was said in the future
 
     def _target(self, tenant: str, item: dict[str, Any]) -> tuple[str, str | None]:
         """(episode, call) that an item is about. Raises Refused: 404 for what is not this tenant's."""

@@ -28,11 +28,14 @@ def rescoring(store: Store, tenant: str, policy: str, snapshot: Path, config: Re
     """What ``select`` asks for the opinion of the snapshot in a folder."""
 
     def rescore(items: Sequence[BatchItem]) -> list[tuple[float, bool]]:
-        seen = _seen(store, tenant, policy, items, of_snapshot(snapshot))
+        trust = of_snapshot(snapshot)
+        declared = trust.declaration.combine.pessimism
+        pessimism = config.pessimism if declared is None else declared
+        seen = _seen(store, tenant, policy, items, trust)
         known = [item.call for item in items if item.call in seen]
         estimates = dict(zip(known, ask(snapshot, config.encoder, [seen[call][0] for call in known]), strict=True))
         return [
-            _final(estimates[item.call], _believed(item, seen[item.call][1]), config.pessimism)
+            _final(estimates[item.call], _believed(item, seen[item.call][1]), pessimism)
             if item.call in seen
             else (0.0, False)
             for item in items

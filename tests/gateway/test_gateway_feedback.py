@@ -30,6 +30,16 @@ async def test_a_thumb_by_response_id_is_about_that_call(bench: Any) -> None:
     assert second.payload.feedback.call == calls[1].payload.id
 
 
+async def test_nothing_is_said_in_the_future(bench: Any) -> None:
+    thumb = {"kind": "thumb", "value": 1, "time": 4e9}
+    await bench.post("/v1/feedback", {"episode": "run-1", **thumb})
+    payload = {"kind": "feedback", "feedback": {"id": "f", **thumb}}
+    await bench.post("/v1/events", {"events": [event(payload=payload)]})
+    told = [event.payload.feedback for event in bench.events()]
+    assert len(told) == 2
+    assert all(feedback.time <= time.time() for feedback in told)
+
+
 async def test_every_kind_in_one_request_by_episode_name(bench: Any) -> None:
     items: list[dict[str, Any]] = [
         {"kind": "rating", "value": 0.5},

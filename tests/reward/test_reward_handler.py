@@ -298,6 +298,30 @@ def test_what_was_learned_goes_on_where_the_processor_reckons_otherwise(home, ki
     assert loaded.encoder.arithmetic == "bfloat16"
 
 
+def test_while_drift_freezes_opinions_what_is_worth_nothing_is_still_scored_so(new_handler, kit):
+    handler, state = new_handler(), kit.MemoryState()
+    run(handler, state, kit.records(*kit.desk_traffic(70)))
+    (desk,) = handler._desks.values()
+    desk.live.frozen_until = desk.live.updates + 100
+    said, empty = desk.estimate([Example("card please", "card desk"), Example("card please", "")])
+    assert not said.mask
+    assert (empty.mask, empty.reward) == (True, -1.0)
+
+
+def test_whatever_is_said_anew_of_a_call_is_scored_anew(new_handler, kit):
+    handler, state = new_handler(), kit.MemoryState()
+    run(handler, state, kit.records(*kit.desk_traffic(70)))
+    words = [
+        kit.thumb(1, "t"),
+        Feedback(id="j", kind="implicit", value=0.0, time=11.0, source="judge:clear", name="clear"),
+    ]
+    found = []
+    for number in (1, 2, 2):
+        one = kit.episode("e", ("card please", "card desk"), feedback=words[:number], version=number + len(found))
+        found.append(len(kit.decoded(Score, run(handler, state, kit.records(one, start=70 + len(found))), "scores")))
+    assert found == [1, 1, 0]
+
+
 def test_a_vanished_snapshot_is_made_anew(new_handler, home, kit):
     state, records = kit.MemoryState(), kit.records(*kit.desk_traffic(70))
     run(new_handler(), state, records[:60])

@@ -1,13 +1,16 @@
 """Which snapshots take over: paired on labels new to both, with the sentence that says why not."""
 
 import json
+import os
 
 import numpy as np
 import pytest
-from everloop.config import Config
+from everloop.config import Config, RewardConfig
 from everloop.run import RewardVersion
 from everloop.score import Score
 
+from reward import snapshot
+from reward.desk import Desk
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, RewardModel
@@ -180,6 +183,26 @@ def test_a_restart_and_a_rebuild_decide_the_same(new_handler, home, kit):
     assert all("AUC" in one.reason for one in judged if one.evidence["auc_lower"] < -0.01)
     held = [json.loads(state.entries["model/default/assistant/desk"]) for state in (whole, parts)]
     assert held[0]["shadow"] == held[1]["shadow"]
+
+
+def test_the_version_that_a_person_went_back_to_is_the_last_to_make_room(words, home, kit, monkeypatch):
+    monkeypatch.setattr(snapshot, "KEPT", 3)
+    desk, folder = (
+        Desk("default", "assistant", RewardConfig(), words, home.root),
+        home.root / "rewards/default/assistant",
+    )
+    made = []
+    for number, one in enumerate(kit.desk_traffic(60)):
+        desk.learn(lesson(one))
+        if number % 15 == 14:
+            if len(made) == 3:
+                for age, version in enumerate(made):
+                    os.utime(folder / version / "model.json", (age, age))
+                desk.score_by_order(made[0])
+                desk.pinned = "by ada: it was good"
+            made.append(desk.freeze(float(number)).version)
+    assert desk.version == made[0]
+    assert {version for version in made if (folder / version).exists()} == {made[0], *made[2:]}
 
 
 def test_a_state_from_before_shadows_goes_on(new_handler, kit):

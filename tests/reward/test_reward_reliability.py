@@ -56,6 +56,18 @@ def test_before_anything_was_heard_words_weigh_as_supposed() -> None:
     assert fresh.odds("judge:j", None, 1.0) == fresh.odds("comment", None, 0.0) == 0.0
 
 
+def test_a_rater_of_just_so_many_words_is_known_after_a_load_or_not_as_before() -> None:
+    """Parts of words add up to a whole number of them, or to a hair less, by the order of the sum."""
+    for judges in ((3, 1, 3), (1, 3, 3), (6, 7, 1), (3, 3, 3)):
+        believed = Reliability()
+        for many in judges:
+            rest = [Piece(f"judge:{number}", None, 1.0) for number in range(many)]
+            believed.learn([Piece("rating", "r", 0.3, person="p"), *rest])
+        again = Reliability()
+        again.take(believed.dump(), [believed.dump_rater(slot) for slot in range(len(believed.own))])
+        assert again.dump_raters() == believed.dump_raters()
+
+
 def crowd(**right: float) -> list[list[Piece]]:
     """Answers that two ordinary people rate, 95% right; each of ``right`` rates a hundred of them as well."""
     dice = random.Random(1)
