@@ -301,7 +301,7 @@ def test_what_was_learned_goes_on_where_the_processor_reckons_otherwise(home, ki
 def test_while_drift_freezes_opinions_what_is_worth_nothing_is_still_scored_so(new_handler, kit):
     handler, state = new_handler(), kit.MemoryState()
     run(handler, state, kit.records(*kit.desk_traffic(70)))
-    (desk,) = handler._desks.values()
+    desk = handler._desks["default", "assistant"]
     desk.live.frozen_until = desk.live.updates + 100
     said, empty = desk.estimate([Example("card please", "card desk"), Example("card please", "")])
     assert not said.mask
