@@ -97,10 +97,8 @@ class EventDesk(Desk):
                 raise unfit(f"{where}.payload.feedback must be an object", "payload")
             refuse_source(key, said, f"{where}.payload.feedback")
             feedback = checked(self.ids, key.tenant, {"time": time.time(), **said}, f"{where}.payload.feedback")
-            past = feedback.model_copy(
-                update={"time": min(feedback.time, time.time())}
-            )  # nothing is said in the future
-            return {"kind": "feedback", "feedback": past.model_dump()}
+            told = min(feedback.time, time.time())  # nothing is said in the future
+            return {"kind": "feedback", "feedback": {**feedback.model_dump(), "time": told}}
         if payload["kind"] == "call":
             ours = {"arm": "live", "release": None, "probability": 1.0}
             knows = key.may("pin")  # a researcher may bring in what a version of ours answered, with its tokens
