@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import signal
 import time
@@ -12,12 +11,8 @@ from typing import Any
 
 import pytest
 from everloop.log import NewRecord
-from everloop.log.kafka.declared import Keeping
 from everloop.log.kafka.log import KafkaLog
-from everloop.log.kafka.settings import Access, Address
 from everloop.topics import CHANGELOG
-
-from services.broker.process import Broker
 
 pytestmark = [pytest.mark.kafka, pytest.mark.processes]
 Until = Callable[..., Any]
@@ -100,44 +95,3 @@ def test_a_worker_that_was_stopped_past_its_session_cannot_write(
     assert zombie.returncode == 1
     assert (log.end_offsets("episodes"), log.end_offsets(CHANGELOG + "counting")) == before, "it wrote nothing"
     assert said() == WHOLE
-
-
-def test_a_worker_ends_soon_though_its_broker_is_silent_or_gone(
-    own: Broker, tmp_path: Path, work: Any, until: Until
-) -> None:
-    """So too one that was fenced while a fetch had just failed. It took a minute, and 20 s where nothing answers."""
-    log = KafkaLog(Address((own.address,), secrets.token_hex(6)), Access(), Keeping())
-
-    def runs(folder: Path) -> Any:
-        feed(log)
-        fed = sum(log.end_offsets("events"))
-        worker = work(folder, on=log)
-        until(lambda: sum(log.committed("counting", "events").values()) == fed, deadline=60)
-        until(lambda: len(worker.worker.handlers()) == 4, deadline=30)
-        time.sleep(2)  # until it is idle: a partition that is being taken over asks first where the group is
-        return worker
-
-    def ends(worker: Any, when: str, within: float) -> None:
-        began = time.monotonic()
-        worker.stop()
-        took = time.monotonic() - began
-        print(f"{took:.1f} s to stop while the broker is {when}")
-        assert worker.failure is None
-        assert took < within
-
-    try:
-        worker = runs(tmp_path / "silent")
-        own.freeze()
-        try:
-            ends(worker, "silent", within=18)  # 5 s, or the 10 s of a question after its lag that is under way
-        finally:
-            own.thaw()
-        worker = runs(tmp_path / "gone")
-        own.kill()
-        try:
-            time.sleep(1)  # so that fetches fail, one try after another
-            ends(worker, "gone", within=29)
-        finally:
-            own.start()
-    finally:
-        log.close()
