@@ -242,7 +242,7 @@ def show(outcome: Outcome, desk: Desk, path: Path, say: Any = print) -> None:
 
 NEXT = """Next: 'everloop demo --data messages.csv' does the same with your own messages (columns text, category);
 'everloop up' runs the platform for your own agent; 'everloop demo --keep' leaves this one's state to look at:
-'everloop sql --home .everloop/demo "select policy_version, avg(thumb) from turns group by 1"'."""
+'everloop reward report --config .everloop/demo/everloop.toml', or any other command with the same --config."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
