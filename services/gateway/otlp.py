@@ -110,6 +110,7 @@ def _parsed(raw: bytes, form: str) -> ExportTraceServiceRequest:
             given = orjson.loads(raw)
             if not isinstance(given, dict):
                 raise ParseError("it must be an object")
+            _all_objects(given)
             ParseDict(given, request, ignore_unknown_fields=True)
         else:
             request.ParseFromString(raw)
@@ -117,6 +118,19 @@ def _parsed(raw: bytes, form: str) -> ExportTraceServiceRequest:
         said = f"the body is no ExportTraceServiceRequest in {form}: {str(error)[:200]}"
         raise Refused(400, said, "invalid_spans") from None
     return request
+
+
+LISTS = (("resourceSpans", "resource_spans"), ("scopeSpans", "scope_spans"), ("spans",))
+
+
+def _all_objects(given: dict[str, Any], depth: int = 0) -> None:
+    """Raises ParseError where a span, or what holds spans, is no object: protobuf takes a text for an empty one."""
+    for name in LISTS[depth]:
+        for one in given.get(name) or ():
+            if not isinstance(one, dict):
+                raise ParseError(f"each of {name!r} must be an object, not {type(one).__name__}")
+            if depth + 1 < len(LISTS):
+                _all_objects(one, depth + 1)
 
 
 def _spans(request: ExportTraceServiceRequest, hexadecimal: bool) -> Iterator[SpanRead]:

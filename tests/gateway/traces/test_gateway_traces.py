@@ -289,6 +289,7 @@ def bomb(size: int) -> bytes:
         (b'{"resourceSpans": 7}', {}, 400, "no ExportTraceServiceRequest"),
         (b'{"resourceSpans": 7}', {"Content_Type": "application/json"}, 400, "no ExportTraceServiceRequest"),
         (b"[]", {"Content_Type": "application/json"}, 400, "no ExportTraceServiceRequest"),
+        (b'{"resourceSpans": [""]}', {"Content_Type": "application/json"}, 400, "must be an object, not str"),
         (b"[" * 5000, {"Content_Type": "application/json"}, 400, "no ExportTraceServiceRequest"),
         (b"\x1f\x8bgarbage" * 30, {"Content_Encoding": "gzip"}, 400, "cannot be read"),
         (b"x", {"Content_Type": "text/plain"}, 415, "text/plain"),
