@@ -80,10 +80,10 @@ class Desk:
             raise ContractError(f"{self.tenant}/{self.policy}: {error}. {WAY_OUT}") from None
         self._writes = desk["writes"]
         self.watch = Watch(self.live.config.window, **desk["watch"])
-        self.shadow = Shadow(self.live.config.window, **desk.get("shadow", {}))
-        self.refused = (str(held[0]), str(held[1])) if (held := desk.get("refused")) else None
-        self.refusals, self.waits = desk.get("refusals", 0), desk.get("waits", 0)
-        self.pinned, self.obeyed = desk.get("pinned"), desk.get("obeyed", 0.0)
+        self.shadow = Shadow(self.live.config.window, **desk["shadow"])
+        self.refused = (str(held[0]), str(held[1])) if (held := desk["refused"]) else None
+        self.refusals, self.waits = desk["refusals"], desk["waits"]
+        self.pinned, self.obeyed = desk["pinned"], desk["obeyed"]
         self._score_with(desk["version"])
         return self
 
@@ -170,7 +170,6 @@ class Desk:
             self.refused = (version, verdict.reason)
             self.waits += verdict.waits
             self.refusals += not verdict.waits
-            self._keep_scoring()
         state: Literal["released", "refused"] = "released" if verdict.takes_over else "refused"
         return self.described(version, time, state, verdict.reason, verdict.evidence)
 

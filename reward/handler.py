@@ -135,7 +135,7 @@ class RewardHandler:
                 before = desk.obeyed
                 outputs += self.office.obey(desk, self.office.at_rest(desk))
                 if at in desks or desk.obeyed > before or desk.guard.vouched():
-                    outputs += _let_in(state, desk, now)
+                    outputs += _let_in(state, desk)
                     desk.write(state)
         except BaseException:
             self._desks.clear()
@@ -280,7 +280,7 @@ def _teach(
     return expected, due
 
 
-def _let_in(state: State, desk: Desk, now: float) -> list[NewRecord]:
+def _let_in(state: State, desk: Desk) -> list[NewRecord]:
     """Learn what was held and a person trusts by now, as far as shares let. Its score stays: the episode is not at
     hand."""
     outputs = []

@@ -96,9 +96,8 @@ class EventDesk(Desk):
             if not isinstance(said, dict):
                 raise unfit(f"{where}.payload.feedback must be an object", "payload")
             refuse_source(key, said, f"{where}.payload.feedback")
-            feedback = checked(self.ids, key.tenant, {"time": time.time(), **said}, f"{where}.payload.feedback")
-            told = min(feedback.time, time.time())  # nothing is said in the future
-            return {"kind": "feedback", "feedback": {**feedback.model_dump(), "time": told}}
+            feedback = checked(self.ids, key.tenant, said, f"{where}.payload.feedback", time.time())
+            return {"kind": "feedback", "feedback": feedback.model_dump()}
         if payload["kind"] == "call":
             ours = {"arm": "live", "release": None, "probability": 1.0}
             knows = key.may("pin")  # a researcher may bring in what a version of ours answered, with its tokens

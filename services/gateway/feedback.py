@@ -89,8 +89,7 @@ class FeedbackDesk(Desk):
         if "id" not in fields:
             key = header(request, IDEMPOTENCY_KEY)
             fields["id"] = unique("fb_") if key is None else _named("fb_", rater.tenant, key, str(at))
-        said = checked(self.ids, rater.tenant, {"time": now, **fields, "call": call}, f"feedback[{at}]")
-        return said.model_copy(update={"time": min(said.time, now)})  # nothing was said in the future
+        return checked(self.ids, rater.tenant, {**fields, "call": call}, f"feedback[{at}]", now)
 
     def _target(self, tenant: str, item: dict[str, Any]) -> tuple[str, str | None]:
         """(episode, call) that an item is about. Raises Refused: 404 for what is not this tenant's."""
@@ -131,8 +130,9 @@ def refuse_source(rater: Key | Grant, said: dict[str, Any], where: str) -> None:
         )
 
 
-def checked(ids: Ids, tenant: str, fields: dict[str, Any], where: str) -> Feedback:
-    """Feedback in these words, its rater a pseudonym. Raises Refused (422), saying what does not fit."""
+def checked(ids: Ids, tenant: str, fields: dict[str, Any], where: str, now: float) -> Feedback:
+    """Feedback in these words, its rater a pseudonym; said ``now``, if no time is given or one that is still to come.
+    Raises Refused (422), saying what does not fit."""
     for name in ("text", "chosen", "rejected"):
         if isinstance(fields.get(name), str) and len(fields[name]) > LONGEST_TEXT:
             raise unfit(f"{where}: '{name}' has more than {LONGEST_TEXT:,} characters; send less", name)
@@ -140,14 +140,14 @@ def checked(ids: Ids, tenant: str, fields: dict[str, Any], where: str) -> Feedba
         if isinstance(fields.get(name), str) and not 0 < len(fields[name]) <= 256:
             raise unfit(f"{where}: '{name}' must have 1 to 256 characters", name)
     try:
-        feedback = Feedback.model_validate(fields)
+        feedback = Feedback.model_validate({"time": now, **fields})
     except ValidationError as error:
         problem = error.errors()[0]
         param = str(problem["loc"][0]) if problem["loc"] else None
         said = problem["msg"].removeprefix("Value error, ")
         raise unfit(f"{where}{'.' + param if param else ''}: {said}", param) from None
-    rater = feedback.rater
-    return feedback if rater is None else feedback.model_copy(update={"rater": ids.pseudonym(tenant, "rater", rater)})
+    rater = None if feedback.rater is None else ids.pseudonym(tenant, "rater", feedback.rater)
+    return feedback.model_copy(update={"rater": rater, "time": min(feedback.time, now)})
 
 
 def same_event(tenant: str, episode: str, id: str, said: dict[str, Any]) -> str:

@@ -98,6 +98,16 @@ def desk_traffic(count: int, *, flipped: int = 20, every: int = 1) -> list[Episo
     return made
 
 
+def run(handler: Any, state: MemoryState, records: Sequence[Record], batch: int = 20) -> list[NewRecord]:
+    """All that a handler gives for the records, a flush after every batch of them."""
+    outputs: list[NewRecord] = []
+    for start in range(0, len(records), batch):
+        for record in records[start : start + batch]:
+            outputs += handler.handle(state, record, 0.0)
+        outputs += handler.flush(state, 0.0)
+    return outputs
+
+
 class Kit:
     WordEncoder = WordEncoder
     MemoryState = MemoryState

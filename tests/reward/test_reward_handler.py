@@ -22,6 +22,7 @@ from reward import encoder
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import RewardModel
+from tests.reward.conftest import run
 
 
 @pytest.fixture
@@ -43,15 +44,6 @@ def minilm_like(tmp_path, words, monkeypatch):
     (folder / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 48}')
     monkeypatch.setattr(encoder.Encoder, "_through_network", lambda self, texts: words.encode(texts))
     return lambda: encoder.Encoder(str(folder))
-
-
-def run(handler, state, records, batch=500):
-    outputs = []
-    for start in range(0, len(records), batch):
-        for record in records[start : start + batch]:
-            outputs += handler.handle(state, record, 0.0)
-        outputs += handler.flush(state, 0.0)
-    return outputs
 
 
 def without_counts(state):
@@ -151,22 +143,22 @@ def test_a_batch_that_was_given_up_leaves_no_trace(new_handler, words, kit, monk
     run(new_handler(), undisturbed, records, 30)
 
     handler, state = new_handler(), kit.MemoryState()
-    run(handler, state, records[:30])
+    run(handler, state, records[:30], 30)
     before = dict(state.entries)
     if failing == "commit":  # learned and flushed, but the log or the disk refused
-        run(handler, state, records[30:60])
+        run(handler, state, records[30:60], 30)
     else:
         target, name = {"encode": (type(words), "encode"), "write": (kit.MemoryState, "put")}[failing]
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *args: (_ for _ in ()).throw(OSError("no")))
             with pytest.raises(OSError, match="no"):
-                run(handler, state, records[30:60])
+                run(handler, state, records[30:60], 30)
     state.entries = before
     if failing == "commit":
-        run(handler, state, records[30:60])
+        run(handler, state, records[30:60], 30)
     else:
         handler.flush(state, 0.0)  # the stream tries a failed flush again, with the records it has
-    run(handler, state, records[60:])
+    run(handler, state, records[60:], 30)
     assert state.entries == undisturbed.entries
 
 

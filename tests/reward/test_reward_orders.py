@@ -7,6 +7,7 @@ from everloop.run import Command, RewardVersion
 from everloop.score import Score
 
 from reward.handler import RewardHandler
+from tests.reward.conftest import run
 
 
 @pytest.fixture
@@ -25,15 +26,6 @@ def order(kind, after, version=None, number=1):
     arguments = {"version": version, "reason": "it likes lists", "after": {"episodes/0": after}}
     about = {"tenant": "default", "policy": "assistant", "by": "ada", "time": 1000.0 + number}
     return Command(id=f"cmd_{number}", kind=f"reward-{kind}", arguments=arguments, **about)
-
-
-def run(handler, state, records, batch=20):
-    outputs = []
-    for start in range(0, len(records), batch):
-        for record in records[start : start + batch]:
-            outputs += handler.handle(state, record, 0.0)
-        outputs += handler.flush(state, 0.0)
-    return outputs
 
 
 def announced(kit, outputs):

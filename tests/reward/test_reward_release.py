@@ -15,6 +15,7 @@ from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, RewardModel
 from reward.release import Shadow, delong
+from tests.reward.conftest import run
 
 
 @pytest.fixture
@@ -52,15 +53,6 @@ def shadowed(kit, incumbent, candidate, labels=120):
         values = [model.estimate([example(one)])[0].value for model in (incumbent, candidate)]
         shadow.add(*values, lesson(one).value, example(one))
     return shadow
-
-
-def run(handler, state, records, batch=25):
-    outputs = []
-    for start in range(0, len(records), batch):
-        for record in records[start : start + batch]:
-            outputs += handler.handle(state, record, 0.0)
-        outputs += handler.flush(state, 0.0)
-    return outputs
 
 
 def test_the_paired_difference_of_auc_has_the_error_that_resampling_finds():
@@ -203,13 +195,3 @@ def test_the_version_that_a_person_went_back_to_is_the_last_to_make_room(words, 
             made.append(desk.freeze(float(number)).version)
     assert desk.version == made[0]
     assert {version for version in made if (folder / version).exists()} == {made[0], *made[2:]}
-
-
-def test_a_state_from_before_shadows_goes_on(new_handler, kit):
-    state, records = kit.MemoryState(), kit.records(*kit.desk_traffic(160))
-    run(new_handler(), state, records[:120])
-    desk = json.loads(state.entries["model/default/assistant/desk"])
-    del desk["shadow"], desk["refused"]
-    state.entries["model/default/assistant/desk"] = json.dumps(desk).encode()
-    run(handler := new_handler(), state, records[120:])
-    assert handler.status()["default/assistant"]["shadow_labels"] > 0
