@@ -25,7 +25,7 @@ import numpy as np
 from everloop.config import RewardConfig
 
 from reward import declaration, features
-from reward.calibration import Calibration
+from reward.calibration import Calibration, sigmoid
 from reward.comments import CHARS, Comments
 from reward.drift import Drift
 from reward.features import Example, Structure
@@ -220,8 +220,8 @@ class RewardModel:
         asked, said = vectors[: len(prompts)], vectors[len(prompts) :]
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
         own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
-        topics = self.topics.of(asked)[which]
-        asked, said = asked[which], said[pairs]
+        topics = self.topics.of(asked).take(which)
+        asked, said = asked.take(which, 0), said.take(pairs, 0)
         return Seen(own, shared_features(asked, said, examples, style), topics, asked, said)
 
     def believe(self, reliability: Reliability) -> None:
@@ -263,7 +263,7 @@ class RewardModel:
 
     def _expected_of_label(self, logits: Array, topic: Array) -> tuple[float, float]:
         """P(a label says good), and P(the answer is good)."""
-        right = float(probability(self.calibration.line(logits, topic)).mean())
+        right = self.calibration.good(logits[:, 0].tolist(), int(topic[0]))
         return self.calibration.heard(right), right
 
     def _expected_of_pair(self, difference: Array, alike: Array) -> float:
@@ -302,7 +302,7 @@ class RewardModel:
         self._step(lesson, seen.asked[0], label.example.structure.turn)
         self.seen[label.value > 0.5] += 1
         if label.watched:
-            self.calibration.add(float(logits.mean()), expected, label.value, int(seen.topics[0]))
+            self.calibration.add(_mean(logits[:, 0].tolist()), expected, label.value, int(seen.topics[0]))
             self._answer(self.drift.told(label.value, expected))
         return expected
 
@@ -388,8 +388,12 @@ def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:
 def _members(label: str, heads: int) -> Array:
     """Which members see a label, (heads,) of 0 and 1: decided by the label's id, never none of them."""
     digest = hashlib.blake2b(label.encode(), digest_size=heads).digest()
-    members = np.array([byte < 256 * KEEP for byte in digest], np.float32)
-    return members if members.any() else np.ones(heads, np.float32)
+    members = [byte < 256 * KEEP for byte in digest]
+    return np.array(members if any(members) else [True] * heads, np.float32)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def meant(said: float, right: float, slips: float = SLIPS) -> float:
@@ -407,8 +411,8 @@ def opinion(logits: tuple[float, ...], pessimism: float, entitled: bool) -> Esti
     """Members' calibrated logits as mean, spread and pessimistic reward; where they are not finite, no opinion."""
     if not all(math.isfinite(logit) for logit in logits):
         return Estimate(0.5, 0.0, 0.0, False, logits)
-    members = [1 / (1 + math.exp(-min(max(logit, -30.0), 30.0))) for logit in logits]
-    value = sum(members) / len(members)
+    members = [sigmoid(logit) for logit in logits]
+    value = _mean(members)
     spread = math.sqrt(sum((member - value) ** 2 for member in members) / len(members))
     reward = min(max(2 * (value - pessimism * spread) - 1, -1.0), 1.0)
     return Estimate(value, spread, reward, entitled and spread <= MAX_SPREAD, logits)
