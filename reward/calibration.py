@@ -153,16 +153,15 @@ class Calibration:
 
     def _fit(self) -> None:
         logits, _, labels = self._kept[:, self._first : self._end]
-        slope, shift, slips = self.curve.tolist()
-        good = 1 / (1 + np.exp((-slope * logits - shift).clip(-30, 30)))
-        said = slips + (1 - 2 * slips) * good
-        slopes = np.empty((4, len(good)))  # of what is said, by each parameter; last, how far it was off
-        slopes[1] = (1 - 2 * slips) * good * (1 - good)
+        slope, shift, slips = curve = self.curve.tolist()
+        sure = np.tanh(slope / 2 * logits + shift / 2)  # -1: bad, 1: good; P(good) is half of it and a half
+        heard = (1 - 2 * slips) * sure
+        slopes = np.empty((4, len(sure)))  # of P(a label says good), by each parameter; last, how far it was off
+        slopes[1] = (0.25 - 0.5 * slips) * (1 - sure * sure)
         slopes[0] = slopes[1] * logits
-        slopes[2] = 1 - 2 * good
-        slopes[3] = labels - said
-        known = (slopes[:3] / (said * (1 - said) + 1e-6) @ slopes.T).tolist()
-        curve = slope, shift, slips
+        slopes[2] = -sure
+        slopes[3] = labels - 0.5 - 0.5 * heard
+        known = (slopes[:3] / (0.25 + 1e-6 - 0.25 * heard * heard) @ slopes.T).tolist()
         for i, row in enumerate(known):
             row[i] += self.PRIOR[i]
             row[3] -= self.PRIOR[i] * (curve[i] - self.START[i])

@@ -51,7 +51,7 @@ class Prototypes:
         self.rows: dict[bytes, int] = {}
         self.keys: list[bytes] = []  # of each row
         self.own = np.zeros((0, size), np.float32)
-        self._sums = np.zeros((2, heads, 0, size), np.float32)  # of the vectors of prompts, rated good and bad
+        self._sums = np.zeros((0, 2, heads, size), np.float32)  # of the vectors of prompts, rated good and bad
         self.counts = np.zeros((2, heads, 0), np.float32)  # weights of good and bad labels
         self._trust = np.geomspace(*OWN_WEIGHT, heads).astype(np.float32)[:, None]
         self.totals = np.zeros((2,), np.float32)  # of good and bad labels over all answers
@@ -61,19 +61,19 @@ class Prototypes:
     @property
     def good(self) -> Array:
         """Sums of the vectors of the prompts that each answer was good for, (heads, rows, size): a view."""
-        return self._sums[0]
+        return self._sums[:, 0].transpose(1, 0, 2)
 
     @property
     def bad(self) -> Array:
         """The same of those that it was bad for."""
-        return self._sums[1]
+        return self._sums[:, 1].transpose(1, 0, 2)
 
     def _room(self, width: int) -> None:
         """Grow the arrays to ``width`` rows."""
         more = width - self.own.shape[0]
         pad = ((0, more), (0, 0), (0, 0))
         self.own = np.pad(self.own, pad[:2])
-        self._sums = np.pad(self._sums, ((0, 0), *pad[1:2], *pad[:2]))
+        self._sums = np.pad(self._sums, (*pad, (0, 0)))
         self._centres, self._faults = np.pad(self._centres, pad), np.pad(self._faults, pad)
         self.counts = np.pad(self.counts, ((0, 0), (0, 0), (0, more)))
 
@@ -99,16 +99,16 @@ class Prototypes:
         if row == len(self.keys):
             self.keys.append(key)
         self.rows[key], self.keys[row] = row, key
-        self.own[row], self.good[:, row], self.bad[:, row] = own, good, bad
+        self.own[row], self._sums[row, 0], self._sums[row, 1] = own, good, bad
         self.counts[:, :, row] = counts
 
     def _refresh(self, row: int) -> None:
-        good, bad = both = self._sums[:, :, row].copy()
+        good, bad = both = self._sums[row].copy()
         good += self._trust * self.own[row]
-        both /= np.maximum(np.sqrt(np.vecdot(both, both)), 1e-12)[:, :, None]
+        length = np.maximum(np.sqrt(np.vecdot(both, both)), 1e-12)[:, :, None]
         heard = self.counts[1, :, row, None]
-        self._centres[row] = good
-        np.multiply(bad, heard / (heard + BAD_PRIOR), out=self._faults[row])
+        np.divide(good, length[0], out=self._centres[row])
+        np.multiply(bad, heard / (heard + BAD_PRIOR) / length[1], out=self._faults[row])
 
     def add(self, answer: bytes, own: Array, prompt: Array, members: Array, good: float, bad: float) -> int:
         """Learn that ``prompt`` was judged good and bad with these weights for an answer (its key and own vector).
@@ -118,7 +118,7 @@ class Prototypes:
         row = self._row(answer, own)
         both = np.array([[good], [bad]], np.float32)
         weights = both * members
-        self._sums[:, :, row] += weights[:, :, None] * prompt
+        self._sums[row] += weights[:, :, None] * prompt
         self.counts[:, :, row] += weights
         self.totals += both[:, 0]
         self._refresh(row)
