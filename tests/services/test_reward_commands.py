@@ -120,7 +120,7 @@ def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
     assert report["slices"].keys() & {"turn 4 and later"} == set()
     assert report["planted"][scored[-1]]["null"] == 1.0
     assert report["planted"][scored[-1]].keys() >= {"null", "refusal", "broken_tool"}
-    believed = report["sources"]["thumb"]
+    believed = report["sources"][scored[-1]]["thumb"]
     assert believed["words"] > 0
     assert believed["up"] != believed["down"], "what this desk's thumbs were found to be worth, not what is supposed"
     assert (tmp_path / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -128,7 +128,24 @@ def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
     assert status == 0
     assert "AUC" in out
     assert "planted pairs" in out
-    assert "how far each source is believed" in out
+    assert all(f"how far each source is believed by {name}" in out for name in scored[-2:])
+    assert out.count("answer 'card desk'") == 3, "all time, now and before"
+
+
+def test_the_report_tells_topics_and_languages_apart_for_both_versions(desk: Home, said: Callable[..., Any]) -> None:
+    report = json.loads(said("reward", "report", "--json")[1])
+    parts, versions = report["slices"], (report["version"], report["before"])
+    topics = {name: its for name, its in parts.items() if name.startswith("topic ")}
+    assert len(topics) > 1
+    assert sum(its["whole"]["calls"] for its in topics.values()) == 240
+    asked = {f"{VERBS[n % 7]} {THINGS[n % 4]} {VERBS[n * 3 % 5]}" for n in range(240)}
+    assert {name.partition(": ")[2].strip("'") for name in topics} <= asked, "each is named by a prompt that was asked"
+    columns = {"auc", "calibration_error", "coverage", "drift", "length_correlation", "planted"}
+    assert all(its[version].keys() >= columns for its in parts.values() for version in versions)
+    planted = {name: its[versions[0]]["planted"] for name, its in topics.items()}
+    assert any(share is not None and 0 <= share <= 1 for share in planted.values())
+    assert 0 < parts["in English"]["whole"]["calls"] < 240, "such as 'about my card my'; most are in no language"
+    assert set(report["sources"]) == set(versions)
 
 
 def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
