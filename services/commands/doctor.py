@@ -23,6 +23,7 @@ from everloop.log import belongs, open_log
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import Plan
 
+from services import made_with
 from services.gateway.provider import Provider
 from services.installation import Installation, holder, options
 from services.reach import BrokerAway, check
@@ -302,10 +303,11 @@ def _home(config: Config) -> Iterator[Finding]:
         yield Finding("note", f"no installation at {home} yet", "everloop up")
         return
     yield Finding("ok", f"home {home}")
-    try:
-        belongs.check(config)
-    except ConfigError as error:
-        yield Finding("wrong", str(error))
+    for check_home in (lambda: belongs.check(config), lambda: made_with.check(config, Home(config.home))):
+        try:
+            check_home()
+        except ConfigError as error:
+            yield Finding("wrong", str(error))
     if config.gateway.redact is not None:
         module = config.gateway.redact.partition(":")[0]
         if importlib.util.find_spec(module.split(".")[0]) is None:
