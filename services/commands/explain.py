@@ -9,10 +9,12 @@ so they say again what was said then.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
 from everloop.errors import ConfigError, ContractError
+from everloop.ids import OBJECT, RESPONSE
 
 from services.commands.orders import add_policy
 from services.installation import Installation
@@ -28,7 +30,7 @@ FEATURES = 6  # strongest ones that are told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("episode", help="its id, or the beginning of it")
+    parser.add_argument("episode", help="its id or the beginning of it; or the id of an answer, as feedback takes it")
     parser.add_argument("--among", type=int, default=200, metavar="N", help="newest rated answers to look among (200)")
     parser.add_argument("--json", action="store_true")
     add_policy(parser, all_of_them=True)
@@ -41,13 +43,18 @@ def run(options: argparse.Namespace) -> int:
 
     with Installation.here() as here:
         found = []
-        for tenant, policy in here.policies(options.policy):
+        pairs = here.policies(options.policy)
+        answers = _answers(here, {tenant for tenant, _ in pairs}, options.episode)
+        for tenant, policy in pairs:
+            name, call = answers.get(tenant, (options.episode, None))
             with opened(here, tenant) as store:
-                for episode in _episodes(store, tenant, policy, options.episode):
-                    found.append(_explained(here, store, episode, options.among))
+                for episode in _episodes(store, tenant, policy, name):
+                    its = _explained(here, store, episode, options.among, call)
+                    found += [its] if its["turns"] or call is None else []
     if not found:
+        what = "answer" if answers else "episode"
         raise ContractError(
-            f"there is no episode {options.episode!r} in the store. One is there a few seconds after its first answer: "
+            f"there is no {what} {options.episode!r} in the store. What was answered is there a few seconds later: "
             'everloop sql "select episode from episodes order by updated desc limit 10"'
         )
     if len({one["episode"] for one in found}) > 1:
@@ -56,6 +63,22 @@ def run(options: argparse.Namespace) -> int:
     for one in found:
         print(json.dumps(one) if options.json else told(one))
     return 0
+
+
+def _answers(here: Installation, tenants: set[str], name: str) -> dict[str, tuple[str, str]]:
+    """By tenant, episode and call of a response id; empty where the name is no such id. Raises ContractError where it
+    looks like one, and no tenant ever got it."""
+    if not name.startswith((RESPONSE, OBJECT)):
+        return {}
+    found = {}
+    for tenant in tenants if here.home.is_known else ():
+        with contextlib.suppress(ValueError):
+            found[tenant] = here.home.ids.parse_response(tenant, name)
+    if not found:
+        raise ContractError(
+            f"no such response: {name}; it is the 'id' of an answer, as the gateway of this home gave it"
+        )
+    return found
 
 
 def _episodes(store: Store, tenant: str, policy: str, name: str) -> list[Episode]:
@@ -71,7 +94,10 @@ def _episodes(store: Store, tenant: str, policy: str, name: str) -> list[Episode
     )
 
 
-def _explained(here: Installation, store: Store, episode: Episode, among: int) -> dict[str, Any]:
+def _explained(
+    here: Installation, store: Store, episode: Episode, among: int, call: str | None = None
+) -> dict[str, Any]:
+    """``call``: of the answers to this one's request alone."""
     from everloop.score import Score
 
     names = ", ".join(f'"{name}"' for name in Score.model_fields if name != "schema_version")
@@ -84,12 +110,15 @@ def _explained(here: Installation, store: Store, episode: Episode, among: int) -
         raise ContractError(
             f"episode {episode.id} is not scored yet: the scorer takes a moment, 'everloop status' says how far it is"
         )
+    asked = {at for at, turn in zip(episode.positions, episode.turns, strict=True) if call in (None, turn.call.id)}
     return {
         "episode": episode.id,
         "policy": episode.route,
         "quarantine": episode.quarantine,
         "turns": [
-            one for number in range(len(episode.turns)) if (one := _turn(here, store, episode, number, scores, among))
+            one
+            for number, at in enumerate(episode.positions)
+            if at in asked and (one := _turn(here, store, episode, number, scores, among))
         ],
     }
 

@@ -1,6 +1,6 @@
 """How good the reward model is, which versions of it there are and why, and where two of them disagree.
 
-list       every version: whether it scores or was refused, and why
+list       every version: whether it scores, was released once, waits for labels or was refused, and why
 report     slice by slice (turn, who answered, topic, language, answers that recur): what it foretold before it learned
            (AUC, calibration error), coverage, drift, correlation with length, planted pairs; the same while the
            version that scores and the one before it did; how far each source is believed by either
@@ -82,12 +82,18 @@ def _scoring(found: list[RewardVersion]) -> set[str]:
     return set({one.key: one.version for one in found if one.state == "released"}.values())
 
 
+def _state(one: RewardVersion, scoring: set[str]) -> str:
+    if one.version in scoring:
+        return "scores"
+    return "waits" if one.waits else one.state
+
+
 def _versions_told(found: list[RewardVersion]) -> str:
     """A row for each, and below it the whole sentence that says why."""
     scoring = _scoring(found)
     rows = [
         [
-            *(one.key, one.version, "scores" if one.version in scoring else one.state),
+            *(one.key, one.version, _state(one, scoring)),
             *(one.updates, one.auc, one.calibration_error, clock(one.time)),
         ]
         for one in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import math
 import threading
@@ -99,6 +100,11 @@ def test_every_version_is_listed_with_its_state_and_why(desk: Home, said: Callab
     status, out, _ = said("reward", "list")
     assert status == 0
     assert all(one["version"] in out and one["reason"] in out for one in versions)
+    shown = {line.split()[1]: line.split()[2] for line in out.splitlines() if line.startswith("default/assistant")}
+    for one in versions:
+        state = "scores" if one["scores"] else "waits" if one["reason"].startswith("waits:") else one["state"]
+        assert shown[one["version"]] == state
+    assert "waits" in shown.values()
 
 
 def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
@@ -191,6 +197,28 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     assert "rated" in out
 
 
+def test_an_answer_is_explained_by_the_id_that_its_agent_got(
+    home: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    name = home.ids.new_episode("default")
+    ids = [home.ids.response("default", name, bytes([at] * 8)) for at in range(3)]
+    calls = [home.ids.call_of(response) for response in ids[:2]]
+    first = episode(0)
+    turns = tuple(
+        turn.model_copy(update={"call": turn.call.model_copy(update={"id": call})})
+        for call, number in zip(calls, (0, 1), strict=True)
+        for turn in episode(number).turns
+    )
+    taken(installation, home, letters, [first.model_copy(update={"id": name, "turns": turns})])
+    for at, response in enumerate((ids[0], ids[1].replace("chatcmpl-", "resp_"))):
+        (turn,) = json.loads(said("explain", response, "--json")[1])["turns"]
+        assert turn["turn"] == at + 1
+    assert len(json.loads(said("explain", name, "--json")[1])["turns"]) == 2
+    status, _, error = said("explain", ids[2])
+    assert (status, f"there is no answer {ids[2]!r} in the store" in error) == (2, True)
+    assert "no such response" in said("explain", "chatcmpl-madeup")[2]
+
+
 def test_of_held_words_the_rule_and_what_they_would_do_is_told(
     desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
 ) -> None:
@@ -240,7 +268,10 @@ def test_versions_are_rolled_back_kept_promoted_and_resumed(
     assert said("reward", "promote", left[:8], *why)[0] == 0
     scored_on()
     assert {one["version"]: one["scores"] for one in listed(said)}[left]
-    assert "kept by" not in said("reward", "list")[1]
+    out = said("reward", "list")[1]
+    assert "No snapshot takes over" not in out
+    assert "kept until" not in out, "of the version that a promotion took the place of"
+    assert f"was kept by {getpass.getuser()}: it likes lists; {left} was promoted by" in out
     status, _, error = said("reward", "resume", *why)
     assert (status, "nothing to resume" in error) == (2, True)
 
