@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from everloop.errors import ConfigError, ContractError
@@ -106,6 +107,7 @@ def _explained(
         [episode.tenant, episode.policy, episode.id],
     )
     scores = {row["call"]: Score(**row) for row in rows}
+    beside = _beside(store, scores.values())
     if not scores:
         raise ContractError(
             f"episode {episode.id} is not scored yet: the scorer takes a moment, 'everloop status' says how far it is"
@@ -118,13 +120,31 @@ def _explained(
         "turns": [
             one
             for number, at in enumerate(episode.positions)
-            if at in asked and (one := _turn(here, store, episode, number, scores, among))
+            if at in asked and (one := _turn(here, store, episode, number, scores, among, beside))
         ],
     }
 
 
+def _beside(store: Store, scores: Iterable[Score]) -> dict[str, list[dict[str, Any]]]:
+    """By call, what other versions of the reward model said of the same words: 'everloop replay --reward' leaves it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for score in scores:
+        found[score.call] = store.rows(
+            "SELECT reward_version, value, spread, reward, mask FROM history.scores WHERE tenant = ? AND policy = ? "
+            "AND episode = ? AND call = ? AND version = ? AND reward_version != ? ORDER BY log_offset DESC",
+            [score.tenant, score.policy, score.episode, score.call, score.version, score.reward_version],
+        )
+    return found
+
+
 def _turn(
-    here: Installation, store: Store, episode: Episode, number: int, scores: dict[str, Score], among: int
+    here: Installation,
+    store: Store,
+    episode: Episode,
+    number: int,
+    scores: dict[str, Score],
+    among: int,
+    beside: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any] | None:
     """What is told of one turn; None: it is not scored."""
     from reward import evidence, explain
@@ -143,6 +163,7 @@ def _turn(
         **score.model_dump(mode="json", include={"value", "spread", "reward", "mask", "source", "label", "predicted"}),
         "reward_version": score.reward_version,
         "held": score.quarantined,
+        "beside": beside[score.call],
     }
     try:
         _, model = loaded(here, episode.tenant, episode.policy, score.reward_version)
@@ -197,6 +218,11 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
         f"turn {turn['turn']}: {_short(turn['prompt'])!r} → {_short(turn['answer'])!r}",
         f"  score       P(good) {turn['value']:.3f} ± {turn['spread']:.3f}, reward {turn['reward']:+.3f}"
         f"{'' if turn['mask'] else ', masked: never trained on'}; {SOURCES[turn['source']]}",
+    ]
+    lines += [
+        f"  beside      {one['reward_version']} scored the same: P(good) {one['value']:.3f} ± {one['spread']:.3f}, "
+        f"reward {one['reward']:+.3f}{'' if one['mask'] else ', masked'}"
+        for one in turn["beside"]
     ]
     if turn["predicted"] is not None:
         lines.append(f"  foretold    {turn['predicted']:.3f} that the first label would be good, before it was learned")

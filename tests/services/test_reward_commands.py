@@ -219,6 +219,27 @@ def test_an_answer_is_explained_by_the_id_that_its_agent_got(
     assert "no such response" in said("explain", "chatcmpl-madeup")[2]
 
 
+def test_what_another_version_scored_again_stands_beside_in_an_explanation(
+    desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    (before,) = json.loads(said("explain", "ep_230", "--json")[1])["turns"]
+    assert before["beside"] == []
+    other = next(one["version"] for one in listed(said) if one["version"] != before["reward_version"])
+    status, out, _ = said("replay", "--reward", other[:8])
+    assert status == 0
+    assert f"scores by reward model {other}, appended to the log; the store has them once 'everloop up' runs" in out
+    taken(installation, desk, letters, [])
+    (after,) = json.loads(said("explain", "ep_230", "--json")[1])["turns"]
+    assert after["reward_version"] == other
+    (beside,) = after["beside"]
+    assert (beside["reward_version"], beside["value"]) == (before["reward_version"], before["value"])
+    assert (
+        f"beside      {before['reward_version']} scored the same: P(good) {before['value']:.3f}"
+        in (said("explain", "ep_230")[1])
+    )
+    assert "nothing was to do" in said("replay", "--reward", other)[1]
+
+
 def test_of_held_words_the_rule_and_what_they_would_do_is_told(
     desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
 ) -> None:
