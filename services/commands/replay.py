@@ -22,6 +22,7 @@ from everloop.section import seconds
 
 from services.commands.orders import add_policy
 from services.installation import Installation
+from services.installation import options as given
 from services.rewind import rewind
 
 NEWEST = "newest"  # which no version is called: those are hexadecimal
@@ -100,6 +101,6 @@ def _whereabouts(here: Installation, version: str, made: int) -> str:
         return ": everything was scored by it last, so nothing was to do"
     when = "within seconds" if "assembler" in here.running() else "once 'everloop up' runs"
     return (
-        f", appended to the log; the store has them {when}. 'everloop explain <episode>' shows what others said beside "
-        f"them; all: everloop sql \"select * from scores where reward_version = '{version}'\""
+        f", appended to the log; the store has them {when}. 'everloop explain <episode>{given()}' shows what others "
+        f"said beside them; all: everloop sql \"select * from scores where reward_version = '{version}'\"{given()}"
     )
