@@ -171,7 +171,8 @@ class Desk:
             self.waits += verdict.waits
             self.refusals += not verdict.waits
         state: Literal["released", "refused"] = "released" if verdict.takes_over else "refused"
-        return self.described(version, time, state, verdict.reason, verdict.evidence)
+        made = self.described(version, time, state, verdict.reason, verdict.evidence)
+        return made.model_copy(update={"waits": verdict.waits})
 
     def _keep_scoring(self) -> None:
         """What scores is the last to make room for other snapshots."""
@@ -253,6 +254,7 @@ class Desk:
             "topics": len(live.topics.centres),
             "poison": self.guard.status(),
             "shadow_labels": len(self.shadow.pairs),
+            "scoring_auc": self.shadow.auc,
             "snapshots_refused": self.refusals,
             "snapshots_waited": self.waits,
             "pinned": self.pinned,

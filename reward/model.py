@@ -267,6 +267,9 @@ class RewardModel:
         return self.calibration.heard(right), right
 
     def _expected_of_pair(self, difference: Array, alike: Array) -> float:
+        if not STYLE_IS_SCORED:
+            alike = alike.copy()
+            alike[STYLE_COLUMNS] = 0
         return float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
 
     def take_back(self, name: str, example: Example, trace: Trace) -> None:
@@ -300,6 +303,7 @@ class RewardModel:
         weight = label.weight * label.rarity
         lesson = Lesson(seen.own[:, 0], seen.shared[0], label.value, weight, members)
         self._step(lesson, seen.asked[0], label.example.structure.turn)
+        seen = seen._replace(topics=self.topics.of(seen.asked))  # it may have founded one
         self.seen[label.value > 0.5] += 1
         if label.watched:
             self.calibration.add(_mean(logits[:, 0].tolist()), expected, label.value, int(seen.topics[0]))

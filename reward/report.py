@@ -5,8 +5,7 @@ Pure: rows in, numbers out. A row is one call with its newest opinion, and with 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,16 @@ from reward.features import style_vector
 from reward.release import correlation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-LISTED = 5  # recurring answers that get a slice of their own
 ROLLING = 100  # labels of each point of AUC over time
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scored call. ``label`` and ``predicted``: of its first label, predicted before that was learned.
+    """One scored call, its texts as the reward model sees them. ``label`` and ``predicted``: of its first label,
+    predicted before that was learned.
 
-    ``reward_version`` scored when the label came, or else last; ``time`` in seconds since 1970.
+    ``reward_version`` scored when the label came, or else last; ``time`` in seconds since 1970; ``newest``: what its
+    newest label says.
     """
 
     episode: str
@@ -38,6 +38,8 @@ class Row:
     time: float
     label: float | None = None
     predicted: float | None = None
+    prompt: str = ""
+    newest: float | None = None
 
 
 def numbers(rows: Sequence[Row]) -> dict[str, Any]:
@@ -63,28 +65,6 @@ def numbers(rows: Sequence[Row]) -> dict[str, Any]:
         "drift": float(apart[half:].mean() - apart[:half].mean()) if len(rated) >= 2 * FEWEST else None,
         "length_correlation": correlation(predicted, lengths) if enough else None,
     }
-
-
-def slices(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """All calls; by place in the episode, by who answered, by the answers that recur most. Empty ones are left out."""
-    rated = Counter(_short(row.answer) for row in rows if row.label is not None)
-    often = [answer for answer, count in rated.most_common(LISTED) if count >= FEWEST]
-    adapters = Counter(row.adapter for row in rows).most_common(LISTED)
-    parts: dict[str, Callable[[Row], bool]] = {
-        "all": lambda row: True,
-        "turn 1": lambda row: row.turn == 0,
-        "turns 2 to 3": lambda row: row.turn in (1, 2),
-        "turn 4 and later": lambda row: row.turn > 2,
-    }
-    if len(adapters) > 1:
-        parts |= {f"by {name[:12]}": lambda row, name=name: row.adapter == name for name, _ in adapters}
-    parts |= {f"answer {answer!r}": lambda row, answer=answer: _short(row.answer) == answer for answer in often}
-    found = {name: [row for row in rows if belongs(row)] for name, belongs in parts.items()}
-    return {name: its for name, its in found.items() if its}
-
-
-def _short(answer: str) -> str:
-    return " ".join(answer.split())[:40]
 
 
 def diagram(rows: Sequence[Row]) -> list[tuple[float, float, int]]:

@@ -18,6 +18,7 @@ from everloop.home import Home
 from everloop.log import belongs, open_log
 from everloop.topics import EVENTS
 
+from services import made_with
 from services.gateway.keys import Keys
 from services.gateway.provider import Providers
 from services.installation import options
@@ -57,6 +58,7 @@ def run(given: argparse.Namespace) -> int:
         _check_recipes(config)
         Providers(config).check_keys()
         belongs.bind(config)
+        made_with.remember(home)
         wanted = services(config)
         urls = {service.name: service.url for service in wanted}
         say = _say_nothing if given.json else _say
