@@ -277,14 +277,26 @@ class RewardModel:
 
         The step that the heads made stays, since later ones build on it; what is learned instead steps against it.
         """
-        if example.answer.strip():
-            prompt, answer = self.encoder.encode([example.prompt, example.answer])
-            members = _members(name, self.config.heads)
-            row = self.prototypes.remove(key_of(example.answer), answer, prompt, members, trace.good, trace.bad)
-            self.changed_rows.update(() if row is None else (row,))
-        slot = self.reservoir.silence(trace.lesson)
-        self.changed_slots.update(() if slot is None else (slot,))
+        self._forget(example.answer, example.prompt, _members(name, self.config.heads), trace.good, trace.bad)
+        self._silence(trace.lesson)
         self.seen[trace.value > 0.5] -= 1
+
+    def take_back_pair(self, pair: Pair, lesson: int) -> None:
+        """Undo a pair that became the ``lesson``-th: in its answers' prototypes and in replay, as a label."""
+        members, told = _told_by(pair, self.config.heads)
+        for answer, good, bad in told:
+            self._forget(answer, pair.prompt, members, good, bad)
+        self._silence(lesson)
+
+    def _forget(self, text: str, asked: str, members: Array, good: float, bad: float) -> None:
+        if text.strip():
+            prompt, answer = self.encoder.encode([asked, text])
+            row = self.prototypes.remove(key_of(text), answer, prompt, members, good, bad)
+            self.changed_rows.update(() if row is None else (row,))
+
+    def _silence(self, lesson: int) -> None:
+        slot = self.reservoir.silence(lesson)
+        self.changed_slots.update(() if slot is None else (slot,))
 
     def _learn_label(self, label: Label) -> float:
         seen = self.seen_of([label.example], style=True)
@@ -346,13 +358,9 @@ class RewardModel:
         expected = self._expected_of_pair(difference, alike)
         if not (math.isfinite(expected) and np.isfinite(alike).all()):
             return self._refuse()
-        members = _members(pair.id, self.config.heads)
-        if pair.absolute:  # rare and meant: no member may miss it
-            members = np.ones_like(members)
-        weight = pair.weight if pair.absolute else RELATIVE * pair.weight
-        self._remember(pair.chosen, seen.asked[0], seen.said[0], members, weight, 0.0)
-        if not pair.absolute:
-            self._remember(pair.rejected, seen.asked[1], seen.said[1], members, 0.0, weight)
+        members, told = _told_by(pair, self.config.heads)
+        for (answer, good, bad), asked, said in zip(told, seen.asked, seen.said, strict=False):
+            self._remember(answer, asked, said, members, good, bad)
         self._step(Lesson(difference, alike, 1.0, pair.weight, members), seen.asked[0], pair.structure.turn)
         return expected
 
@@ -375,6 +383,14 @@ class RewardModel:
 def _sides(pair: Pair) -> list[Example]:
     """The chosen and the rejected answer."""
     return [Example(pair.prompt, answer, pair.structure) for answer in (pair.chosen, pair.rejected)]
+
+
+def _told_by(pair: Pair, heads: int) -> tuple[Array, list[tuple[str, float, float]]]:
+    """Which members see a pair, and what it says of its answers by themselves: (answer, good, bad), chosen first."""
+    if pair.absolute:  # rare and meant: no member may miss it
+        return np.ones(heads, np.float32), [(pair.chosen, pair.weight, 0.0)]
+    weight = RELATIVE * pair.weight
+    return _members(pair.id, heads), [(pair.chosen, weight, 0.0), (pair.rejected, 0.0, weight)]
 
 
 def _difference(seen: Seen) -> tuple[Array, Array]:
