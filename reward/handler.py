@@ -30,7 +30,7 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, SCORES
 
-from reward import comments, declaration, evidence, hearing, poison
+from reward import comments, course, declaration, evidence, hearing, poison
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
@@ -56,17 +56,22 @@ class Known:
     """What is remembered of an episode.
 
     ``calls``: by call id, what was expected, what it was scored by, under ``taught`` the trace of each label that was
-    learned, by its id, and under ``heard`` the words from which it was learned how far whom is right.
+    learned, by its id, under ``heard`` the words from which it was learned how far whom is right, and under ``course``
+    how the episode was foretold to end when the call was new. ``end``: see :func:`reward.course.learn`.
     """
 
     version: int = -1
     learned: list[str] = field(default_factory=list)
     calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def unpacked(cls, held: bytes) -> Known:
         """What a later release has put behind these fields is left out: workers of both run while one is replaced."""
         return cls(*ormsgpack.unpackb(held)[: len(fields(cls))])
+
+    def packed(self) -> bytes:
+        return ormsgpack.packb([self.version, self.learned, self.calls, self.end])
 
     def call(self, name: str) -> dict[str, Any]:
         return self.calls.setdefault(name, {})
@@ -192,7 +197,8 @@ class RewardHandler:
         outputs += [] if desk.version else [version_record(desk, episode.updated)]
         outputs += _learn(desk, read, known)
         outputs += _score(desk, read, known)
-        state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
+        course.learn(desk.live, episode, read.examples, known.calls, known.end, teaches=teaches(episode))
+        state.put(mark, known.packed())
         return outputs
 
 
@@ -300,7 +306,7 @@ def _let_in(state: State, desk: Desk) -> list[NewRecord]:
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             desk.watch.label(lesson.value, lesson.rarity)
-        state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
+        state.put(mark, known.packed())
         outputs += [version_record(desk, about["time"])] if due else []
     return outputs
 
@@ -331,6 +337,9 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
+    new = [i for i in fresh if "scored" not in calls[i]]
+    for i, both in zip(new, course.foretold(desk.scoring, episode, read.examples, new), strict=True):
+        calls[i].update({} if both is None else {"course": both})
     heard = evidence.said(episode, desk.scoring.reliability)
     said = [one.measured if why else one for one, why in zip(heard, held, strict=True)]
     outputs = []
@@ -344,6 +353,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             version=desk.version,
             pessimism=desk.scoring.config.pessimism,
             predicted=calls[i].get("predicted"),
+            ends_well=calls[i].get("course"),
         )
         if "scored" not in calls[i] and teaches(episode):
             desk.live.saw(read.examples[i])
@@ -364,6 +374,7 @@ def score_of(
     pessimism: float,
     predicted: float | None,
     quarantined: str | None = None,
+    ends_well: Sequence[float] | None = None,
 ) -> Score:
     """The score of one turn: the strongest source decides; a failed call or a quarantined episode is masked."""
     final, source = evidence.decide(estimate, said, pessimism)
@@ -383,6 +394,8 @@ def score_of(
         label=said.label,
         predicted=predicted,
         quarantined=quarantined,
+        ends_well_before=ends_well[0] if ends_well else None,
+        ends_well_after=ends_well[1] if ends_well else None,
         time=episode.updated,
     )
 
