@@ -139,15 +139,13 @@ def _take_back(model: RewardModel, known: dict[str, Any], end: End | None, stand
         model.values.count(known.pop("value"), -1)
 
 
-def told(values: Sequence[tuple[int, float, float] | None]) -> list[str]:
-    """The course in words: (turn, before, after) of each turn in order, None where nothing was foretold of it."""
-    said = [one for one in values if one is not None]
+def told(said: Sequence[tuple[int, float, float]]) -> list[str]:
+    """The course in words, from (turn, before, after) of each turn of which something was foretold, in order."""
     if not said:
         return []
-    (_, start, _), *_ = said
-    line = f"P(ends well) {start:.2f} before turn {said[0][0]}; after " + ", ".join(
-        f"{turn}: {after:.2f}" for turn, _, after in said
-    )
+    first, start, _ = said[0]
+    course = ", ".join(f"{turn}: {after:.2f}" for turn, _, after in said)
+    line = f"P(ends well), as each turn came: {start:.2f} before turn {first}; after turn {course}"
     if len(said) < 2:
         return [line]
     before = [start, *(after for _, _, after in said[:-1])]

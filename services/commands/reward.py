@@ -2,7 +2,8 @@
 
 list       every version: whether it scores or was refused, and why
 report     slice by slice: what it foretold before it learned (AUC, calibration error), coverage, drift, correlation
-           with length; the same for the version before it; planted pairs; how far each source is believed
+           with length; how episodes end, foretold by how far they were; the same for the version before it; planted
+           pairs; how far each source is believed
 compare    two versions on the newest episodes: where they disagree most, and who was right on labels new to both
 rollback   score with the version before (or --to another) and keep it, whatever snapshots come, until 'resume'
 promote    score with a version that was refused or rolled back; the next snapshots are judged beside it as ever
@@ -117,7 +118,7 @@ def _versions_told(found: list[RewardVersion]) -> str:
 
 
 def _report(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:
-    from reward.report import diagram, drawn, over_time
+    from reward.report import courses, diagram, drawn, over_time
     from services.rewards import calls, opened, rated, versions
 
     released = [one for one in versions(here, tenant, policy) if one.state == "released"]
@@ -138,6 +139,7 @@ def _report(options: argparse.Namespace, here: Installation, tenant: str, policy
             "slices": _sliced(rows, names),
             "planted": {name: _planted(model, praised) for name, model in snapshots.items()},
             "sources": snapshots[names[0]].reliability.status() if names[0] in snapshots else {},
+            "courses": courses(rows),
             "reliability": diagram(rows),
             "auc_over_time": over_time(rows),
         }
@@ -192,6 +194,9 @@ def _report_told(result: dict[str, Any]) -> str:
         [slice_, *(its[name][column] for name in names for column in ("labels", "auc", "calibration_error"))]
         for slice_, its in parts
     ]
+    if result["courses"]:
+        ends = [[stage, its["episodes"], its["auc"]] for stage, its in result["courses"].items()]
+        lines += ["", "how episodes end, foretold when each turn was new", table(["after", "episodes", "AUC"], ends)]
     versions = f"now: while {names[0]} scores" + (f"; before: while {names[1]} did" if len(names) > 1 else "")
     lines += ["", versions, table(["slice", *shown], rows), "", "planted pairs of which the good answer wins"]
     planted = {name: won for name, won in result["planted"].items() if won}

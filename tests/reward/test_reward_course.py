@@ -70,7 +70,9 @@ def test_the_turn_that_decides_is_the_one_at_which_the_value_moves(new_handler, 
         line, most = course.told(
             [(turn + 1, *both) for turn, both in enumerate(foretold(live(handler), planted(kit, number)))]
         )
-        assert line.startswith(f"P(ends well) {one[0]:.2f} before turn 1; after 1: {one[1]:.2f}, 2: ")
+        assert line.startswith(
+            f"P(ends well), as each turn came: {one[0]:.2f} before turn 1; after turn 1: {one[1]:.2f}, 2: "
+        )
         assert most.startswith(f"it {'rose' if way > 0 else 'fell'} most with turn 2, by 0.")
     scores = kit.decoded(Score, outputs, "scores")
     assert scores[0].ends_well_before is None, "nothing was learned yet"
