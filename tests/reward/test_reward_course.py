@@ -13,6 +13,7 @@ from reward.features import examples
 from reward.handler import RewardHandler
 from reward.model import RewardModel
 from tests.reward.conftest import run
+from trainer import advantages
 
 OPENINGS = ("card lost abroad", "loan for house", "rate of exchange", "pin was blocked")
 GOOD, BAD = "look up the account first", "guess without looking"
@@ -80,6 +81,28 @@ def test_the_turn_that_decides_is_the_one_at_which_the_value_moves(new_handler, 
     ends = np.array([float(int(score.episode[3:]) % 2 == 0) for score in late])
     assert auc(np.array([score.ends_well_after for score in late]), ends) == 1.0
     assert auc(np.array([score.ends_well_before for score in late]), ends) < 0.75
+
+
+def with_its_past(episode):
+    """Each prompt with the exchanges before it, as an agent sends them."""
+    past, turns = (), []
+    for turn in episode.turns:
+        asked = (*past, *turn.call.messages)
+        turns.append(turn.model_copy(update={"call": turn.call.model_copy(update={"messages": asked})}))
+        past = (*asked, turn.call.output)
+    return episode.model_copy(update={"turns": tuple(turns)})
+
+
+def test_by_learned_values_credit_lands_on_the_turn_that_decided(new_handler, kit):
+    """The trainer sees one outcome at the end; without values every turn would get about the same of it."""
+    traffic = [with_its_past(planted(kit, i)) for i in range(240)]
+    scores = kit.decoded(Score, run(new_handler(), kit.MemoryState(), kit.records(*traffic)), "scores")
+    for name in ("ep_238", "ep_239"):
+        before = [score.ends_well_before for score in scores if score.episode == name]
+        end = 1.0 if name == "ep_238" else -1.0
+        rewards = advantages.shaped(np.array([0.0, 0.0, end]), 2 * np.array(before) - 1, 1.0)
+        credit = advantages.gae(rewards, np.zeros(3), discount=1.0, trace=0.5).advantages
+        assert np.argmax(end * credit) == 1
 
 
 def test_what_is_foretold_of_an_end_was_not_learned_from_it(new_handler, kit):
