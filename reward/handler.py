@@ -30,7 +30,7 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, SCORES
 
-from reward import comments, declaration, evidence, hearing, poison, unlearning
+from reward import comments, course, declaration, evidence, hearing, poison, unlearning
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
@@ -57,17 +57,22 @@ class Known:
     """What is remembered of an episode.
 
     ``calls``: by call id, what was expected, what it was scored by, under ``taught`` the trace of each label that was
-    learned, by its id, and under ``heard`` the words from which it was learned how far whom is right.
+    learned, by its id, under ``heard`` the words from which it was learned how far whom is right, and under ``course``
+    how the episode was foretold to end when the call was new. ``end``: see :func:`reward.course.learn`.
     """
 
     version: int = -1
     learned: list[str] = field(default_factory=list)
     calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def unpacked(cls, held: bytes) -> Known:
         """What a later release has put behind these fields is left out: workers of both run while one is replaced."""
         return cls(*ormsgpack.unpackb(held)[: len(fields(cls))])
+
+    def packed(self) -> bytes:
+        return ormsgpack.packb([self.version, self.learned, self.calls, self.end])
 
     def call(self, name: str) -> dict[str, Any]:
         return self.calls.setdefault(name, {})
@@ -192,6 +197,7 @@ class RewardHandler:
         outputs += _learn(desk, read, known)
         outputs += _taken_back(state, desk, {episode.id: known})
         outputs += _score(desk, read, known)
+        course.learn(desk.live, episode, read.examples, known.calls, known.end, teaches=teaches(episode))
         _keep(state, desk, episode.id, known)
         return outputs
 
@@ -202,8 +208,7 @@ def _known(state: State, desk: Desk, episode: str) -> Known:
 
 
 def _keep(state: State, desk: Desk, episode: str, known: Known) -> None:
-    held = ormsgpack.packb([known.version, known.learned, known.calls])
-    state.put(f"episode/{desk.tenant}/{desk.policy}/{episode}", held)
+    state.put(f"episode/{desk.tenant}/{desk.policy}/{episode}", known.packed())
 
 
 def teaches(episode: Episode) -> bool:
@@ -289,7 +294,7 @@ def _teach(
     trace = desk.live.trace
     if trace is not None:
         known.call(place.call).setdefault("taught", {})[lesson.id] = [*trace]
-    if raters and desk.live.updates > before:
+    if (raters or isinstance(lesson, Pair)) and desk.live.updates > before:
         trace = trace or Trace(1.0, 0.0, 0.0, desk.live.reservoir.count - 1)
         desk.guard.taught.note(Taught(lesson, trace, place, list(raters), measured))
     return expected, due
@@ -339,8 +344,15 @@ def _let_in(state: State, desk: Desk) -> list[NewRecord]:
 
 
 def _take_back(desk: Desk, read: Read, known: Known) -> None:
-    """Undo the labels that were revised or withdrawn, so that a word said again later is learned again."""
+    """Undo what was revised or withdrawn, so that a word said again later is learned again. A pair of long ago, which
+    the guard remembers no more, stays learned."""
     standing = {lesson.id for _, lesson in read.lessons}
+    for name in [name for name in known.learned if name not in standing]:
+        taught = desk.guard.taught.get(name)
+        if taught is not None and isinstance(taught.lesson, Pair):
+            desk.take_back(taught)
+            desk.guard.forget(name)
+            known.learned.remove(name)
     for turn, example in zip(read.episode.turns, read.examples, strict=True):
         taught = known.call(turn.call.id).get("taught", {})
         for name in [name for name in taught if name not in standing]:
@@ -364,6 +376,9 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
+    new = [i for i in fresh if "scored" not in calls[i]]
+    for i, both in zip(new, course.foretold(desk.scoring, episode, read.examples, new), strict=True):
+        calls[i].update({} if both is None else {"course": both})
     heard = evidence.said(episode, desk.scoring.reliability)
     said = [one.measured if why else one for one, why in zip(heard, held, strict=True)]
     outputs = []
@@ -377,6 +392,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             version=desk.version,
             pessimism=desk.scoring.config.pessimism,
             predicted=calls[i].get("predicted"),
+            ends_well=calls[i].get("course"),
         )
         if "scored" not in calls[i] and teaches(episode):
             desk.live.saw(read.examples[i])
@@ -397,6 +413,7 @@ def score_of(
     pessimism: float,
     predicted: float | None,
     quarantined: str | None = None,
+    ends_well: Sequence[float] | None = None,
 ) -> Score:
     """The score of one turn: the strongest source decides; a failed call or a quarantined episode is masked."""
     final, source = evidence.decide(estimate, said, pessimism)
@@ -416,6 +433,8 @@ def score_of(
         label=said.label,
         predicted=predicted,
         quarantined=quarantined,
+        ends_well_before=ends_well[0] if ends_well else None,
+        ends_well_after=ends_well[1] if ends_well else None,
         time=episode.updated,
     )
 

@@ -37,6 +37,7 @@ from reward.reliability import Reliability
 from reward.reservoir import Reservoir, slice_of
 from reward.topics import MOST as MOST_TOPICS
 from reward.topics import Topics
+from reward.value import Values
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
@@ -177,6 +178,7 @@ class RewardModel:
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
         self.reservoir = Reservoir(config.reservoir)
         self.topics = Topics(encoder.size)
+        self.values = Values(config.heads, shared_prior(encoder.size), config.learning_rate, config.reservoir)
         self.calibration = Calibration(config.window, MOST_TOPICS)
         self.drift = Drift(encoder.size)
         self.propensity = Propensity()
@@ -237,6 +239,10 @@ class RewardModel:
         """(size,) of a comment's words."""
         (vector,) = self.encoder.encode([comment[:CHARS]])
         return vector
+
+    def members(self, name: str) -> Array:
+        """Which members learn of what is named so, (heads,) of 0 and 1."""
+        return _members(name, self.config.heads)
 
     def save(self, root: Path) -> str:
         """Write an immutable snapshot below ``root``; returns its version. See :mod:`reward.snapshot`."""

@@ -29,6 +29,7 @@ CODE = (
     "bert",
     "calibration",
     "comments",
+    "course",
     "declaration",
     "drift",
     "encoder",
@@ -44,6 +45,7 @@ CODE = (
     "reliability",
     "reservoir",
     "topics",
+    "value",
 )
 
 
@@ -74,6 +76,8 @@ def _arrays(model: RewardModel) -> dict[str, Any]:
         "centres": model.topics.centres,
         "shares": model.calibration.shares.means,
         "comments": model.comments.line,
+        "value_own": model.values.heads.own,
+        "value_shared": model.values.heads.shared,
     }
 
 
@@ -89,6 +93,7 @@ def _facts(model: RewardModel) -> dict[str, Any]:
         "offsets": dict(sorted(model.offsets.items())),
         "updates": model.updates,
         "seen": model.seen,
+        "values": {"begun": model.values.begun, "ended": model.values.ended},
         "curve": model.calibration.curve.tolist(),
     }
 
@@ -174,6 +179,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
     model.heads.own[:], model.heads.shared[:] = arrays["own_weights"], arrays["shared_weights"]
+    model.values.heads.own[:], model.values.heads.shared[:] = arrays["value_own"], arrays["value_shared"]
+    model.values.take(facts["values"])
     known = model.prototypes
     for row, key in enumerate(arrays["answers"]):
         parts = (arrays["answer_vectors"][row], arrays["good"][:, row], arrays["bad"][:, row])

@@ -1,7 +1,9 @@
-"""What raters taught lately, so that it can be taken back once they are heard no more. Part of a guard's state.
+"""What was taught lately, so that it can be taken back: by its rater, or once he is heard no more. Part of a guard's
+state.
 
-Of each of the newest lessons of known raters is kept what undoing it takes: the lesson as it was learned, where it was
-said, and what it did. The oldest goes where there are too many: MOST times the size of a prompt and its answers.
+Of each of the newest lessons is kept what undoing it takes: the lesson as it was learned, where it was said, and what
+it did. A label of raters who are not known is left out: its episode remembers enough to undo it. The oldest goes where
+there are too many: MOST times the size of a prompt and its answers.
 """
 
 from __future__ import annotations
@@ -70,6 +72,11 @@ class Lessons:
     def of(self, name: str) -> list[Taught]:
         """What the rater of this name taught, alone or with others."""
         return [_taught(self.kept[lesson]) for lesson in self._of.get(name, ())]
+
+    def get(self, lesson: str) -> Taught | None:
+        """None: it was never noted, or made room for newer ones."""
+        held = self.kept.get(lesson)
+        return None if held is None else _taught(held)
 
     def drop(self, lesson: str) -> None:
         """Remember it no more."""
