@@ -173,7 +173,7 @@ def _compare(options: argparse.Namespace, here: Installation, tenant: str, polic
         "mean_difference": sum(abs(a - b) for a, b, _ in pairs) / len(pairs),
         "new_to_both": _paired([one, two], new),
         "most": [
-            {"episode": name, "turn": turn, "answer": example.answer, "values": [a, b], "label": label}
+            {"episode": name, "turn": turn + 1, "answer": example.answer, "values": [a, b], "label": label}
             for a, b, (name, turn, example, label) in apart
         ],
     }

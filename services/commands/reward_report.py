@@ -29,6 +29,9 @@ SOURCES = {
     "down": "a bad weighs",
     "words": "words",
 }
+LEGEND = """AUC: how often the better of two labels was foretold the likelier; cal. error: foretold against said;
+coverage: calls with an opinion; drift: by how much labels came to exceed what was foretold; length: correlation of what
+was foretold with the answer's length; planted: pairs of which the good answer wins; -: too few labels to say"""
 ASKED = 200  # newest well-rated answers that planted ones are set against, all slices together
 
 
@@ -71,7 +74,7 @@ def told(result: Mapping[str, Any]) -> str:
         rows = [[source, *(its[column] for column in SOURCES)] for source, its in sources.items()]
         if rows:
             lines += ["", f"how far each source is believed by {name}", table(["source", *SOURCES.values()], rows)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", LEGEND])
 
 
 def _numbers(parts: Mapping[str, Any], which: str, columns: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from everloop.cli.main import main
 from everloop.config import Config
 
 from services.commands import doctor
@@ -50,3 +51,17 @@ def test_what_is_wrong_with_it_is_named(tmp_path: Path, text: str | None, told: 
     assert one.what.startswith("bank/desk: ")
     assert told in one.what
     assert "reward.declaration of bank/desk" in one.fix
+
+
+def test_a_start_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reward.toml").write_text('[[check]]\nname = "c"\nkind = "number"\n')
+    (tmp_path / "everloop.toml").write_text(
+        'home = "home"\n[tenants.bank.policies.desk.reward]\ndeclaration = "reward.toml"\n'
+    )
+    monkeypatch.setenv("EVERLOOP_CONFIG", str(tmp_path / "everloop.toml"))
+    monkeypatch.delenv("EVERLOOP_HOME", raising=False)
+    assert main(["up"]) == 2
+    assert "[[check]] 'c': reference: it compares the answer with one" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.log")), "no service was started to find it out"

@@ -161,6 +161,7 @@ def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Calla
     found = json.loads(out)
     assert found["versions"] == [versions[1], versions[3]]
     assert found["new_to_both"]["labels"] == 240 - 150
+    assert {one["turn"] for one in found["most"]} == {1}, "counted as 'explain' counts them"
     assert len(found["most"]) == 3
     apart = [abs(a - b) for a, b in (one["values"] for one in found["most"])]
     assert apart == sorted(apart, reverse=True)
