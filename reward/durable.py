@@ -23,7 +23,7 @@ from reward.heads import Lesson
 from reward.model import RewardModel
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-FORMAT = 2  # of the pieces
+FORMAT = 3  # of the pieces
 MARK = struct.Struct("<QI")  # a lesson's number and slice
 
 
@@ -146,6 +146,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
         "propensity": model.propensity.dump(),
+        "length": model.length.sums.tolist(),
     }
     arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
     return json.dumps(small, sort_keys=True).encode() + b"\0" + b"".join(arrays)
@@ -168,6 +169,7 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.frozen_until = core["frozen_until"]
     model.comments.count = core["comments"]
     model.propensity.take(core["propensity"])
+    model.length.sums[:] = core["length"]
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]

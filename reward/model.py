@@ -31,8 +31,12 @@ from reward.drift import Drift
 from reward.features import Example, Structure
 from reward.floor import worthless
 from reward.heads import Heads, Lesson, probability
+from reward.hollow import PRIOR as AGAINST_HOLLOW
+from reward.hollow import Hollow
+from reward.length import BAD, GOOD, PAIR, Length, length_of
 from reward.propensity import Propensity
-from reward.prototypes import Prototypes, key_of
+from reward.prototypes import NAMES as KNOWN
+from reward.prototypes import SUPPORTED, Prototypes, key_of
 from reward.reliability import Reliability
 from reward.reservoir import Reservoir, slice_of
 from reward.topics import MOST as MOST_TOPICS
@@ -50,7 +54,8 @@ RECALIBRATE = 100  # newest labels that a recalibration keeps
 FROZEN = 200  # updates for which a freeze lasts
 RETRAIN = 300  # steps of 64 lessons that learn the heads anew: half a second
 RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
-PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0], np.float32)  # weights of (1, *prototypes.NAMES) at the start
+PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0, *AGAINST_HOLLOW], np.float32)
+"""Weights of (1, *prototypes.NAMES, *hollow.NAMES) at the start."""
 
 
 class Vectors(Protocol):
@@ -123,8 +128,8 @@ class Estimate:
 
 
 class Seen(NamedTuple):
-    """Answers as the heads see them: ``own`` (heads, n, 1 + prototypes) and ``shared`` (n, …) features, the prompts'
-    ``topics`` (n,), and the vectors of prompts and answers (n, size)."""
+    """Answers as the heads see them: ``own`` (heads, n, 1 + prototypes + hollow) and ``shared`` (n, …) features, the
+    prompts' ``topics`` (n,), and the vectors of prompts and answers (n, size)."""
 
     own: Array
     shared: Array
@@ -154,6 +159,7 @@ def shared_prior(size: int) -> Array:
     return weights
 
 
+SUPPORT = KNOWN.index("support")
 SHARED = len(features.NAMES) + features.STYLES
 STYLE_COLUMNS = slice(len(features.NAMES), SHARED)
 STYLE_IS_SCORED = False  # it is learned with, so that it explains what raters owe to it, and left out of what is said
@@ -175,6 +181,7 @@ class RewardModel:
         self.believe(Reliability(self.declaration))
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
+        self.hollow, self.length = Hollow(), Length()
         self.reservoir = Reservoir(config.reservoir)
         self.topics = Topics(encoder.size)
         self.calibration = Calibration(config.window, MOST_TOPICS)
@@ -208,18 +215,24 @@ class RewardModel:
         ]
 
     def _logits(self, examples: Sequence[Example]) -> tuple[Array, Array]:
-        """Each member's logits (heads, n), what is only style left out, and the prompts' topics (n,)."""
+        """Each member's logits (heads, n), what is only style or length left out, and the prompts' topics (n,)."""
         seen = self.seen_of(examples, style=STYLE_IS_SCORED)
-        return self.heads.logits(seen.own, seen.shared), seen.topics
+        return self.heads.logits(seen.own, seen.shared) - self._by_length(examples), seen.topics
+
+    def _by_length(self, examples: Sequence[Example]) -> Any:
+        return 0 if STYLE_IS_SCORED else self.length.part([example.answer for example in examples])
 
     def seen_of(self, examples: Sequence[Example], *, style: bool) -> Seen:
         """What the heads see of answers; distinct texts are encoded once."""
-        prompts, which = _distinct([example.prompt for example in examples])
+        texts = [example.prompt for example in examples]
+        prompts, which = _distinct(texts)
         answers, pairs = _distinct([example.answer for example in examples])
         vectors = self.encoder.encode([*prompts, *answers])
         asked, said = vectors[: len(prompts)], vectors[len(prompts) :]
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
-        own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
+        fading = np.exp(-own[..., SUPPORT, None] / SUPPORTED)  # 1 / (1 + good labels of the answer)
+        hollow = self.hollow.features(self.encoder, texts, asked[which], said, pairs) * fading
+        own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own, hollow], axis=2)
         topics = self.topics.of(asked)[which]
         asked, said = asked[which], said[pairs]
         return Seen(own, shared_features(asked, said, examples, style), topics, asked, said)
@@ -285,11 +298,9 @@ class RewardModel:
 
     def _learn_label(self, label: Label) -> float:
         seen = self.seen_of([label.example], style=True)
-        neutral = seen.shared.copy()
-        if not STYLE_IS_SCORED:
-            neutral[:, STYLE_COLUMNS] = 0
         self.trace = None
-        logits = self.heads.logits(seen.own, neutral)
+        raw = self.heads.logits(seen.own, _neutral(seen.shared))
+        logits = raw - self._by_length([label.example])
         expected, right = self._expected_of_label(logits, seen.topics)
         if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(seen.shared).all()):
             return self._refuse()
@@ -300,6 +311,8 @@ class RewardModel:
         weight = label.weight * label.rarity
         lesson = Lesson(seen.own[:, 0], seen.shared[0], label.value, weight, members)
         self._step(lesson, seen.asked[0], label.example.structure.turn)
+        said = GOOD if label.value > 0.5 else BAD
+        self.length.add(said, length_of(label.example.answer), float(raw.mean()), label.weight)
         self.seen[label.value > 0.5] += 1
         if label.watched:
             self.calibration.add(float(logits.mean()), expected, label.value, int(seen.topics[0]))
@@ -349,6 +362,9 @@ class RewardModel:
         self._remember(pair.chosen, seen.asked[0], seen.said[0], members, weight, 0.0)
         if not pair.absolute:
             self._remember(pair.rejected, seen.asked[1], seen.said[1], members, 0.0, weight)
+        longer = length_of(pair.chosen) - length_of(pair.rejected)
+        raw = self.heads.logits(difference[:, None], _neutral(alike[None]))
+        self.length.add(PAIR, longer, float(raw.mean()), pair.weight)
         self._step(Lesson(difference, alike, 1.0, pair.weight, members), seen.asked[0], pair.structure.turn)
         return expected
 
@@ -376,6 +392,15 @@ def _sides(pair: Pair) -> list[Example]:
 def _difference(seen: Seen) -> tuple[Array, Array]:
     """Own (heads, …) and shared (…,) features of the first answer less those of the second."""
     return seen.own[:, 0] - seen.own[:, 1], seen.shared[0] - seen.shared[1]
+
+
+def _neutral(shared: Array) -> Array:
+    """Shared features (n, …) without what is only style."""
+    if STYLE_IS_SCORED:
+        return shared
+    neutral = shared.copy()
+    neutral[:, STYLE_COLUMNS] = 0
+    return neutral
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:

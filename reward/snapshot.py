@@ -37,6 +37,8 @@ CODE = (
     "floor",
     "heads",
     "hearing",
+    "hollow",
+    "length",
     "model",
     "poison",
     "propensity",
@@ -90,6 +92,7 @@ def _facts(model: RewardModel) -> dict[str, Any]:
         "updates": model.updates,
         "seen": model.seen,
         "curve": model.calibration.curve.tolist(),
+        "length": model.length.sums.tolist(),
     }
 
 
@@ -182,4 +185,5 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
     model.topics.centres = arrays["centres"]
     model.calibration.curve[:], model.calibration.shares.means[:] = facts["curve"], arrays["shares"]
     model.comments.line = arrays["comments"]
+    model.length.sums[:] = facts["length"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]
