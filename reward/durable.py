@@ -165,6 +165,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
         "propensity": model.propensity.dump(),
+        "length": model.length.sums.tolist(),
     }
     return _with_arrays(small, model.heads)
 
@@ -195,6 +196,7 @@ def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
     model.frozen_until = core["frozen_until"]
     model.comments.count = core["comments"]
     model.propensity.take(core["propensity"])
+    model.length.sums[:] = core["length"]
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]

@@ -38,6 +38,8 @@ CODE = (
     "floor",
     "heads",
     "hearing",
+    "hollow",
+    "length",
     "model",
     "poison",
     "propensity",
@@ -95,6 +97,7 @@ def _facts(model: RewardModel) -> dict[str, Any]:
         "seen": model.seen,
         "values": {"begun": model.values.begun, "ended": model.values.ended},
         "curve": model.calibration.curve.tolist(),
+        "length": model.length.sums.tolist(),
     }
 
 
@@ -189,4 +192,5 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
     model.topics.centres = arrays["centres"]
     model.calibration.curve[:], model.calibration.shares.means[:] = facts["curve"], arrays["shares"]
     model.comments.line = arrays["comments"]
+    model.length.sums[:] = facts["length"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]
