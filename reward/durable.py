@@ -165,7 +165,7 @@ def _pack_core(model: RewardModel) -> bytes:
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
         "propensity": model.propensity.dump(),
-        "length": model.length.sums.tolist(),
+        "length": model.length.sums,
     }
     return _with_arrays(small, model.heads)
 

@@ -110,7 +110,7 @@ class Hollow:
         """
         self._read(encoder)
         nearest = np.maximum.reduceat(said @ self._sayings.T, KINDS, axis=1)[pairs]
-        prompt = np.maximum(np.einsum("nd,nd->n", asked, said[pairs]), self._unlike)
+        prompt = np.maximum(np.vecdot(asked, said.take(pairs, 0)), self._unlike)
         beyond = (nearest - prompt[:, None]) / (1 - self._unlike)
         beyond[[closes(prompt) for prompt in prompts]] = 0
-        return np.clip((beyond - NEAR) / WIDTH, 0, 1).astype(np.float32)
+        return np.minimum(np.maximum((beyond - NEAR) / WIDTH, 0), 1).astype(np.float32)

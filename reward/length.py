@@ -33,26 +33,32 @@ class Length:
     times logit)."""
 
     def __init__(self) -> None:
-        self.sums = np.zeros((3, 5))
+        self.sums = [[0.0] * 5 for _ in (BAD, GOOD, PAIR)]
 
     def add(self, said: int, length: float, logit: float, weight: float) -> None:
         """Learn of one lesson; length and logit of a pair are those of the chosen answer less the rejected one's."""
-        self.sums *= FADE
-        self.sums[said] += np.multiply(weight, (1.0, length, logit, length * length, length * logit))
+        for row in self.sums:
+            row[:] = [FADE * part for part in row]
+        told = (1.0, length, logit, length * length, length * logit)
+        self.sums[said] = [part + weight * new for part, new in zip(self.sums[said], told, strict=True)]
 
     @property
     def slope(self) -> float:
         """Logits for a unit of length."""
-        weight, length, logit, squared, both = self.sums[self.sums[:, 0] > 0].T
-        return float((both - length * logit / weight).sum() / ((squared - length**2 / weight).sum() + PRIOR))
+        along, squares = 0.0, PRIOR
+        for weight, length, logit, squared, both in self.sums:
+            if weight > 0:
+                along += both - length * logit / weight
+                squares += squared - length * length / weight
+        return along / squares
 
     @property
     def usual(self) -> float:
         """Mean length of the rated answers; 0: none was."""
-        weight, length = self.sums[:PAIR, :2].sum(0).tolist()
-        return length / weight if weight > 0 else 0.0
+        weight = self.sums[BAD][0] + self.sums[GOOD][0]
+        return (self.sums[BAD][1] + self.sums[GOOD][1]) / weight if weight > 0 else 0.0
 
     def part(self, answers: Sequence[str]) -> Array:
         """Of each answer's logit, what is its length's: (n,). An answer of the usual length owes nothing to it."""
-        lengths = np.array([length_of(answer) for answer in answers])
-        return (self.slope * (lengths - self.usual)).astype(np.float32)
+        slope, usual = self.slope, self.usual
+        return np.array([slope * (length_of(answer) - usual) for answer in answers], np.float32)

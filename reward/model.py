@@ -338,7 +338,7 @@ class RewardModel:
         self._step(lesson, seen.asked[0], label.example.structure.turn)
         seen = seen._replace(topics=self.topics.of(seen.asked))  # it may have founded one
         said = GOOD if label.value > 0.5 else BAD
-        self.length.add(said, length_of(label.example.answer), float(raw.mean()), label.weight)
+        self.length.add(said, length_of(label.example.answer), _mean(raw[:, 0].tolist()), label.weight)
         self.seen[label.value > 0.5] += 1
         if label.watched:
             self.calibration.add(_mean(logits[:, 0].tolist()), expected, label.value, int(seen.topics[0]))
@@ -385,7 +385,7 @@ class RewardModel:
         members, told = _told_by(pair, self.config.heads)
         for (answer, good, bad), asked, said in zip(told, seen.asked, seen.said, strict=False):
             self._remember(answer, asked, said, members, good, bad)
-        self.length.add(PAIR, longer(pair), float(raw.mean()), pair.weight)
+        self.length.add(PAIR, longer(pair), _mean(raw[:, 0].tolist()), pair.weight)
         self._step(Lesson(difference, alike, 1.0, pair.weight, members), seen.asked[0], pair.structure.turn)
         return expected
 

@@ -97,7 +97,7 @@ def _facts(model: RewardModel) -> dict[str, Any]:
         "seen": model.seen,
         "values": {"begun": model.values.begun, "ended": model.values.ended},
         "curve": model.calibration.curve.tolist(),
-        "length": model.length.sums.tolist(),
+        "length": model.length.sums,
     }
 
 
