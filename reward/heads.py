@@ -42,18 +42,35 @@ class Batch(NamedTuple):
 
 def probability(logits: Array) -> Array:
     """The logistic function, without overflow."""
-    return 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
+    found: Array = np.tanh(0.5 * logits)
+    found *= 0.5
+    found += 0.5
+    return found
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite is found by the caller
-def loss_and_gradients(own_weights: Array, shared_weights: Array, lessons: Batch) -> tuple[float, Array, Array]:
-    """Mean weighted cross-entropy, and its gradients (heads, features) by own and by shared weights."""
+def loss(own_weights: Array, shared_weights: Array, lessons: Batch) -> float:
+    """Mean weighted cross-entropy of all members together."""
     own, shared, labels, weights, members = lessons
-    logits = np.einsum("nha,ha->hn", own, own_weights) + shared_weights @ shared.T
-    worth = weights * members.T / labels.size
-    loss = float((worth * (np.logaddexp(0, logits) - labels * logits)).sum())
-    error = worth * (probability(logits) - labels)
-    return loss, np.einsum("hn,nha->ha", error, own), error @ shared
+    logits = logits_of(own_weights, shared_weights, own.transpose(1, 0, 2), shared)
+    return float((weights * members.T * (np.logaddexp(0, logits) - labels * logits)).sum() / labels.size)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def gradients(own_weights: Array, shared_weights: Array, lessons: Batch) -> tuple[Array, Array]:
+    """Those of the loss (heads, features), by own and by shared weights."""
+    own, shared, labels, weights, members = lessons
+    each = own.transpose(1, 0, 2)  # the lessons of each member
+    error = probability(logits_of(own_weights, shared_weights, each, shared)) - labels
+    error *= members.T * (weights / labels.size)
+    return (error[:, None] @ each)[:, 0], error @ shared
+
+
+def logits_of(own_weights: Array, shared_weights: Array, own: Array, shared: Array) -> Array:
+    """(heads, n) from weights (heads, features), own features (heads, n, a) and shared ones (n, b)."""
+    found: Array = shared_weights @ shared.T
+    found += (own @ own_weights[:, :, None])[:, :, 0]
+    return found
 
 
 class Heads:
@@ -68,19 +85,21 @@ class Heads:
 
     def logits(self, own: Array, shared: Array) -> Array:
         """(heads, n) from own features (heads, n, a) and shared ones (n, b)."""
-        return np.einsum("hna,ha->hn", own, self.own) + self.shared @ shared.T
+        return logits_of(self.own, self.shared, own, shared)
 
-    def step(self, lessons: Batch) -> float:
-        """One step on these lessons; the loss before it. A step that would not be finite is not made."""
-        loss, by_own, by_shared = loss_and_gradients(self.own, self.shared, lessons)
+    def step(self, lessons: Batch) -> bool:
+        """One step on these lessons. One that would not be finite is not made; returns whether it was."""
+        by_own, by_shared = gradients(self.own, self.shared, lessons)
         if not (np.isfinite(by_own).all() and np.isfinite(by_shared).all()):
-            return float("nan")
+            return False
         self.own_sums += by_own**2
         self.own -= OWN_RATE * self.learning_rate * by_own / np.sqrt(self.own_sums)
         self.shared_sums += by_shared**2
         self.shared *= 1 - DECAY
-        self.shared -= SHARED_RATE * self.learning_rate * by_shared / np.sqrt(self.shared_sums)
-        return loss
+        by_shared *= SHARED_RATE * self.learning_rate
+        by_shared /= np.sqrt(self.shared_sums)
+        self.shared -= by_shared
+        return True
 
     def arrays(self) -> dict[str, Array]:
         """The weights and sums, by name: these very arrays."""

@@ -21,6 +21,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float32]]
 OWN_WEIGHT = (1.0, 4.0)  # well-rated prompts that the answer's own vector stands for: least and most trusting member
 SHARPNESS = 20.0  # of the choice among answers: logits per unit of cosine
+SUPPORTED = 0.3  # scale of the feature "support"
 BAD_PRIOR = 3.0  # badly rated prompts after which their centroid has half its weight
 NAMES = ("rival", "similarity", "badly_rated", "rate", "support", "chosen")
 FEATURES = len(NAMES)
@@ -31,15 +32,13 @@ def key_of(answer: str) -> bytes:
     return hashlib.blake2b(" ".join(answer.split()).encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def _units(vectors: Array) -> Array:
-    norms = np.sqrt(np.einsum("...d,...d->...", vectors, vectors))[..., None]
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-12)
-
-
 def _together(fit: Array) -> Array:
-    """The logarithm of the sum of exponentials over the answers: (answers, heads, n) to (heads, n)."""
-    most: Array = fit.max(axis=0)
-    return most + np.log(np.exp(fit - most).sum(axis=0))
+    """The logarithm of the sum of exponentials over the answers: (answers, heads, n) to (heads, n).
+
+    Vectors are of length 1, so a fit is SHARPNESS at most, and no exponential too large.
+    """
+    found: Array = np.log(np.exp(fit).sum(axis=0))
+    return found
 
 
 class Prototypes:
@@ -53,21 +52,29 @@ class Prototypes:
         self.rows: dict[bytes, int] = {}
         self.keys: list[bytes] = []  # of each row
         self.own = np.zeros((0, size), np.float32)
-        self.good = np.zeros((heads, 0, size), np.float32)  # sums of prompt vectors
-        self.bad = np.zeros((heads, 0, size), np.float32)
+        self._sums = np.zeros((0, 2, heads, size), np.float32)  # of the vectors of prompts, rated good and bad
         self.counts = np.zeros((2, heads, 0), np.float32)  # weights of good and bad labels
         self._trust = np.geomspace(*OWN_WEIGHT, heads).astype(np.float32)[:, None]
         self.totals = np.zeros((2,), np.float32)  # of good and bad labels over all answers
         self._centres = np.zeros((0, heads, size), np.float32)  # rows together, so that one product compares all
         self._faults = np.zeros((0, heads, size), np.float32)
 
+    @property
+    def good(self) -> Array:
+        """Sums of the vectors of the prompts that each answer was good for, (heads, rows, size): a view."""
+        return self._sums[:, 0].transpose(1, 0, 2)
+
+    @property
+    def bad(self) -> Array:
+        """The same of those that it was bad for."""
+        return self._sums[:, 1].transpose(1, 0, 2)
+
     def _room(self, width: int) -> None:
         """Grow the arrays to ``width`` rows."""
         more = width - self.own.shape[0]
-        pad = ((0, 0), (0, more), (0, 0))
-        self.own = np.pad(self.own, pad[1:])
-        self.good, self.bad = np.pad(self.good, pad), np.pad(self.bad, pad)
         pad = ((0, more), (0, 0), (0, 0))
+        self.own = np.pad(self.own, pad[:2])
+        self._sums = np.pad(self._sums, (*pad, (0, 0)))
         self._centres, self._faults = np.pad(self._centres, pad), np.pad(self._faults, pad)
         self.counts = np.pad(self.counts, ((0, 0), (0, 0), (0, more)))
 
@@ -93,13 +100,16 @@ class Prototypes:
         if row == len(self.keys):
             self.keys.append(key)
         self.rows[key], self.keys[row] = row, key
-        self.own[row], self.good[:, row], self.bad[:, row] = own, good, bad
+        self.own[row], self._sums[row, 0], self._sums[row, 1] = own, good, bad
         self.counts[:, :, row] = counts
 
     def _refresh(self, row: int) -> None:
-        self._centres[row] = _units(self.good[:, row] + self._trust * self.own[row])
-        bad = self.counts[1, :, row, None]
-        self._faults[row] = _units(self.bad[:, row]) * bad / (bad + BAD_PRIOR)
+        good, bad = both = self._sums[row].copy()
+        good += self._trust * self.own[row]
+        length = np.maximum(np.sqrt(np.vecdot(both, both)), 1e-12)[:, :, None]
+        heard = self.counts[1, :, row, None]
+        np.divide(good, length[0], out=self._centres[row])
+        np.multiply(bad, heard / (heard + BAD_PRIOR) / length[1], out=self._faults[row])
 
     def add(self, answer: bytes, own: Array, prompt: Array, members: Array, good: float, bad: float) -> int:
         """Learn that ``prompt`` was judged good and bad with these weights for an answer (its key and own vector).
@@ -107,11 +117,11 @@ class Prototypes:
         ``members`` (heads,) is 1 for the members that see this label, 0 for the others. Returns the changed row.
         """
         row = self._row(answer, own)
-        goods, bads = np.float32(good) * members, np.float32(bad) * members
-        self.good[:, row] += np.outer(goods, prompt)
-        self.bad[:, row] += np.outer(bads, prompt)
-        self.counts[:, :, row] += (goods, bads)
-        self.totals += np.array([good, bad], np.float32)
+        both = np.array([[good], [bad]], np.float32)
+        weights = both * members
+        self._sums[row] += weights[:, :, None] * prompt
+        self.counts[:, :, row] += weights
+        self.totals += both[:, 0]
         self._refresh(row)
         return row
 
@@ -133,27 +143,33 @@ class Prototypes:
             prompts: vectors of the distinct prompts, (n, size); ``which`` (pairs,) is the row of each pair's.
             answers: keys of the distinct answers; own: their vectors, (m, size); pairs: row of each pair's.
         """
-        width = len(self.rows)
-        rows = np.array([self.rows.get(key, -1) for key in answers], np.int64)[pairs]
-        known = rows >= 0
-        at = np.maximum(rows, 0)
-        asked = prompts[which]
-        fit = self._centres[:width].reshape(-1, self.size) @ (SHARPNESS * prompts.T)
-        fit = fit.reshape(width, self.heads, len(prompts))
-        near = SHARPNESS * np.einsum("pd,pd->p", asked, own[pairs])
-        rivals = _together(fit)[:, which] if width else np.full((self.heads, len(which)), -np.inf)
-        mine = np.where(known, fit[at, :, which].T, near) if width else np.broadcast_to(near, rivals.shape)
-        faults = np.einsum("pd,phd->hp", asked, self._faults[at]) if width else rivals
-        among = np.where(known, rivals, np.logaddexp(rivals, near))
-        good, bad = self.counts[:, :, at] * known if width else np.zeros((2, *rivals.shape))
-        base = (self.totals[0] + 1) / (self.totals.sum() + 2)
-        found = np.empty((self.heads, len(which), FEATURES), np.float32)
-        found[..., 0] = np.maximum(mine - among, -8.0)
+        rows = [self.rows.get(key, -1) for key in answers]
+        at = np.array(rows, np.int64).take(pairs)
+        mine, among, faults, good, bad = looked = np.zeros((5, self.heads, len(at)), np.float32)
+        asked = prompts.take(which, 0)
+        if width := len(self.rows):
+            fit = self._centres[:width].reshape(-1, self.size) @ (SHARPNESS * prompts.T)
+            fit = fit.reshape(width, self.heads, len(prompts))
+            mine[:], among[:] = fit[at, :, which].T, _together(fit)[:, which]
+            faults[:] = (self._faults[at] @ asked[:, :, None])[:, :, 0].T
+            looked[3:] = self.counts[:, :, at]
+        else:
+            among[:] = -np.inf
+        if -1 in rows:  # of these nothing is known but their own vectors
+            new = np.flatnonzero(at < 0)
+            near = SHARPNESS * np.vecdot(asked[new], own[pairs[new]])
+            mine[:, new], among[:, new] = near, np.logaddexp(among[:, new], near)
+            looked[2:, :, new] = 0
+        goods, bads = self.totals.tolist()
+        base = (goods + 1) / (goods + bads + 2)
+        lead = mine - among
+        found = np.empty((self.heads, len(at), FEATURES), np.float32)
+        found[..., 0] = np.maximum(lead, -8.0)
         found[..., 1] = mine / SHARPNESS - 0.5
-        found[..., 2] = np.where(known, faults, 0.0)
+        found[..., 2] = faults
         found[..., 3] = np.log((good + 2 * base) / (bad + 2 * (1 - base)))
-        found[..., 4] = 0.3 * np.log1p(good)
-        found[..., 5] = np.exp(mine - among)
+        found[..., 4] = SUPPORTED * np.log1p(good)
+        found[..., 5] = np.exp(lead)
         return found
 
     def pack(self, row: int) -> bytes:

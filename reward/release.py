@@ -155,7 +155,9 @@ def _pull(pairs: list[Foretold]) -> float:
 
 def finite(model: RewardModel) -> bool:
     """Whether everything that a snapshot says is decided by finite numbers."""
-    arrays = (*model.heads.arrays().values(), model.prototypes.totals, model.prototypes.counts, model.calibration.curve)
+    known = model.prototypes
+    arrays = (*model.heads.arrays().values(), *model.values.heads.arrays().values(), known.totals, known.counts)
+    arrays = (*arrays, model.calibration.curve)
     return all(bool(np.isfinite(array).all()) for array in arrays)
 
 

@@ -5,6 +5,7 @@ Pure: rows in, numbers out. A row is one call with its newest opinion, and with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class Row:
     predicted before that was learned.
 
     ``reward_version`` scored when the label came, or else last; ``time`` in seconds since 1970; ``newest``: what its
-    newest label says.
+    newest label says. ``ends_well_before`` and ``ends_well_after``: as its score has them. ``ended``: what its episode
+    of ``turns`` turns came to.
     """
 
     episode: str
@@ -40,6 +42,37 @@ class Row:
     predicted: float | None = None
     prompt: str = ""
     newest: float | None = None
+    turns: int = 1
+    ends_well_before: float | None = None
+    ends_well_after: float | None = None
+    ended: float | None = None
+
+
+STAGES = {"a quarter of its turns": 0.25, "half of them": 0.5, "three quarters": 0.75, "all of them": 1.0}
+
+
+def courses(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By how far an episode of several turns was: how many whose end is known, and AUC of what was foretold of it.
+
+    AUC is None where there are too few to say. Nothing where no end was foretold.
+    """
+    known: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row.turns > 1 and row.ended is not None and row.ends_well_after is not None:
+            known.setdefault(row.episode, {}).setdefault(row.turn, row)
+    firsts = [its[0] for its in known.values() if 0 in its]
+    found = {"before the first answer": [(row.ends_well_before, row.ended) for row in firsts]}
+    for name, share in STAGES.items():
+        at = [(its, max(1, math.ceil(share * row.turns)) - 1) for its in known.values() for row in [*its.values()][:1]]
+        found[name] = [(its[turn].ends_well_after, its[turn].ended) for its, turn in at if turn in its]
+    return {name: {"episodes": len(pairs), "auc": _auc(pairs)} for name, pairs in found.items() if pairs}
+
+
+def _auc(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    if len(pairs) < FEWEST:
+        return None
+    said, was = np.array(pairs, np.float64).T
+    return auc(said, was)
 
 
 def numbers(rows: Sequence[Row]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from reward.heads import Batch, Lesson
 REPLAY = 64  # remembered lessons in each step, beside the new one
 RECENT = 512  # half of them are drawn from so many newest
 LATE = 2  # turns of an episode from which on they are one slice
+LABEL, WEIGHT, MEMBERS = 0, 1, 2  # columns of a row; after the members come each one's own features, then the shared
 
 
 def slice_of(topic: int, turn: int) -> int:
@@ -26,14 +27,16 @@ def slice_of(topic: int, turn: int) -> int:
 class Reservoir:
     """At most ``capacity`` lessons in as many slots; ``count``: how many were ever added.
 
-    They lie in arrays that grow as they fill, so that a step takes its lessons by one look-up.
+    Each is a row of one array that grows as it fills, so that a step takes its lessons by one look-up.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.marks: list[tuple[int, int]] = []  # of each slot: the lesson's number, its slice
         self.count = 0
-        self._kept: Batch | None = None  # of at least as many rows as there are marks
+        self._heads = self._own = 0  # members, and own features of each
+        self._rows = np.zeros((0, 0), np.float32)  # at least as many as there are marks
+        self._drawn = np.zeros((0, 0), np.float32)  # where a sample is put
         self._slots: dict[int, int] = {}  # by number, oldest first
         self._slices: dict[int, dict[int, None]] = {}  # numbers of each slice, oldest first
         self._newest = np.full(RECENT, -1)  # slots of the newest numbers, each at its number's remainder; -1: given up
@@ -43,12 +46,15 @@ class Reservoir:
 
     def lesson(self, slot: int) -> Lesson:
         """The lesson of a slot, as it is now; what comes into the slot later does not change it."""
-        own, shared, labels, weights, members = self._rows(np.array([slot]))
+        own, shared, labels, weights, members = self._batch(self._rows[[slot]])
         return Lesson(own[0], shared[0], float(labels[0]), float(weights[0]), members[0])
 
-    def _rows(self, slots: Any) -> Batch:
-        assert self._kept is not None
-        return Batch(*(array[slots] for array in self._kept))
+    def _batch(self, rows: Any) -> Batch:
+        """The lessons that these rows are: views of them."""
+        own = MEMBERS + self._heads
+        shared = own + self._heads * self._own
+        each = rows[:, own:shared].reshape(len(rows), self._heads, self._own)
+        return Batch(each, rows[:, shared:], rows[:, LABEL], rows[:, WEIGHT], rows[:, MEMBERS:own])
 
     def add(self, lesson: Lesson, slice_: int = 0) -> int:
         """Returns the slot that was written."""
@@ -70,9 +76,8 @@ class Reservoir:
         if slot == len(self.marks):
             self.marks.append((number, slice_))
             self._room(lesson)
-        assert self._kept is not None
-        for array, part in zip(self._kept, lesson, strict=True):
-            array[slot] = part
+        parts = ((lesson.label, lesson.weight), lesson.members, lesson.own.reshape(-1), lesson.shared)
+        np.concatenate(parts, out=self._rows[slot], casting="same_kind")
         self.marks[slot] = number, slice_
         self._slots[number] = slot
         self._slices.setdefault(slice_, {})[number] = None
@@ -80,15 +85,14 @@ class Reservoir:
 
     def _room(self, lesson: Lesson) -> None:
         """Room for as many lessons as there are marks: twice what there was, so that few fill it often."""
-        width = len(self._kept.labels) if self._kept is not None else 0
-        if len(self.marks) <= width:
+        held = len(self._rows)
+        if len(self.marks) <= held:
             return
-        shapes = [np.shape(part) for part in lesson]
-        wider = min(max(64, 2 * width), self.capacity)
-        grown = Batch(*(np.zeros((wider, *shape), np.float32) for shape in shapes))
-        for array, before in zip(grown, self._kept or (), strict=False):
-            array[:width] = before
-        self._kept = grown
+        self._heads, self._own = lesson.own.shape
+        width = MEMBERS + self._heads + lesson.own.size + lesson.shared.size
+        grown = np.zeros((min(max(64, 2 * held), self.capacity), width), np.float32)
+        grown[:held] = self._rows.reshape(held, width)
+        self._rows, self._drawn = grown, np.zeros((1 + REPLAY, width), np.float32)
 
     def restore(self, held: Iterable[tuple[int, int, Lesson]], count: int) -> None:
         """Take (number, slice, lesson) of each slot in order. Raises ValueError where two have one number."""
@@ -106,8 +110,8 @@ class Reservoir:
     def silence(self, number: int) -> int | None:
         """Have the lesson that was added as the ``number``-th (from 0) teach nothing more; its slot, if it is there."""
         slot = self._slots.get(number)
-        if slot is not None and self._kept is not None:
-            self._kept.weights[slot] = 0.0
+        if slot is not None:
+            self._rows[slot, WEIGHT] = 0.0
         return slot
 
     def sizes(self) -> dict[int, int]:
@@ -117,18 +121,33 @@ class Reservoir:
     def sample(self, turn: int = 0, beside: int | None = None) -> Batch:
         """REPLAY lessons, half of them of the RECENT newest, after that of the slot ``beside`` if one is given.
 
-        The draw depends on the count and ``turn`` alone.
+        The draw depends on the count and ``turn`` alone; what it gives holds until the next one.
         """
-        draws = _mixed((self.count << 20) + (turn << 8), REPLAY)
+        draws = _mixed((self.count << 20) + (turn << 8))
         newest = self._newest[self._newest >= 0]
         half = REPLAY // 2
-        slots = np.concatenate([draws[:half] % len(self.marks), newest[draws[half:] % len(newest)]])
-        return self._rows(slots if beside is None else np.concatenate([[beside], slots]))
+        slots = np.empty(1 + REPLAY, np.int64)
+        slots[0] = beside or 0
+        slots[1 : 1 + half] = draws[:half] % len(self.marks)
+        slots[1 + half :] = newest[draws[half:] % len(newest)]
+        slots = slots[beside is None :]
+        drawn = self._drawn[: len(slots)]
+        self._rows.take(slots, axis=0, out=drawn, mode="clip")  # "raise" would make a copy first; none is outside
+        return self._batch(drawn)
 
 
-def _mixed(start: int, many: int) -> Any:
-    """``many`` numbers below 2**31 that look drawn by chance, from ``start`` on (splitmix64; Steele et al. 2014)."""
-    bits = (np.arange(many, dtype=np.uint64) + np.uint64(start % 2**64)) * np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (bits >> np.uint64(33)).astype(np.int64)
+def _mixed(start: int) -> Any:
+    """REPLAY numbers below 2**31 that look drawn by chance, from ``start`` on (splitmix64; Steele et al. 2014)."""
+    bits = STREAM + np.uint64(start * GOLDEN % 2**64)
+    bits ^= bits >> SHIFTS[0]
+    bits *= FACTORS[0]
+    bits ^= bits >> SHIFTS[1]
+    bits *= FACTORS[1]
+    bits >>= SHIFTS[2]
+    return bits.view(np.int64)
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+STREAM = np.arange(REPLAY, dtype=np.uint64) * np.uint64(GOLDEN)
+FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+SHIFTS = np.uint64(30), np.uint64(27), np.uint64(33)

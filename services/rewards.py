@@ -25,14 +25,21 @@ WITH first AS (
     WHERE tenant = $tenant AND policy = $policy AND label IS NOT NULL AND predicted IS NOT NULL
     QUALIFY row_number() OVER (PARTITION BY episode, call ORDER BY version, log_offset) = 1
 ), newest AS (
-    SELECT episode, call, reward_version, mask, label, time FROM scores WHERE tenant = $tenant AND policy = $policy
+    SELECT episode, call, reward_version, mask, time, source, label, ends_well_before, ends_well_after
+    FROM scores WHERE tenant = $tenant AND policy = $policy
+), its_turns AS (
+    SELECT * FROM turns WHERE tenant = $tenant AND policy = $policy
+), ended AS (
+    SELECT episode, first(n.label ORDER BY n.source = 'outcome' DESC, t.turn DESC) AS ended
+    FROM newest n JOIN its_turns t USING (episode, call) WHERE n.label IS NOT NULL GROUP BY episode
 )
 SELECT episode, call, t.turn, t.messages, t.output, coalesce(t.policy_version, '') AS adapter,
        coalesce(first.reward_version, newest.reward_version) AS reward_version, newest.mask AS mask,
-       coalesce(first.time, newest.time) AS time, first.label AS label, first.predicted AS predicted,
-       newest.label AS newest
-FROM newest JOIN (SELECT * FROM turns WHERE tenant = $tenant AND policy = $policy) t USING (episode, call)
-LEFT JOIN first USING (episode, call)
+       coalesce(first.time, newest.time) AS time, first.label AS label, first.predicted AS predicted, t.turns AS turns,
+       newest.label AS newest, newest.ends_well_before AS ends_well_before,
+       newest.ends_well_after AS ends_well_after, ended.ended AS ended
+FROM newest JOIN its_turns t USING (episode, call)
+LEFT JOIN first USING (episode, call) LEFT JOIN ended USING (episode)
 ORDER BY time, episode, call
 """
 RATED = """

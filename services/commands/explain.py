@@ -1,5 +1,6 @@
 """Why an episode's answers got their scores: what people said, what the reward model saw, and what would change it.
 
+Of an episode of several turns: how it was foretold to end, before and after each turn, when that was new.
 For each answer: the score and the version that gave it; what was said, by which source and with which weight, and
 what of it is held; the declaration in force; the features that spoke for and against it; the nearest rated answers; how
 sure it is; and the score after one more word. Weights, features and neighbours are those of the version that scored,
@@ -117,6 +118,7 @@ def _explained(
         "episode": episode.id,
         "policy": episode.route,
         "quarantine": episode.quarantine,
+        "course": _course(episode, scores),
         "turns": [
             one
             for number, at in enumerate(episode.positions)
@@ -135,6 +137,17 @@ def _beside(store: Store, scores: Iterable[Score]) -> dict[str, list[dict[str, A
             [score.tenant, score.policy, score.episode, score.call, score.version, score.reward_version],
         )
     return found
+
+
+def _course(episode: Episode, scores: dict[str, Score]) -> list[dict[str, Any]]:
+    """What was foretold of the end of an episode of several turns, when each turn was new; where nothing was, none."""
+    both = [scores[turn.call.id] for turn in episode.turns if turn.call.id in scores and len(episode.turns) > 1]
+    turns = {turn.call.id: number for number, turn in enumerate(episode.turns, 1)}
+    return [
+        {"turn": turns[one.call], "before": one.ends_well_before, "after": one.ends_well_after}
+        for one in both
+        if one.ends_well_before is not None and one.ends_well_after is not None
+    ]
 
 
 def _turn(
@@ -198,9 +211,12 @@ def _turn(
 
 
 def told(its: dict[str, Any]) -> str:
+    from reward import course
+
     lines = [f"{its['policy']}, episode {its['episode']}"]
     if its["quarantine"]:
         lines.append(f"quarantined, so nothing of it is trained on: {its['quarantine']}")
+    lines += course.told([(one["turn"], one["before"], one["after"]) for one in its["course"]])
     for turn in its["turns"]:
         lines += ["", *_turn_told(turn)]
     return "\n".join(lines)

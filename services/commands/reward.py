@@ -3,7 +3,8 @@
 list       every version: whether it scores, was released once, waits for labels or was refused, and why
 report     slice by slice (turn, who answered, topic, language, answers that recur): what it foretold before it learned
            (AUC, calibration error), coverage, drift, correlation with length, planted pairs; the same while the
-           version that scores and the one before it did; how far each source is believed by either
+           version that scores and the one before it did; how episodes end, foretold by how far they were; how far each
+           source is believed by either
 compare    two versions on the newest episodes: where they disagree most, and who was right on labels new to both
 rollback   score with the version before (or --to another) and keep it, whatever snapshots come, until 'resume'
 promote    score with a version that was refused or rolled back; the next snapshots are judged beside it as ever
@@ -106,7 +107,7 @@ def _versions_told(found: list[RewardVersion]) -> str:
 
 
 def _report(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:
-    from reward.report import diagram, drawn, over_time
+    from reward.report import courses, diagram, drawn, over_time
     from services.commands.reward_report import sliced, told
     from services.rewards import calls, opened, versions
 
@@ -130,6 +131,7 @@ def _report(options: argparse.Namespace, here: Installation, tenant: str, policy
         "slices": parts,
         "planted": planted,
         "sources": {name: model.reliability.status() for name, model in snapshots.items()},
+        "courses": courses(rows),
         "reliability": diagram(rows),
         "auc_over_time": over_time(rows),
     }

@@ -66,6 +66,9 @@ def told(result: Mapping[str, Any]) -> str:
     lines += ["", f"now: what was rated while {now} scored", _numbers(result["slices"], now, by_version)]
     if before is not None:
         lines += ["", f"before: what was rated while {before} did", _numbers(result["slices"], before, by_version)]
+    if result["courses"]:
+        ends = [[stage, its["episodes"], its["auc"]] for stage, its in result["courses"].items()]
+        lines += ["", "how episodes end, foretold when each turn was new", table(["after", "episodes", "AUC"], ends)]
     lines += ["", "planted pairs of which the good answer wins, by kind", _planted(result["planted"])]
     for name, sources in result["sources"].items():
         rows = [[source, *(its[column] for column in SOURCES)] for source, its in sources.items()]

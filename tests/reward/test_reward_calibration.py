@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward.calibration import FEWEST, Calibration, auc, calibration_error
+from reward.calibration import FEWEST, Calibration, auc, calibration_error, solved
 
 
 def test_auc_by_hand():
@@ -73,3 +73,21 @@ def test_slips_are_found_and_nothing_is_ever_sure():
         calibration.add(6.0 if good else -6.0, 0.5, float(good != slipped))
     assert calibration.curve[2] == pytest.approx(0.1, abs=0.03)
     assert calibration.heard(1.0) == pytest.approx(0.9, abs=0.03)
+
+
+def test_three_equations_are_solved():
+    random = np.random.default_rng(3)
+    half = random.normal(size=(3, 5))
+    known, told = half @ half.T, random.normal(size=3)
+    assert solved(np.column_stack([known, told]).tolist()) == pytest.approx(np.linalg.solve(known, told).tolist())
+
+
+def test_one_answer_is_judged_by_its_topics_line():
+    calibration, random = Calibration(200, topics=2), np.random.default_rng(4)
+    for i in range(150):
+        calibration.add(float(random.normal()), 0.5, float(random.random() < (0.2, 0.9)[i % 2]), topic=i % 2)
+    members = [-1.0, 0.3, 2.0]
+    for topic in range(2):
+        lines = calibration.line(np.array(members), np.array([topic]))
+        assert calibration.good(members, topic) == pytest.approx((1 / (1 + np.exp(-lines))).mean())
+    assert calibration.good(members, 1) > calibration.good(members, 0)

@@ -241,6 +241,60 @@ def test_what_another_version_scored_again_stands_beside_in_an_explanation(
     assert "nothing was to do" in said("replay", "--reward", other)[1]
 
 
+def conversation(number: int) -> Episode:
+    """Three turns, of which the second decides how the episode ends: that is measured."""
+    good = number % 2 == 0
+    things = THINGS[number // 2 % 4]
+    said = ("how can i help", "xylophone quiz" if good else "bubble gum", "xenon quartz" if good else "bob mumbles")
+    turns = []
+    for at, answer in enumerate(said):
+        asked = (Message(role="user", content=f"{VERBS[at]} {things}"),)
+        turns.append(
+            Turn(call=Call(id=f"t{number}-{at}", messages=asked, output=Message(role="assistant", content=answer)))
+        )
+    ended = Feedback(id=f"o{number}", kind="outcome", value=float(good), time=5.0)
+    about = {"tenant": "default", "policy": "assistant", "started": float(number + 1), "updated": float(number + 1)}
+    return Episode(id=f"co_{number:03d}", version=4, turns=tuple(turns), feedback=(ended,), **about)
+
+
+def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
+    installation: Config, home: Home, letters: Any, said: Callable[..., Any]
+) -> None:
+    taken(installation, home, letters, [conversation(number) for number in range(160)])
+    status, out, _ = said("explain", "co_150", "--json")
+    assert status == 0
+    course = json.loads(out)["course"]
+    assert [one["turn"] for one in course] == [1, 2, 3]
+    assert course[1]["after"] - course[1]["before"] > 0.1
+    out = said("explain", "co_150")[1]
+    assert f"P(ends well), as each turn came: {course[0]['before']:.2f} before turn 1; after turn 1: " in out
+    assert "it rose most with turn 2, by 0." in out
+    assert "it fell most with turn 2, by 0." in said("explain", "co_151")[1]
+    stages = json.loads(said("reward", "report", "--json")[1])["courses"]
+    assert list(stages) == [
+        "before the first answer",
+        "a quarter of its turns",
+        "half of them",
+        "three quarters",
+        "all of them",
+    ]
+    assert stages["before the first answer"]["auc"] < 0.7
+    assert stages["a quarter of its turns"]["auc"] < 0.7
+    assert stages["half of them"]["auc"] > 0.9
+    assert stages["all of them"]["episodes"] > 60
+    assert "how episodes end, foretold when each turn was new" in said("reward", "report")[1]
+    status, out, _ = said("sql", "select count(ends_well_after) as known from scores where ends_well_before < 1")
+    assert status == 0
+    assert str(3 * stages["all of them"]["episodes"]) in out
+
+
+def test_of_single_answers_no_course_is_told(desk: Home, said: Callable[..., Any]) -> None:
+    assert json.loads(said("explain", "ep_230", "--json")[1])["course"] == []
+    assert "ends well" not in said("explain", "ep_230")[1]
+    assert json.loads(said("reward", "report", "--json")[1])["courses"] == {}
+    assert "how episodes end" not in said("reward", "report")[1]
+
+
 def test_of_held_words_the_rule_and_what_they_would_do_is_told(
     desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
 ) -> None:
