@@ -43,7 +43,9 @@ CODE = (
     "prototypes",
     "reliability",
     "reservoir",
+    "taught",
     "topics",
+    "unlearning",
 )
 
 
