@@ -122,15 +122,19 @@ def thumbs(seed: int, most: int | None) -> Stream:
 
 def outcomes(seed: int, most: int | None) -> Stream:
     """Airline recordings: whether each episode's task was solved, five tasks at once."""
+    return [[_outcome(one) for one in block] for block in recordings(seed, most)]
+
+
+def recordings(seed: int, most: int | None = None) -> list[list[Episode]]:
+    """The airline episodes, each with its outcome: all trials of five tasks at once."""
     episodes = recorded.read(recorded.find(folder() / recorded.FILE, folder()))
     tasks = sorted({one.task for one in episodes})
     random.Random(seed).shuffle(tasks)
     blocks = [tasks[at : at + TASKS_AT_ONCE] for at in range(0, len(tasks[:most]), TASKS_AT_ONCE)]
-    return [[_outcome(one) for one in episodes if one.task in block] for block in blocks]
+    return [[_episode(one) for one in episodes if one.task in block] for block in blocks]
 
 
-def _outcome(one: recorded.Recorded) -> Moment:
-    episode = _episode(one)
+def _outcome(episode: Episode) -> Moment:
     lessons = evidence.lessons(episode, examples(episode))
     asked = next(lesson for number, lesson in lessons if number == episode.judged and isinstance(lesson, Label))
     return Moment(asked, tuple(lesson for _, lesson in lessons))

@@ -2,9 +2,9 @@
 
 It learns 1,800 preferences (HH, the rest is kept to measure what the guards cost), then judges LLMBar's pairs: natural
 ones, and adversarial ones whose worse answer looks better. ``|length|``: the correlation of score and words over
-LLMBar's answers, given which one is right. ``null``: how often an answer that says nothing for this prompt (empty, a
-constant, the prompt itself) gets the higher score than the chosen one. Mean of three seeds; ``--quick`` takes one.
-Needs EVERLOOP_DATA.
+LLMBar's answers, given which one is right. ``null``: how often an answer that says nothing for this prompt (empty, the
+prompt itself, one of two polite sentences) gets the higher score than the chosen one. The same is told of other
+sentences that fit everything, by kind. Mean of three seeds; ``--quick`` takes one. Needs EVERLOOP_DATA.
 """
 
 from __future__ import annotations
@@ -24,13 +24,22 @@ from benchmarks import _reward_streams as streams
 from benchmarks._report import aim, loads, parser, publish
 from benchmarks._report import load as load_now
 from benchmarks._reward_streams import DataError, Remembering
-from reward import floor, model
+from reward import floor, hollow, model
 from reward.features import Example
+from reward.length import Length
 from reward.model import Pair, RewardModel
 
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 LEARNED = 1800
-CONSTANTS = ("I am happy to help you with that. Is there anything else?", "Thank you for your question.")
+NOTHING = {
+    "offer": ("polite", "I am happy to help you with that. Is there anything else?"),
+    "thanks": ("polite", "Thank you for your question."),
+    "vague": ("vague", "Well, that depends on many things."),
+    "filler": ("filler", "OK."),
+    "declines": ("declines", "I'm afraid that is something I cannot help with."),
+    "asks back": ("asks back", "Could you tell me more about what you are looking for?"),
+}
+"""(kind, sentence) by name; the model was taught none of these words."""
 
 
 class Choice(NamedTuple):
@@ -74,40 +83,59 @@ def by_length(judge: RewardModel, choices: list[Choice]) -> float:
     return float(np.corrcoef(residuals[0].ravel(), residuals[1].ravel())[0, 1])
 
 
-def null_wins(judge: RewardModel, choices: list[Choice]) -> float:
-    """How often one that says nothing for the prompt is placed above the better answer."""
+def null_wins(judge: RewardModel, choices: list[Choice]) -> dict[str, float]:
+    """How often one that says nothing for the prompt is placed above the better answer, by kind; "null": of those
+    that are empty, copied or polite, all together."""
     prompts = [one.prompt for one in choices]
     better = scores(judge, prompts, [one.better for one in choices])
-    nothing = [[""] * len(prompts), prompts, *([constant] * len(prompts) for constant in CONSTANTS)]
-    return float(np.mean([scores(judge, prompts, answers) > better for answers in nothing]))
+
+    def wins(answers: list[str]) -> float:
+        return float((scores(judge, prompts, answers) > better).mean())
+
+    found = {"empty": wins([""] * len(prompts)), "copied": wins(prompts)}
+    found |= {name: wins([text] * len(prompts)) for name, (_, text) in NOTHING.items()}
+    polite = [found[name] for name, (kind, _) in NOTHING.items() if kind == "polite"]
+    return {"null": statistics.mean([found["empty"], found["copied"], *polite]), **found}
 
 
 @contextmanager
 def without(guard: str) -> Iterator[None]:
-    """The model with one guard, or all, taken out."""
-    echo = floor.ECHO
+    """The model with one guard, or all, taken out; what is not learned with it must be so while it learns, too."""
+    echo, near, part = floor.ECHO, hollow.NEAR, Length.part
     model.STYLE_IS_SCORED = guard in ("style is scored too", "no guard")
     if guard in ("copies have no floor", "no guard"):
         floor.ECHO = 2.0
+    if guard in ("hollow answers are not known", "no guard"):
+        hollow.NEAR = 2.0
+    if guard == "length is left in":
+        Length.part = lambda self, answers: np.zeros(len(answers), np.float32)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        model.STYLE_IS_SCORED, floor.ECHO = False, echo
+        model.STYLE_IS_SCORED, floor.ECHO, hollow.NEAR = False, echo, near
+        Length.part = part  # type: ignore[method-assign]
 
 
-GUARDS = ("all guards", "style is scored too", "copies have no floor", "no guard")
+GUARDS = (
+    "all guards",
+    "style is scored too",
+    "length is left in",
+    "hollow answers are not known",
+    "copies have no floor",
+    "no guard",
+)
 
 
 def judged(encoder: Remembering, seed: int) -> dict[str, dict[str, float]]:
-    """One seed's numbers by guard. A preference is learned the same with and without them: they are of the scores."""
+    """One seed's numbers by guard. Each model learns as it scores: without the guard."""
     pairs = [moment.asked for block in streams.preferences(seed, None) for moment in block]
     pairs = [one for one in pairs if isinstance(one, Pair)]
-    made = RewardModel(RewardConfig(), encoder)
-    made.learn(pairs[:LEARNED])
     ordinary = [Choice(one.prompt, one.chosen, one.rejected) for one in pairs[LEARNED:]]
     found = {}
     for guard in GUARDS:
         with without(guard):
+            made = RewardModel(RewardConfig(), encoder)
+            made.learn(pairs[:LEARNED])
             found[guard] = numbers(made, ordinary)
     return found
 
@@ -119,13 +147,13 @@ def numbers(made: RewardModel, ordinary: list[Choice]) -> dict[str, float]:
         "natural": accuracy(made, natural),
         "adversarial": accuracy(made, adversarial),
         "length": by_length(made, natural + adversarial),
-        "null": null_wins(made, ordinary + natural),
+        **null_wins(made, ordinary + natural),
     }
 
 
 def texts() -> list[str]:
     choices = llmbar("Natural") + llmbar("Adversarial")
-    return [text for choice in choices for text in choice] + [*CONSTANTS, ""]
+    return [text for choice in choices for text in choice] + [*(text for _, text in NOTHING.values()), ""]
 
 
 def main() -> int:

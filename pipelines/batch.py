@@ -43,7 +43,8 @@ class BatchItem:
     ``tokens`` and ``logprobs`` (int32 and float32, shape (length,)) hold the call's prompt and completion;
     ``span`` is where the completion lies, ``[start, end)`` with end == length. All three are None where the
     engine gave no tokens. ``mask`` False: nobody has a right to an opinion about the reward. ``trainable`` False:
-    for the replay term alone, never for PPO.
+    for the replay term alone, never for PPO. ``ends_well``: P(the episode ends well) before this answer, as it was
+    foretold when the call was new; None: not known then.
     """
 
     episode: str
@@ -69,6 +70,7 @@ class BatchItem:
     raters: tuple[str, ...] = ()
     started: float = 0.0
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    ends_well: float | None = None
 
     @property
     def said(self) -> str:
@@ -106,6 +108,8 @@ class Batch:
             plain = _plain(item)
             if not item.tool_calls:
                 del plain["tool_calls"]  # a batch without any has the name that it had before batches held them
+            if item.ends_well is None:
+                del plain["ends_well"]
             digest.update(json_text(plain).encode())
             for array in (item.tokens, item.logprobs):
                 digest.update(b"-" if array is None else array.tobytes())
@@ -165,6 +169,7 @@ SCHEMA = pa.schema(
         ("raters", pa.list_(pa.string())),
         ("started", pa.float64()),
         ("tool_calls", pa.string()),
+        ("ends_well", pa.float64()),
     ]
 )
 
@@ -273,7 +278,7 @@ WITH pinned AS (
     SELECT * FROM history.scores WHERE tenant = $tenant AND policy = $policy AND reward_version = $reward_version
     QUALIFY row_number() OVER (PARTITION BY episode, call ORDER BY version DESC, log_offset DESC) = 1
 ), scored AS (
-    SELECT n.episode, n.call, n.source, n.label, n.quarantined,
+    SELECT n.episode, n.call, n.source, n.label, n.quarantined, n.ends_well_before AS ends_well,
            CASE WHEN n.source = 'model' AND p.call IS NOT NULL THEN p.reward ELSE n.reward END AS reward,
            CASE WHEN n.source = 'model' AND p.call IS NOT NULL THEN p.mask ELSE n.mask END AS mask,
            CASE WHEN n.source <> 'model' THEN n.source ELSE coalesce(p.reward_version, n.reward_version) END AS said_by
@@ -283,7 +288,7 @@ WITH pinned AS (
     SELECT t.episode, t.version, t.call, t.subject, t.messages AS prompt_messages, t.answer,
            CASE WHEN s.quarantined IS NULL THEN t.correction END AS correction,
            s.reward, s.mask, s.source, s.label, t.policy_version, t.temperature, t.turn, t.turns,
-           coalesce(t.tools_offered, '[]') AS tools, t.raters, t.time AS started, s.said_by,
+           coalesce(t.tools_offered, '[]') AS tools, t.raters, t.time AS started, s.said_by, s.ends_well,
            coalesce(json_extract(t.output, '$.tool_calls')::VARCHAR, '[]') AS tool_calls
     FROM turns t JOIN scored s ON s.episode = t.episode AND s.call = t.call
     WHERE t.tenant = $tenant AND t.policy = $policy

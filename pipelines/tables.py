@@ -164,6 +164,8 @@ FEEDS: dict[str, Feed] = {
                 "label": number,
                 "predicted": number,
                 "quarantined": text,
+                "ends_well_before": number,
+                "ends_well_after": number,
                 "time": number,
             },
             identity=("tenant", "policy", "episode", "call"),

@@ -18,6 +18,8 @@ from everloop.refusal import explain
 from everloop.section import Section, check_url
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from reward import checks
+from reward.checks import CheckConfig
 from reward.derived import DerivedSignals
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,56}$"
@@ -49,6 +51,19 @@ class CheckDeclaration(Section):
     options: dict[str, Any] = {}
     verifiable: bool = Field(default=False, description="True: its verdict is an outcome, not an opinion to be weighed")
     share: float = Field(default=1.0, gt=0, le=1, description="of the answers that are checked")
+
+    @model_validator(mode="after")
+    def _constant(self) -> CheckDeclaration:
+        if (self.reference == checks.CONSTANT) != (self.constant is not None):
+            raise ValueError(
+                f'check {self.name!r}: reference = "constant" and constant = … belong together: the one names what '
+                "the other gives; write both or neither"
+            )
+        return self
+
+    @property
+    def config(self) -> CheckConfig:
+        return CheckConfig(name=self.name, kind=self.kind, reference=self.reference, options=self.options)
 
 
 class Asked(Section):
@@ -172,6 +187,12 @@ def load(path: str | None) -> Declaration:
         made = Declaration.model_validate(_table(source))
     except ValidationError as error:
         raise ConfigError(explain(error, Declaration, source, {})) from None
+    for check in made.check:
+        try:
+            checks.usable(check.config, check.constant)
+        except ConfigError as error:
+            why = str(error).removeprefix(f"check {check.name!r} ({check.kind}): ")
+            raise ConfigError(f"reward declaration {source} is refused:\n  [[check]] {check.name!r}: {why}") from None
     judges = tuple(_beside(judge, source.parent) for judge in made.judge)
     critic = None if made.critic is None else _beside(made.critic, source.parent)
     return made.model_copy(update={"judge": judges, "critic": critic})

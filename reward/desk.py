@@ -26,8 +26,9 @@ from reward import durable, snapshot
 from reward.features import Example
 from reward.floor import worthless
 from reward.model import Estimate, Label, Pair, RewardModel, Vectors
-from reward.poison import Guard, name_of
+from reward.poison import Guard
 from reward.release import Shadow, Verdict, finite
+from reward.taught import Taught, name_of
 from reward.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Desk:
         self.tenant, self.policy = tenant, policy
         self.live = RewardModel(config, encoder)
         self.watch = Watch(config.window)
-        self.guard = Guard(config.reservoir, config.trusted)
+        self.guard = Guard(config.reservoir, config.trusted, config.distrusted)
         self.shadow = Shadow(config.window)
         self.refused: tuple[str, str] | None = None  # the newest snapshot, where it did not take over, and why
         self.refusals = 0
@@ -133,6 +134,13 @@ class Desk:
             self.shadow.add(beside, expected, watched.value, watched.example, rater)
         return expected, learned and self.live.updates % self.live.config.snapshot_every == 0
 
+    def take_back(self, taught: Taught) -> None:
+        """Undo a lesson, as far as it is remembered."""
+        if isinstance(taught.lesson, Pair):
+            self.live.take_back_pair(taught.lesson, taught.trace.lesson)
+        else:
+            self.live.take_back(taught.lesson.id, taught.lesson.example, taught.trace)
+
     def agrees(self, lesson: Label | Pair) -> bool:
         """Whether the live model thinks itself what a label says of its answer. Of a pair it is never asked: few are
         said, hardly the same one twice by one person, and they move a model so much that it would soon agree.
@@ -171,7 +179,8 @@ class Desk:
             self.waits += verdict.waits
             self.refusals += not verdict.waits
         state: Literal["released", "refused"] = "released" if verdict.takes_over else "refused"
-        return self.described(version, time, state, verdict.reason, verdict.evidence)
+        made = self.described(version, time, state, verdict.reason, verdict.evidence)
+        return made.model_copy(update={"waits": verdict.waits})
 
     def _keep_scoring(self) -> None:
         """What scores is the last to make room for other snapshots."""
@@ -253,6 +262,7 @@ class Desk:
             "topics": len(live.topics.centres),
             "poison": self.guard.status(),
             "shadow_labels": len(self.shadow.pairs),
+            "scoring_auc": self.shadow.auc,
             "snapshots_refused": self.refusals,
             "snapshots_waited": self.waits,
             "pinned": self.pinned,

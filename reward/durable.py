@@ -2,8 +2,9 @@
 
 Pieces: ``core`` (weights, calibration, counts: about 60 kB), ``drift`` (what its detectors go on from: 5 kB),
 ``topics`` (their centres, when one is new), ``answer/<row>`` (one prototype), ``lesson/<slot>`` (one remembered
-lesson), ``sources`` (what the sources said together), ``rater/<slot>`` (the same of one rater) and
-``comment/<slot>`` (an example of what comments mean).
+lesson), ``sources`` (what the sources said together), ``rater/<slot>`` (the same of one rater),
+``comment/<slot>`` (an example of what comments mean); of a policy whose episodes have a course, ``values`` and
+``value/<slot>`` (the weights and remembered moments of :mod:`reward.value`).
 :func:`changes` gives those that changed since the last call; :func:`restore` takes all.
 """
 
@@ -19,11 +20,12 @@ import numpy as np
 from everloop.errors import ContractError
 
 from reward.encoder import precisions
-from reward.heads import Lesson
+from reward.heads import Heads, Lesson
 from reward.model import RewardModel
+from reward.value import Values
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-FORMAT = 2  # of the pieces
+FORMAT = 3  # of the pieces
 MARK = struct.Struct("<QI")  # a lesson's number and slice
 
 
@@ -56,6 +58,7 @@ def changes(model: RewardModel) -> Iterator[tuple[str, bytes]]:
         yield f"rater/{slot:05d}", json.dumps(believed.dump_rater(slot)).encode()
     for slot in sorted(model.comments.changed):
         yield f"comment/{slot:05d}", model.comments.pack(slot)
+    yield from _value_changes(model.values)
     model.comments.changed.clear()
     believed.changed = False
     believed.changed_slots.clear()
@@ -84,20 +87,36 @@ def restore(model: RewardModel, pieces: Iterable[tuple[str, bytes]]) -> bool:
         model.drift.unpack(held.pop("drift"))
         centres = np.frombuffer(held.pop("topics", b""), "<f4").reshape(-1, model.encoder.size)
         model.topics.centres = centres.astype(np.float32)
-        lessons = []
+        lessons, moments = [], []
+        values = _unpack_core(held.pop("values")) if "values" in held else None
         for name, value in sorted(held.items()):
             kind, _, number = name.partition("/")
             if kind == "answer":
                 model.prototypes.unpack(int(number), value)
             elif kind == "comment":
                 model.comments.unpack(int(number), value)
+            elif kind == "value":
+                moments.append(_unpack_lesson(value, model.values.heads))
             else:
-                lessons.append(_unpack_lesson(value, model))
+                lessons.append(_unpack_lesson(value, model.heads))
         model.reservoir.restore(lessons, core["lessons"])
+        if values is not None:
+            model.values.reservoir.restore(moments, values["lessons"])
+            model.values.take(values)
+            _take_arrays(model.values.heads, values["arrays"])
         _take_core(model, core)
     except (ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise ContractError(f"the reward model's state is damaged: {error!r}; delete it to rebuild it") from None
     return True
+
+
+def _value_changes(values: Values) -> Iterator[tuple[str, bytes]]:
+    if values.touched:
+        yield "values", _with_arrays(values.facts(), values.heads)
+    for slot in sorted(values.changed):
+        yield f"value/{slot:07d}", _pack_lesson(values.reservoir.lesson(slot), values.reservoir.marks[slot])
+    values.changed.clear()
+    values.touched = False
 
 
 def _take_encoder(model: RewardModel, shape: str) -> None:
@@ -118,13 +137,13 @@ def _pack_lesson(lesson: Lesson, mark: tuple[int, int]) -> bytes:
     return MARK.pack(*mark) + b"".join(np.ascontiguousarray(part, "<f4").tobytes() for part in parts)
 
 
-def _unpack_lesson(packed: bytes, model: RewardModel) -> tuple[int, int, Lesson]:
+def _unpack_lesson(packed: bytes, heads: Heads) -> tuple[int, int, Lesson]:
     """Its number, its slice, and the lesson."""
-    members, own = model.config.heads, model.heads.own.shape
+    own = heads.own.shape
     number, slice_ = MARK.unpack_from(packed)
     numbers = np.frombuffer(packed[MARK.size :], "<f4")
-    head, seen, mine, shared = np.split(numbers, np.cumsum([2, members, own[0] * own[1]]))
-    if shared.shape != model.heads.shared.shape[1:]:
+    head, seen, mine, shared = np.split(numbers, np.cumsum([2, own[0], own[0] * own[1]]))
+    if shared.shape != heads.shared.shape[1:]:
         raise ValueError(f"a lesson of {len(packed)} bytes")
     return number, slice_, Lesson(mine.reshape(own), shared, float(head[0]), float(head[1]), seen)
 
@@ -146,8 +165,13 @@ def _pack_core(model: RewardModel) -> bytes:
         "drifts": model.drift.counts,
         "frozen_until": model.frozen_until,
         "propensity": model.propensity.dump(),
+        "length": model.length.sums,
     }
-    arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in model.heads.arrays().values())
+    return _with_arrays(small, model.heads)
+
+
+def _with_arrays(small: dict[str, Any], heads: Heads) -> bytes:
+    arrays = (np.ascontiguousarray(array, "<f4").tobytes() for array in heads.arrays().values())
     return json.dumps(small, sort_keys=True).encode() + b"\0" + b"".join(arrays)
 
 
@@ -156,18 +180,23 @@ def _unpack_core(packed: bytes) -> dict[str, Any]:
     return {**json.loads(small), "arrays": arrays}
 
 
-def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
-    numbers = np.frombuffer(core["arrays"], "<f4")
-    sizes = [array.size for array in model.heads.arrays().values()]
+def _take_arrays(heads: Heads, packed: bytes) -> None:
+    numbers = np.frombuffer(packed, "<f4")
+    sizes = [array.size for array in heads.arrays().values()]
     if numbers.size != sum(sizes):
         raise ValueError(f"{numbers.size} weights where {sum(sizes)} belong")
-    for array, part in zip(model.heads.arrays().values(), np.split(numbers, np.cumsum(sizes)[:-1]), strict=True):
+    for array, part in zip(heads.arrays().values(), np.split(numbers, np.cumsum(sizes)[:-1]), strict=True):
         array[:] = part.reshape(array.shape)
+
+
+def _take_core(model: RewardModel, core: dict[str, Any]) -> None:
+    _take_arrays(model.heads, core["arrays"])
     model.updates, model.seen, model.offsets = core["updates"], core["seen"], core["offsets"]
     model.drift.counts.update(core["drifts"])
     model.frozen_until = core["frozen_until"]
     model.comments.count = core["comments"]
     model.propensity.take(core["propensity"])
+    model.length.sums[:] = core["length"]
     model.calibration.shares.means[:], model.calibration.shares.known[:] = core["shares"]
     model.prototypes.totals[:] = core["totals"]
     model.calibration.curve[:] = core["curve"]

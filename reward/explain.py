@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from everloop.feedback import Feedback, FeedbackKind
 
-from reward import comments, evidence, features
+from reward import comments, evidence, features, hollow
 from reward.evidence import Said
 from reward.features import Example
 from reward.model import SHARED, Estimate, RewardModel
@@ -24,6 +24,13 @@ WORDS = {
     "support": "how often this answer was rated well",
     "chosen": "it is the one that fits best among the known answers",
     "texts": "prompt and answer by themselves, as the encoder reads them",
+    "length": "what of this it owes to its length, taken out",
+    "offers": "it is nearer to an offer of help that fits everything than to its prompt",
+    "thanks": "it is nearer to thanks that fit everything",
+    "vague": "it is nearer to a sentence that leaves everything open",
+    "placeholder": "it is nearer to words that stand for an answer",
+    "declines": "it is nearer to a refusal that fits everything",
+    "asks_back": "it is nearer to a question that fits everything",
     "turn": "how late in the episode it is",
     "tools": "how many tools were called before",
     "tool_error_share": "share of those that failed",
@@ -50,10 +57,11 @@ def contributions(model: RewardModel, example: Example) -> list[tuple[str, float
     slope = model.calibration.line(1.0, topics)[0] - shift
     by_own = slope * (model.heads.own * own[:, 0]).mean(axis=0)
     by_shared = slope * (model.heads.shared * shared[0]).mean(axis=0)
-    found = dict(zip(("base", *NAMES), map(float, by_own), strict=True))
+    found = dict(zip(("base", *NAMES, *hollow.NAMES), map(float, by_own), strict=True))
     found["base"] += float(shift)
     found |= dict(zip(features.NAMES, map(float, by_shared[: len(features.NAMES)]), strict=True))
     found["texts"] = float(by_shared[SHARED:].sum())
+    found["length"] = -float(slope * model.length.part([example.answer])[0])
     return sorted(found.items(), key=lambda item: -abs(item[1]))
 
 

@@ -30,12 +30,13 @@ from everloop.score import Score
 from everloop.stream import State
 from everloop.topics import EPISODES, SCORES
 
-from reward import comments, declaration, evidence, hearing, poison
+from reward import comments, course, declaration, evidence, hearing, poison, unlearning
 from reward.desk import Desk
 from reward.evidence import Said
 from reward.features import Example, examples
 from reward.model import Estimate, Label, Pair, Trace, Vectors
 from reward.orders import Office, Orders, announcement, nobody
+from reward.taught import Place, Taught
 
 Encoders = Callable[[str], Vectors]
 """The encoder of a configured name; the same object for the same name."""
@@ -56,17 +57,22 @@ class Known:
     """What is remembered of an episode.
 
     ``calls``: by call id, what was expected, what it was scored by, under ``taught`` the trace of each label that was
-    learned, by its id, and under ``heard`` the words from which it was learned how far whom is right.
+    learned, by its id, under ``heard`` the words from which it was learned how far whom is right, and under ``course``
+    how the episode was foretold to end when the call was new. ``end``: see :func:`reward.course.learn`.
     """
 
     version: int = -1
     learned: list[str] = field(default_factory=list)
     calls: dict[str, dict[str, Any]] = field(default_factory=dict)
+    end: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def unpacked(cls, held: bytes) -> Known:
         """What a later release has put behind these fields is left out: workers of both run while one is replaced."""
         return cls(*ormsgpack.unpackb(held)[: len(fields(cls))])
+
+    def packed(self) -> bytes:
+        return ormsgpack.packb([self.version, self.learned, self.calls, self.end])
 
     def call(self, name: str) -> dict[str, Any]:
         return self.calls.setdefault(name, {})
@@ -134,8 +140,8 @@ class RewardHandler:
             for at, desk in self._desks.items():
                 before = desk.obeyed
                 outputs += self.office.obey(desk, self.office.at_rest(desk))
-                if at in desks or desk.obeyed > before or desk.guard.vouched():
-                    outputs += _let_in(state, desk)
+                if at in desks or desk.obeyed > before or desk.guard.vouched() or desk.guard.to_take_back():
+                    outputs += _let_in(state, desk) + _taken_back(state, desk)
                     desk.write(state)
         except BaseException:
             self._desks.clear()
@@ -182,18 +188,27 @@ class RewardHandler:
         episode = read.episode
         desk = self._desks[episode.tenant, episode.policy]
         desk.live.offsets[f"{read.record.topic}/{read.record.partition}"] = read.record.offset + 1
-        mark = f"episode/{episode.tenant}/{episode.policy}/{episode.id}"
-        held = state.get(mark)
-        known = Known.unpacked(held) if held else Known()
+        known = _known(state, desk, episode.id)
         outputs = self.office.obey(desk, self.office.due(desk, read.record))
         if episode.version <= known.version:
             return outputs
         known.version = episode.version
         outputs += [] if desk.version else [version_record(desk, episode.updated)]
         outputs += _learn(desk, read, known)
+        outputs += _taken_back(state, desk, {episode.id: known})
         outputs += _score(desk, read, known)
-        state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
+        course.learn(desk.live, episode, read.examples, known.calls, known.end, teaches=teaches(episode))
+        _keep(state, desk, episode.id, known)
         return outputs
+
+
+def _known(state: State, desk: Desk, episode: str) -> Known:
+    held = state.get(f"episode/{desk.tenant}/{desk.policy}/{episode}")
+    return Known.unpacked(held) if held else Known()
+
+
+def _keep(state: State, desk: Desk, episode: str, known: Known) -> None:
+    state.put(f"episode/{desk.tenant}/{desk.policy}/{episode}", known.packed())
 
 
 def teaches(episode: Episode) -> bool:
@@ -218,14 +233,18 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             rarity = hearing.rarity(desk.live, read.episode, read.examples, about, known.calls)
             lesson = replace(lesson, watched=first, rarity=rarity)
         raters = _raters(read.episode, number, lesson)
-        verdict = _weighed(desk, read, number, lesson, raters)
+        words = evidence.words_of(read.episode, number, lesson)
+        said = max((word.time for word in words), default=read.episode.updated)
+        place = Place(read.episode.id, read.episode.turns[number].call.id, said)
+        verdict = _weighed(desk, lesson, place, raters)
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
             continue
         if isinstance(lesson, Label):
             hearing.spoke(desk.live, read.episode, read.examples, about, known.calls)
         able = desk.live.may_judge
-        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call, raters)
+        measured = any(word.kind is FeedbackKind.OUTCOME for word in words)
+        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, place, raters, measured)
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             if able:
@@ -247,15 +266,11 @@ def _raters(episode: Episode, number: int, lesson: Label | Pair) -> list[str]:
     return [rater for word in words if (rater := word.rater or episode.subject)]
 
 
-def _weighed(desk: Desk, read: Read, number: int, lesson: Label | Pair, raters: Sequence[str]) -> poison.Verdict:
+def _weighed(desk: Desk, lesson: Label | Pair, place: Place, raters: Sequence[str]) -> poison.Verdict:
     """What the guard makes of a lesson, whose share is all that it weighs; what it holds is kept for a person."""
-    episode = read.episode
-    call = episode.turns[number].call.id
-    words = evidence.words_of(episode, number, lesson)
-    time = max((word.time for word in words), default=episode.updated)
-    verdict = desk.guard.weigh(_in_all(lesson), raters, call, time, lambda: desk.agrees(lesson))
+    verdict = desk.guard.weigh(_in_all(lesson), raters, place.call, place.time, lambda: desk.agrees(lesson))
     if verdict.rule:
-        desk.guard.hold(lesson, verdict, episode.id, call, time, raters)
+        desk.guard.hold(lesson, verdict, *place, raters)
     return _each(lesson, verdict)
 
 
@@ -270,14 +285,36 @@ def _each(lesson: Label | Pair, verdict: poison.Verdict) -> poison.Verdict:
 
 
 def _teach(
-    desk: Desk, lesson: Label | Pair, known: Known, call: dict[str, Any], raters: Sequence[str] = ()
+    desk: Desk, lesson: Label | Pair, known: Known, place: Place, raters: Sequence[str], measured: bool
 ) -> tuple[float, bool]:
-    """See :meth:`Desk.learn`; the episode remembers it."""
+    """See :meth:`Desk.learn`; the episode remembers it, and the guard what its raters taught."""
+    before = desk.live.updates
     expected, due = desk.learn(lesson, raters)
     known.learned.append(lesson.id)
-    if desk.live.trace is not None:
-        call.setdefault("taught", {})[lesson.id] = [*desk.live.trace]
+    trace = desk.live.trace
+    if trace is not None:
+        known.call(place.call).setdefault("taught", {})[lesson.id] = [*trace]
+    if (raters or isinstance(lesson, Pair)) and desk.live.updates > before:
+        trace = trace or Trace(1.0, 0.0, 0.0, desk.live.reservoir.count - 1)
+        desk.guard.taught.note(Taught(lesson, trace, place, list(raters), measured))
     return expected, due
+
+
+def _taken_back(state: State, desk: Desk, open_: dict[str, Known] | None = None) -> list[NewRecord]:
+    """See :mod:`reward.unlearning`. ``open_``: the episodes that are being taken, which their caller keeps."""
+    found: dict[str, Known] = {}
+
+    def known_of(episode: str) -> Known:
+        if open_ and episode in open_:
+            return open_[episode]
+        if episode not in found:
+            found[episode] = _known(state, desk, episode)
+        return found[episode]
+
+    scores = unlearning.take_back(desk, known_of)
+    for episode, known in found.items():
+        _keep(state, desk, episode, known)
+    return [score_record(score) for score in scores]
 
 
 def _let_in(state: State, desk: Desk) -> list[NewRecord]:
@@ -289,25 +326,33 @@ def _let_in(state: State, desk: Desk) -> list[NewRecord]:
         if verdict.rule:
             desk.guard.hold(lesson, verdict, about["episode"], about["call"], about["time"], about["raters"])
             continue
-        mark = f"episode/{desk.tenant}/{desk.policy}/{about['episode']}"
-        held = state.get(mark)
-        known = Known.unpacked(held) if held else Known()
+        known = _known(state, desk, about["episode"])
         call = known.call(about["call"])
         call.get("held", {}).pop(lesson.id, None)
         desk.guard.drop(lesson.id)
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
-        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, call, about["raters"])
+        place = Place(about["episode"], about["call"], about["time"])
+        measured = isinstance(lesson, Label) and lesson.certain  # or corrected: which of them, nobody knows here
+        lesson = poison.weighted(lesson, verdict.weight)
+        expected, due = _teach(desk, lesson, known, place, about["raters"], measured)
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             desk.watch.label(lesson.value, lesson.rarity)
-        state.put(mark, ormsgpack.packb([known.version, known.learned, known.calls]))
+        _keep(state, desk, about["episode"], known)
         outputs += [version_record(desk, about["time"])] if due else []
     return outputs
 
 
 def _take_back(desk: Desk, read: Read, known: Known) -> None:
-    """Undo the labels that were revised or withdrawn, so that a word said again later is learned again."""
+    """Undo what was revised or withdrawn, so that a word said again later is learned again. A pair of long ago, which
+    the guard remembers no more, stays learned."""
     standing = {lesson.id for _, lesson in read.lessons}
+    for name in [name for name in known.learned if name not in standing]:
+        taught = desk.guard.taught.get(name)
+        if taught is not None and isinstance(taught.lesson, Pair):
+            desk.take_back(taught)
+            desk.guard.forget(name)
+            known.learned.remove(name)
     for turn, example in zip(read.episode.turns, read.examples, strict=True):
         taught = known.call(turn.call.id).get("taught", {})
         for name in [name for name in taught if name not in standing]:
@@ -331,6 +376,9 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])
+    new = [i for i in fresh if "scored" not in calls[i]]
+    for i, both in zip(new, course.foretold(desk.scoring, episode, read.examples, new), strict=True):
+        calls[i].update({} if both is None else {"course": both})
     heard = evidence.said(episode, desk.scoring.reliability)
     said = [one.measured if why else one for one, why in zip(heard, held, strict=True)]
     outputs = []
@@ -344,6 +392,7 @@ def _score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             version=desk.version,
             pessimism=desk.scoring.config.pessimism,
             predicted=calls[i].get("predicted"),
+            ends_well=calls[i].get("course"),
         )
         if "scored" not in calls[i] and teaches(episode):
             desk.live.saw(read.examples[i])
@@ -364,6 +413,7 @@ def score_of(
     pessimism: float,
     predicted: float | None,
     quarantined: str | None = None,
+    ends_well: Sequence[float] | None = None,
 ) -> Score:
     """The score of one turn: the strongest source decides; a failed call or a quarantined episode is masked."""
     final, source = evidence.decide(estimate, said, pessimism)
@@ -383,6 +433,8 @@ def score_of(
         label=said.label,
         predicted=predicted,
         quarantined=quarantined,
+        ends_well_before=ends_well[0] if ends_well else None,
+        ends_well_after=ends_well[1] if ends_well else None,
         time=episode.updated,
     )
 

@@ -48,6 +48,13 @@ def after(model: RewardModel, episode: Episode, calls: Calls, teaches: bool) -> 
         comments.learn(model, name, about[1] if taught else (), call)
 
 
+def unheard(model: RewardModel, name: str, call: dict[str, Any]) -> None:
+    """Take back what the words about a call taught beside its label, which is held by now."""
+    if "heard" in call:
+        model.reliability.learn([Piece(*piece) for piece in call.pop("heard")], sign=-1)
+    comments.learn(model, name, (), call)
+
+
 def rarity(model: RewardModel, episode: Episode, examples: list[Example], number: int | None, calls: Calls) -> float:
     """For how many times the answers a label of this turn stands (:mod:`reward.propensity`): as it was when somebody
     first spoke of it who was heard, kept under ``rarity``."""

@@ -87,7 +87,7 @@ class JudgesHandler:
         self._waiting: list[Episode] = []
         for its in self._declared.values():
             for judge in its.asked:
-                _check_key(judge)
+                check_key(judge)
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         episode = read(record, self._home)
@@ -172,7 +172,8 @@ def _matters(its: Declaration, episode: Episode) -> Iterator[Matter]:
                 yield Matter(judge, calls, question(asked, *texts), last if alone else None)
 
 
-def _check_key(judge: JudgeDeclaration | CriticDeclaration) -> None:
+def check_key(judge: JudgeDeclaration | CriticDeclaration) -> None:
+    """Raises ConfigError where the file of its key cannot be read."""
     if judge.key_file is None:
         return
     try:

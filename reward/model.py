@@ -31,12 +31,17 @@ from reward.drift import Drift
 from reward.features import Example, Structure
 from reward.floor import worthless
 from reward.heads import Heads, Lesson, probability
+from reward.hollow import PRIOR as AGAINST_HOLLOW
+from reward.hollow import Hollow
+from reward.length import BAD, GOOD, PAIR, Length, length_of
 from reward.propensity import Propensity
-from reward.prototypes import Prototypes, key_of
+from reward.prototypes import NAMES as KNOWN
+from reward.prototypes import SUPPORTED, Prototypes, key_of
 from reward.reliability import Reliability
 from reward.reservoir import Reservoir, slice_of
 from reward.topics import MOST as MOST_TOPICS
 from reward.topics import Topics
+from reward.value import Values
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 MIN_LABELS = 30  # pieces of feedback, of either kind FEWEST_OF_A_KIND, before the model may have an opinion
@@ -50,7 +55,8 @@ RECALIBRATE = 100  # newest labels that a recalibration keeps
 FROZEN = 200  # updates for which a freeze lasts
 RETRAIN = 300  # steps of 64 lessons that learn the heads anew: half a second
 RELATIVE = 0.5  # what a preference says about each of its answers by itself, in labels
-PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0], np.float32)  # weights of (1, *prototypes.NAMES) at the start
+PRIOR = np.array([0.0, 0.6, 3.0, -0.5, 0.3, 0.0, 1.0, *AGAINST_HOLLOW], np.float32)
+"""Weights of (1, *prototypes.NAMES, *hollow.NAMES) at the start."""
 
 
 class Vectors(Protocol):
@@ -123,8 +129,8 @@ class Estimate:
 
 
 class Seen(NamedTuple):
-    """Answers as the heads see them: ``own`` (heads, n, 1 + prototypes) and ``shared`` (n, …) features, the prompts'
-    ``topics`` (n,), and the vectors of prompts and answers (n, size)."""
+    """Answers as the heads see them: ``own`` (heads, n, 1 + prototypes + hollow) and ``shared`` (n, …) features, the
+    prompts' ``topics`` (n,), and the vectors of prompts and answers (n, size)."""
 
     own: Array
     shared: Array
@@ -154,6 +160,7 @@ def shared_prior(size: int) -> Array:
     return weights
 
 
+SUPPORT = KNOWN.index("support")
 SHARED = len(features.NAMES) + features.STYLES
 STYLE_COLUMNS = slice(len(features.NAMES), SHARED)
 STYLE_IS_SCORED = False  # it is learned with, so that it explains what raters owe to it, and left out of what is said
@@ -175,8 +182,10 @@ class RewardModel:
         self.believe(Reliability(self.declaration))
         self.prototypes = Prototypes(config.heads, encoder.size)
         self.heads = Heads(config.heads, PRIOR, shared_prior(encoder.size), config.learning_rate)
+        self.hollow, self.length = Hollow(), Length()
         self.reservoir = Reservoir(config.reservoir)
         self.topics = Topics(encoder.size)
+        self.values = Values(config.heads, shared_prior(encoder.size), config.learning_rate, config.reservoir)
         self.calibration = Calibration(config.window, MOST_TOPICS)
         self.drift = Drift(encoder.size)
         self.propensity = Propensity()
@@ -208,20 +217,26 @@ class RewardModel:
         ]
 
     def _logits(self, examples: Sequence[Example]) -> tuple[Array, Array]:
-        """Each member's logits (heads, n), what is only style left out, and the prompts' topics (n,)."""
+        """Each member's logits (heads, n), what is only style or length left out, and the prompts' topics (n,)."""
         seen = self.seen_of(examples, style=STYLE_IS_SCORED)
-        return self.heads.logits(seen.own, seen.shared), seen.topics
+        return self.heads.logits(seen.own, seen.shared) - self._by_length(examples), seen.topics
+
+    def _by_length(self, examples: Sequence[Example]) -> Any:
+        return 0 if STYLE_IS_SCORED else self.length.part([example.answer for example in examples])
 
     def seen_of(self, examples: Sequence[Example], *, style: bool) -> Seen:
         """What the heads see of answers; distinct texts are encoded once."""
-        prompts, which = _distinct([example.prompt for example in examples])
+        texts = [example.prompt for example in examples]
+        prompts, which = _distinct(texts)
         answers, pairs = _distinct([example.answer for example in examples])
         vectors = self.encoder.encode([*prompts, *answers])
         asked, said = vectors[: len(prompts)], vectors[len(prompts) :]
         own = self.prototypes.features(asked, which, [key_of(answer) for answer in answers], said, pairs)
-        own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own], axis=2)
+        fading = np.exp(-own[..., SUPPORT, None] / SUPPORTED)  # 1 / (1 + good labels of the answer)
         topics = self.topics.of(asked).take(which)
         asked, said = asked.take(which, 0), said.take(pairs, 0)
+        hollow = self.hollow.features(self.encoder, texts, asked, said, pairs) * fading
+        own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own, hollow], axis=2)
         return Seen(own, shared_features(asked, said, examples, style), topics, asked, said)
 
     def believe(self, reliability: Reliability) -> None:
@@ -237,6 +252,10 @@ class RewardModel:
         """(size,) of a comment's words."""
         (vector,) = self.encoder.encode([comment[:CHARS]])
         return vector
+
+    def members(self, name: str) -> Array:
+        """Which members learn of what is named so, (heads,) of 0 and 1."""
+        return _members(name, self.config.heads)
 
     def save(self, root: Path) -> str:
         """Write an immutable snapshot below ``root``; returns its version. See :mod:`reward.snapshot`."""
@@ -258,7 +277,9 @@ class RewardModel:
     def foretell(self, one: Label | Pair) -> float:
         """What is expected of a lesson that is not learned yet: P(it says good), or P(chosen is better)."""
         if isinstance(one, Pair):
-            return self._expected_of_pair(*_difference(self.seen_of(_sides(one), style=True)))
+            return self._expected_of_pair(
+                self._of_pair(*_difference(self.seen_of(_sides(one), style=True))), longer(one)
+            )
         return self._expected_of_label(*self._logits([one.example]))[0]
 
     def _expected_of_label(self, logits: Array, topic: Array) -> tuple[float, float]:
@@ -266,30 +287,45 @@ class RewardModel:
         right = self.calibration.good(logits[:, 0].tolist(), int(topic[0]))
         return self.calibration.heard(right), right
 
-    def _expected_of_pair(self, difference: Array, alike: Array) -> float:
-        return float(probability(self.heads.logits(difference[:, None], alike[None])).mean())
+    def _expected_of_pair(self, raw: Array, longer: float) -> float:
+        """P(chosen is better), of members' logits (heads, 1) and by how much the chosen answer is longer."""
+        return float(probability(raw if STYLE_IS_SCORED else raw - self.length.slope * longer).mean())
+
+    def _of_pair(self, difference: Array, alike: Array) -> Array:
+        """Each member's logit (heads, 1) for the first answer's being better, what is only style left out."""
+        return self.heads.logits(difference[:, None], _neutral(alike[None]))
 
     def take_back(self, name: str, example: Example, trace: Trace) -> None:
         """Undo a label that nobody stands by any more: in its answer's prototype, the counts and replay.
 
         The step that the heads made stays, since later ones build on it; what is learned instead steps against it.
         """
-        if example.answer.strip():
-            prompt, answer = self.encoder.encode([example.prompt, example.answer])
-            members = _members(name, self.config.heads)
-            row = self.prototypes.remove(key_of(example.answer), answer, prompt, members, trace.good, trace.bad)
-            self.changed_rows.update(() if row is None else (row,))
-        slot = self.reservoir.silence(trace.lesson)
-        self.changed_slots.update(() if slot is None else (slot,))
+        self._forget(example.answer, example.prompt, _members(name, self.config.heads), trace.good, trace.bad)
+        self._silence(trace.lesson)
         self.seen[trace.value > 0.5] -= 1
+
+    def take_back_pair(self, pair: Pair, lesson: int) -> None:
+        """Undo a pair that became the ``lesson``-th: in its answers' prototypes and in replay, as a label."""
+        members, told = _told_by(pair, self.config.heads)
+        for answer, good, bad in told:
+            self._forget(answer, pair.prompt, members, good, bad)
+        self._silence(lesson)
+
+    def _forget(self, text: str, asked: str, members: Array, good: float, bad: float) -> None:
+        if text.strip():
+            prompt, answer = self.encoder.encode([asked, text])
+            row = self.prototypes.remove(key_of(text), answer, prompt, members, good, bad)
+            self.changed_rows.update(() if row is None else (row,))
+
+    def _silence(self, lesson: int) -> None:
+        slot = self.reservoir.silence(lesson)
+        self.changed_slots.update(() if slot is None else (slot,))
 
     def _learn_label(self, label: Label) -> float:
         seen = self.seen_of([label.example], style=True)
-        neutral = seen.shared.copy()
-        if not STYLE_IS_SCORED:
-            neutral[:, STYLE_COLUMNS] = 0
         self.trace = None
-        logits = self.heads.logits(seen.own, neutral)
+        raw = self.heads.logits(seen.own, _neutral(seen.shared))
+        logits = raw - self._by_length([label.example])
         expected, right = self._expected_of_label(logits, seen.topics)
         if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(seen.shared).all()):
             return self._refuse()
@@ -300,6 +336,9 @@ class RewardModel:
         weight = label.weight * label.rarity
         lesson = Lesson(seen.own[:, 0], seen.shared[0], label.value, weight, members)
         self._step(lesson, seen.asked[0], label.example.structure.turn)
+        seen = seen._replace(topics=self.topics.of(seen.asked))  # it may have founded one
+        said = GOOD if label.value > 0.5 else BAD
+        self.length.add(said, length_of(label.example.answer), _mean(raw[:, 0].tolist()), label.weight)
         self.seen[label.value > 0.5] += 1
         if label.watched:
             self.calibration.add(_mean(logits[:, 0].tolist()), expected, label.value, int(seen.topics[0]))
@@ -339,16 +378,14 @@ class RewardModel:
         seen = self.seen_of(_sides(pair), style=True)
         self.trace = None
         difference, alike = _difference(seen)
-        expected = self._expected_of_pair(difference, alike)
+        raw = self._of_pair(difference, alike)
+        expected = self._expected_of_pair(raw, longer(pair))
         if not (math.isfinite(expected) and np.isfinite(alike).all()):
             return self._refuse()
-        members = _members(pair.id, self.config.heads)
-        if pair.absolute:  # rare and meant: no member may miss it
-            members = np.ones_like(members)
-        weight = pair.weight if pair.absolute else RELATIVE * pair.weight
-        self._remember(pair.chosen, seen.asked[0], seen.said[0], members, weight, 0.0)
-        if not pair.absolute:
-            self._remember(pair.rejected, seen.asked[1], seen.said[1], members, 0.0, weight)
+        members, told = _told_by(pair, self.config.heads)
+        for (answer, good, bad), asked, said in zip(told, seen.asked, seen.said, strict=False):
+            self._remember(answer, asked, said, members, good, bad)
+        self.length.add(PAIR, longer(pair), _mean(raw[:, 0].tolist()), pair.weight)
         self._step(Lesson(difference, alike, 1.0, pair.weight, members), seen.asked[0], pair.structure.turn)
         return expected
 
@@ -373,9 +410,31 @@ def _sides(pair: Pair) -> list[Example]:
     return [Example(pair.prompt, answer, pair.structure) for answer in (pair.chosen, pair.rejected)]
 
 
+def longer(pair: Pair) -> float:
+    """By how much, in lengths, the chosen answer is the longer one."""
+    return length_of(pair.chosen) - length_of(pair.rejected)
+
+
+def _told_by(pair: Pair, heads: int) -> tuple[Array, list[tuple[str, float, float]]]:
+    """Which members see a pair, and what it says of its answers by themselves: (answer, good, bad), chosen first."""
+    if pair.absolute:  # rare and meant: no member may miss it
+        return np.ones(heads, np.float32), [(pair.chosen, pair.weight, 0.0)]
+    weight = RELATIVE * pair.weight
+    return _members(pair.id, heads), [(pair.chosen, weight, 0.0), (pair.rejected, 0.0, weight)]
+
+
 def _difference(seen: Seen) -> tuple[Array, Array]:
     """Own (heads, …) and shared (…,) features of the first answer less those of the second."""
     return seen.own[:, 0] - seen.own[:, 1], seen.shared[0] - seen.shared[1]
+
+
+def _neutral(shared: Array) -> Array:
+    """Shared features (n, …) without what is only style."""
+    if STYLE_IS_SCORED:
+        return shared
+    neutral = shared.copy()
+    neutral[:, STYLE_COLUMNS] = 0
+    return neutral
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], Any]:

@@ -83,16 +83,17 @@ def obey(desk: Desk, order: Command) -> list[RewardVersion]:
     before, version = desk.version, str(order.arguments.get("version") or "")
     if order.kind is CommandKind.REWARD_RESUME:
         desk.pinned = None
-        return [_again(desk, order, before, f"scores; snapshots take over again, {why}")] if before else []
+        return [_again(desk, order, before, f"was rolled back to; snapshots take over again, {why}")] if before else []
     desk.score_by_order(version)
-    if order.kind is CommandKind.REWARD_PROMOTE:
-        desk.pinned = None
-        return [_again(desk, order, version, f"promoted {why}")]
-    desk.pinned = why
-    found = [_again(desk, order, version, f"rolled back to, and kept until 'everloop reward resume', {why}")]
-    if before not in ("", version):
-        with contextlib.suppress(ContractError):  # its files are gone: nobody can go back to it, so nobody need know
-            found.insert(0, _again(desk, order, before, f"rolled back {why}", "refused"))
+    promoted, pinned = order.kind is CommandKind.REWARD_PROMOTE, desk.pinned
+    desk.pinned = None if promoted else why
+    says = f"promoted {why}" if promoted else f"rolled back to, and kept until 'everloop reward resume', {why}"
+    found = [_again(desk, order, version, says)]
+    if before in ("", version) or (promoted and pinned is None):
+        return found
+    with contextlib.suppress(ContractError):  # its files are gone: nobody can go back to it, so nobody need know
+        ended = f"was kept {pinned}; {version} was promoted {why}" if promoted else f"rolled back {why}"
+        found.insert(0, _again(desk, order, before, ended, "released" if promoted else "refused"))
     return found
 
 

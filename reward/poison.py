@@ -15,11 +15,16 @@ is no burst, and nothing is while little is known.
 
 **Duplicate.** The same words of the same rater about the same prompt, more than TWINS times in the window.
 
+**Distrusted.** What a person has named as a rater not to be heard, whatever it is about.
+
 **One answer.** More than PUSHES lessons of one rater in favour of one answer (or against it) in the window, of that
 rater's lessons more than PUSHED times the part that the answer has of all others', and the model does not think so
 itself. So what is right for many is nobody's push, nor what somebody says again and again and is right about; answers
-that never recur are none. From a rater of whom SUSPECT such lessons were held, and half as many as were learned,
-nothing is learned any more.
+that never recur are none. From a rater of whom SUSPECT such lessons or duplicates were held, and half as many as
+were learned, nothing is learned any more.
+
+Who is heard no more, by this rule or by a person's order, is *guilty*: what he taught is taken back, as far as it is
+remembered (:mod:`reward.taught`) and nobody else said it with him, and is held from then on.
 
 A lesson whose rater is not known has no share and is no rater's burst. The first BURST lessons of a burst are learned:
 until then it is none. Event times may come in any order within LATE minutes of the newest; what is later counts with
@@ -29,17 +34,16 @@ bytes, LATE minutes of at most WATCHED keys, MOST_HELD held lessons.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import ormsgpack
 
-from reward.features import Example, Structure
 from reward.model import Label, Pair
+from reward.taught import Lessons, Taught, name_of, packed, unpacked
 
 WORDS = re.compile(r"\w+")
 MOST_SHARE = 0.01
@@ -55,8 +59,18 @@ MOST_HELD = 1000
 LEAST = 0.05  # of a lesson's weight: with less, it is held
 PUSHES = 1  # lessons of one rater for one answer that nothing is asked of
 PUSHED = 3.0
-SUSPECT = 3  # pushes, and half as many as were learned of him, from which on a rater is held altogether
-RULES = ("burst of a rater", "burst about a call", "burst for an answer", "duplicate", "one answer", "share")
+SUSPECT = 3  # pushes and duplicates, and half as many as were learned of him, from which on a rater is held altogether
+RULES = (
+    "burst of a rater",
+    "burst about a call",
+    "burst for an answer",
+    "duplicate",
+    "one answer",
+    "share",
+    "distrusted",
+)
+TAUGHT = "taught/"
+ORDERED = "a person had its rater heard no more"
 V = TypeVar("V")
 
 
@@ -92,22 +106,22 @@ def normal(text: str) -> str:
     return " ".join(WORDS.findall(text.lower())) or text
 
 
-def name_of(kind: str, *parts: str) -> str:
-    return f"{kind}:{hashlib.blake2b(chr(0).join(parts).encode('utf-8', 'replace'), digest_size=8).hexdigest()}"
-
-
 class Guard:
-    """``trusted``: names (``rater:…``, ``answer:…``, ``call:…``) that a person vouches for; shares bind them too."""
+    """``trusted``: names (``rater:…``, ``answer:…``, ``call:…``) that a person vouches for; shares bind them too.
+    ``distrusted``: raters (``rater:…``) who are not to be heard."""
 
-    def __init__(self, window: int, trusted: Iterable[str] = ()) -> None:
+    def __init__(self, window: int, trusted: Iterable[str] = (), distrusted: Iterable[str] = ()) -> None:
         self.window = window
         self.trusted = frozenset(trusted)
+        self.distrusted = frozenset(distrusted)
+        self.taught = Lessons()
         self.slots: list[Seen] = []
         self.count = 0
         self.minutes: dict[int, Counter[str]] = {}
         self.counted: Counter[str] = Counter()
         self.pushes: Counter[str] = Counter()
-        self.held: dict[str, bytes] = {}
+        self.held: dict[str, bytes] = {}  # oldest words first
+        self._said: dict[str, float] = {}  # when each of them was said
         self._weights: defaultdict[str, float] = defaultdict(float)
         self._numbers: Counter[str] = Counter()
         self._named = 0.0
@@ -129,8 +143,8 @@ class Guard:
         """
         seen = _seen(lesson, [name_of("rater", rater) for rater in sorted(set(raters))])
         minute = self._minute(time, [*seen.raters, name_of("call", call), seen.answer])
-        verdict = self._burst(seen, name_of("call", call), minute) or self._twin(seen) or self._push(seen, believed)
-        verdict = verdict or self._cut(seen)
+        verdict = self._doubt(seen) or self._burst(seen, name_of("call", call), minute) or self._twin(seen)
+        verdict = verdict or self._push(seen, believed) or self._cut(seen)
         if verdict.rule:
             self.counted[verdict.rule] += 1
             return verdict
@@ -162,6 +176,10 @@ class Guard:
                 minute[name] += 1
         return minute
 
+    def _doubt(self, seen: Seen) -> Verdict | None:
+        doubted = sorted(self.distrusted.intersection(seen.raters))
+        return _held(RULES[6], doubted[0], ORDERED) if doubted else None
+
     def _burst(self, seen: Seen, call: str, minute: Counter[str]) -> Verdict | None:
         rushed = [rater for rater in seen.raters if self._rushes(rater, minute)]
         if rushed and len(rushed) == len(seen.raters):
@@ -183,21 +201,55 @@ class Guard:
     def _twin(self, seen: Seen) -> Verdict | None:
         if not seen.raters or self._numbers[seen.twin] < TWINS or self.trusted.issuperset(seen.raters):
             return None
+        for rater in seen.raters:
+            self._count(rater)
         return _held(RULES[3], seen.raters[0], f"one rater said the same of the same words {TWINS} times before")
+
+    def _count(self, rater: str) -> None:
+        """Count a push, or a repetition, against a rater."""
+        if rater in self.pushes or len(self.pushes) < WATCHED:
+            self.pushes[rater] += 1
 
     def _push(self, seen: Seen, believed: Callable[[], bool]) -> Verdict | None:
         for rater in seen.raters:
             if rater in self.trusted:
                 continue
-            its, mine, pushes = self._numbers[_both(rater, seen.answer)], self._numbers[rater], self.pushes[rater]
-            if pushes >= SUSPECT and 2 * pushes >= mine:
-                return _held(RULES[4], rater, f"{pushes} words of one rater were for one answer, {mine} were learned")
+            its, mine = self._numbers[_both(rater, seen.answer)], self._numbers[rater]
+            if self._pushes_on(rater):
+                says = f"{self.pushes[rater]} words of one rater were repeated or for one answer, {mine} are learned"
+                return _held(RULES[4], rater, says)
             others = (self._numbers[seen.answer] - its + 1) / (len(self._slot_of) - mine + 1)
             if its >= PUSHES and its + 1 > PUSHED * (mine + 1) * others and not believed():
-                if rater in self.pushes or len(self.pushes) < WATCHED:
-                    self.pushes[rater] += 1
+                self._count(rater)
                 return _held(RULES[4], rater, f"{its} of {mine} words of one rater are for one answer already")
         return None
+
+    def _pushes_on(self, rater: str) -> bool:
+        return self.pushes[rater] >= SUSPECT and 2 * self.pushes[rater] >= self._numbers[rater]
+
+    def guilty(self, rater: str) -> bool:
+        """Whether a rater, by name, is heard no more."""
+        return rater not in self.trusted and (rater in self.distrusted or self._pushes_on(rater))
+
+    def to_take_back(self) -> list[tuple[Taught, Verdict]]:
+        """What raters who are heard no more have taught and nobody said with them, with what is to be said of it."""
+        names = [*self.distrusted, *(name for name, pushes in self.pushes.items() if pushes >= SUSPECT)]
+        found = {}
+        for name in filter(self.guilty, sorted(names)):
+            rule = RULES[6] if name in self.distrusted else RULES[4]
+            says = (
+                ORDERED if name in self.distrusted else "its rater pushed one answer, or said the same again and again"
+            )
+            for taught in self.taught.of(name):
+                if all(map(self.guilty, taught.names)):
+                    found[taught.lesson.id] = taught, _held(rule, name, f"taken back: {says}")
+        return list(found.values())
+
+    def take_back(self, taught: Taught, verdict: Verdict) -> None:
+        """Note that a lesson is learned no more, and is held."""
+        self.forget(taught.lesson.id)
+        self.counted["taken back"] += 1
+        self.hold(taught.lesson, verdict, *taught.place, taught.raters)
 
     def _cut(self, seen: Seen) -> Verdict:
         """x with held + x ≤ share · (all + x), for the rater who has least left; each has an equal part of x."""
@@ -227,6 +279,7 @@ class Guard:
     def forget(self, lesson: str) -> None:
         """Its words were taken back: it is held no more, or gives its raters their share again."""
         self.drop(lesson)
+        self.taught.drop(lesson)
         if lesson in self._slot_of:
             self._changed_slots.add(self._slot_of[lesson])
             self._clear(self._slot_of[lesson])
@@ -256,22 +309,30 @@ class Guard:
     ) -> None:
         """Keep a lesson for a person to look at; the oldest goes where there are too many."""
         about = {"rule": verdict.rule, "name": verdict.name, "says": verdict.says, "episode": episode, "call": call}
-        kept = {**about, "time": time, "raters": list(raters), "lesson": _packed(lesson)}
-        self.held[lesson.id] = ormsgpack.packb(kept)
+        kept = {**about, "time": time, "raters": list(raters), "lesson": packed(lesson)}
+        newest = next(reversed(self.held), lesson.id)
+        self.held[lesson.id], self._said[lesson.id] = ormsgpack.packb(kept), time
         self._changed_held.add(lesson.id)
+        if self._when(lesson.id) < self._when(newest):  # what is taken back was said long ago
+            self.held = dict(sorted(self.held.items(), key=lambda item: self._when(item[0])))
         if len(self.held) > MOST_HELD:
             self.drop(next(iter(self.held)))
 
     def drop(self, lesson: str) -> None:
         """Hold it no more."""
         if self.held.pop(lesson, None) is not None:
+            del self._said[lesson]
             self._changed_held.add(lesson)
+
+    def _when(self, lesson: str) -> tuple[float, str]:
+        """What held lessons are in the order of."""
+        return self._said[lesson], lesson
 
     def vouched(self) -> list[tuple[dict[str, Any], Label | Pair]]:
         """Held lessons that a person trusts by now, and what was noted with each; shares bind them still."""
         found = [ormsgpack.unpackb(one) for one in self.held.values()] if self.trusted else []
         return [
-            (one, _unpacked(one["lesson"])) for one in found if one["name"] in self.trusted and one["rule"] != "share"
+            (one, unpacked(one["lesson"])) for one in found if one["name"] in self.trusted and one["rule"] != "share"
         ]
 
     def changes(self) -> Iterator[tuple[str, bytes | None]]:
@@ -280,6 +341,8 @@ class Guard:
             yield f"slot/{slot:07d}", ormsgpack.packb(tuple(self.slots[slot]))
         for name in sorted(self._changed_held):
             yield f"held/{name}", self.held.get(name)
+        for name, taught in self.taught.changes():
+            yield TAUGHT + name, taught
         self._changed_slots.clear()
         self._changed_held.clear()
         minutes = [[at, dict(minute)] for at, minute in self.minutes.items()]
@@ -287,6 +350,8 @@ class Guard:
 
     def restore(self, pieces: Mapping[str, bytes]) -> None:
         """What was ``changes`` before, in a new guard."""
+        known = {name: value for name, value in pieces.items() if name.startswith(TAUGHT)}
+        self.taught.restore({name.removeprefix(TAUGHT): value for name, value in known.items()})
         for name, value in sorted(pieces.items()):
             kind, _, rest = name.partition("/")
             if kind == "slot":
@@ -295,8 +360,8 @@ class Guard:
                 if self.slots[-1].lesson:
                     self._slot_of[self.slots[-1].lesson] = len(self.slots) - 1
             elif kind == "held":
-                self.held[rest] = value
-        self.held = dict(sorted(self.held.items(), key=lambda item: (ormsgpack.unpackb(item[1])["time"], item[0])))
+                self.held[rest], self._said[rest] = value, ormsgpack.unpackb(value)["time"]
+        self.held = dict(sorted(self.held.items(), key=lambda item: self._when(item[0])))
         if "core" in pieces:
             self.count, counted, minutes, pushes = ormsgpack.unpackb(pieces["core"])
             self.counted, self.pushes = Counter(counted), Counter(pushes)
@@ -309,6 +374,7 @@ class Guard:
         return {
             "quarantined": {rule: self.counted[rule] for rule in RULES if self.counted[rule]},
             "cut_to_share": self.counted["cut"],
+            "taken_back": self.counted["taken back"],
             "held": len(self.held),
             "newest_held": shown,
             "largest_share": max(self.shares().values(), default=0.0),
@@ -352,17 +418,6 @@ def _seen(lesson: Label | Pair, raters: list[str]) -> Seen:
         prompt, answer, way = lesson.example.prompt, lesson.example.answer, "up" if lesson.value > 0.5 else "down"
     pushed = name_of("answer", normal(answer), way)
     return Seen(lesson.id, raters, pushed, name_of("twin", *raters, normal(prompt), normal(answer), way), lesson.weight)
-
-
-def _packed(lesson: Label | Pair) -> dict[str, Any]:
-    return {"pair": isinstance(lesson, Pair), **asdict(lesson)}
-
-
-def _unpacked(held: dict[str, Any]) -> Label | Pair:
-    if held.pop("pair"):
-        return Pair(**{**held, "structure": Structure(**held["structure"])})
-    example = held.pop("example")
-    return Label(**held, example=Example(**{**example, "structure": Structure(**example["structure"])}))
 
 
 def weighted(lesson: Label | Pair, weight: float) -> Label | Pair:

@@ -21,6 +21,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float32]]
 OWN_WEIGHT = (1.0, 4.0)  # well-rated prompts that the answer's own vector stands for: least and most trusting member
 SHARPNESS = 20.0  # of the choice among answers: logits per unit of cosine
+SUPPORTED = 0.3  # scale of the feature "support"
 BAD_PRIOR = 3.0  # badly rated prompts after which their centroid has half its weight
 NAMES = ("rival", "similarity", "badly_rated", "rate", "support", "chosen")
 FEATURES = len(NAMES)
@@ -167,7 +168,7 @@ class Prototypes:
         found[..., 1] = mine / SHARPNESS - 0.5
         found[..., 2] = faults
         found[..., 3] = np.log((good + 2 * base) / (bad + 2 * (1 - base)))
-        found[..., 4] = 0.3 * np.log1p(good)
+        found[..., 4] = SUPPORTED * np.log1p(good)
         found[..., 5] = np.exp(lead)
         return found
 

@@ -88,6 +88,12 @@ class Shadow:
         if label > 0.5 and example.answer.strip() and len(example.prompt) + len(example.answer) <= LONGEST:
             self.praised.append(Example(example.prompt, example.answer))
 
+    @property
+    def auc(self) -> float | None:
+        """Of the version that scores, on what it had not learned since it does; None: too few labels."""
+        pairs = _numbers(self.pairs)
+        return auc(pairs[:, 0], pairs[:, 2]) if len(pairs) >= FEWEST else None
+
     def judge(self, incumbent: RewardModel, candidate: RewardModel) -> Verdict:
         """Whether the candidate takes over; all reasons against it are told."""
         if not finite(candidate):
@@ -149,7 +155,9 @@ def _pull(pairs: list[Foretold]) -> float:
 
 def finite(model: RewardModel) -> bool:
     """Whether everything that a snapshot says is decided by finite numbers."""
-    arrays = (*model.heads.arrays().values(), model.prototypes.totals, model.prototypes.counts, model.calibration.curve)
+    known = model.prototypes
+    arrays = (*model.heads.arrays().values(), *model.values.heads.arrays().values(), known.totals, known.counts)
+    arrays = (*arrays, model.calibration.curve)
     return all(bool(np.isfinite(array).all()) for array in arrays)
 
 

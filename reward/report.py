@@ -5,8 +5,8 @@ Pure: rows in, numbers out. A row is one call with its newest opinion, and with 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ from reward.features import style_vector
 from reward.release import correlation
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-LISTED = 5  # recurring answers that get a slice of their own
 ROLLING = 100  # labels of each point of AUC over time
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scored call. ``label`` and ``predicted``: of its first label, predicted before that was learned.
+    """One scored call, its texts as the reward model sees them. ``label`` and ``predicted``: of its first label,
+    predicted before that was learned.
 
-    ``reward_version`` scored when the label came, or else last; ``time`` in seconds since 1970.
+    ``reward_version`` scored when the label came, or else last; ``time`` in seconds since 1970; ``newest``: what its
+    newest label says. ``ends_well_before`` and ``ends_well_after``: as its score has them. ``ended``: what its episode
+    of ``turns`` turns came to.
     """
 
     episode: str
@@ -38,6 +40,39 @@ class Row:
     time: float
     label: float | None = None
     predicted: float | None = None
+    prompt: str = ""
+    newest: float | None = None
+    turns: int = 1
+    ends_well_before: float | None = None
+    ends_well_after: float | None = None
+    ended: float | None = None
+
+
+STAGES = {"a quarter of its turns": 0.25, "half of them": 0.5, "three quarters": 0.75, "all of them": 1.0}
+
+
+def courses(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By how far an episode of several turns was: how many whose end is known, and AUC of what was foretold of it.
+
+    AUC is None where there are too few to say. Nothing where no end was foretold.
+    """
+    known: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row.turns > 1 and row.ended is not None and row.ends_well_after is not None:
+            known.setdefault(row.episode, {}).setdefault(row.turn, row)
+    firsts = [its[0] for its in known.values() if 0 in its]
+    found = {"before the first answer": [(row.ends_well_before, row.ended) for row in firsts]}
+    for name, share in STAGES.items():
+        at = [(its, max(1, math.ceil(share * row.turns)) - 1) for its in known.values() for row in [*its.values()][:1]]
+        found[name] = [(its[turn].ends_well_after, its[turn].ended) for its, turn in at if turn in its]
+    return {name: {"episodes": len(pairs), "auc": _auc(pairs)} for name, pairs in found.items() if pairs}
+
+
+def _auc(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    if len(pairs) < FEWEST:
+        return None
+    said, was = np.array(pairs, np.float64).T
+    return auc(said, was)
 
 
 def numbers(rows: Sequence[Row]) -> dict[str, Any]:
@@ -63,28 +98,6 @@ def numbers(rows: Sequence[Row]) -> dict[str, Any]:
         "drift": float(apart[half:].mean() - apart[:half].mean()) if len(rated) >= 2 * FEWEST else None,
         "length_correlation": correlation(predicted, lengths) if enough else None,
     }
-
-
-def slices(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """All calls; by place in the episode, by who answered, by the answers that recur most. Empty ones are left out."""
-    rated = Counter(_short(row.answer) for row in rows if row.label is not None)
-    often = [answer for answer, count in rated.most_common(LISTED) if count >= FEWEST]
-    adapters = Counter(row.adapter for row in rows).most_common(LISTED)
-    parts: dict[str, Callable[[Row], bool]] = {
-        "all": lambda row: True,
-        "turn 1": lambda row: row.turn == 0,
-        "turns 2 to 3": lambda row: row.turn in (1, 2),
-        "turn 4 and later": lambda row: row.turn > 2,
-    }
-    if len(adapters) > 1:
-        parts |= {f"by {name[:12]}": lambda row, name=name: row.adapter == name for name, _ in adapters}
-    parts |= {f"answer {answer!r}": lambda row, answer=answer: _short(row.answer) == answer for answer in often}
-    found = {name: [row for row in rows if belongs(row)] for name, belongs in parts.items()}
-    return {name: its for name, its in found.items() if its}
-
-
-def _short(answer: str) -> str:
-    return " ".join(answer.split())[:40]
 
 
 def diagram(rows: Sequence[Row]) -> list[tuple[float, float, int]]:

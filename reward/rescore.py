@@ -38,6 +38,7 @@ class Spoken(NamedTuple):
     version: int
     predicted: float | None
     quarantined: str | None = None
+    ends_well: tuple[float, float] | None = None
 
 
 def newest_version(log: Log, tenant: str, policy: str) -> str:
@@ -81,10 +82,13 @@ def rescore(
 
 def _spoken(scores: Iterable[Score]) -> dict[tuple[str, str], Spoken]:
     """By (episode, call): of all partitions together, since a score does not lie where its episode does."""
-    return {
-        (score.episode, score.call): Spoken(score.reward_version, score.version, score.predicted, score.quarantined)
-        for score in scores
-    }
+    return {(score.episode, score.call): _said(score) for score in scores}
+
+
+def _said(score: Score) -> Spoken:
+    before, after = score.ends_well_before, score.ends_well_after
+    course = None if before is None or after is None else (before, after)
+    return Spoken(score.reward_version, score.version, score.predicted, score.quarantined, course)
 
 
 def _newest(archived: Iterable[Episode], tail: dict[str, Episode]) -> Iterator[Episode]:
@@ -125,6 +129,7 @@ def _rescored(
                     pessimism=model.config.pessimism,
                     predicted=held.predicted if held else None,
                     quarantined=why,
+                    ends_well=held.ends_well if held else None,
                 )
                 yield score_record(score)
 

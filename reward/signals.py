@@ -33,7 +33,7 @@ from everloop.stream import State
 from everloop.topics import EPISODES
 
 from reward import checks, declaration, derived
-from reward.checks import CheckConfig, TurnView
+from reward.checks import TurnView
 from reward.declaration import CheckDeclaration, Declaration
 from reward.told import About, Told, Whose, changes, may_be_judged
 
@@ -73,9 +73,6 @@ class SignalsHandler:
         self._failures: dict[tuple[str, str], Counter[str]] = {at: Counter() for at in self._declared}
         self._next_due: dict[tuple[str, str], float] = dict.fromkeys(self._declared, 0.0)  # no later than the first
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="check")
-        for its in self._declared.values():
-            for check in its.check:
-                _config(check)
 
     def handle(self, state: State, record: Record, now: float) -> list[NewRecord]:
         episode = read(record, self._home)
@@ -188,17 +185,11 @@ def chosen(share: float, *names: str) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _config(check: CheckDeclaration) -> CheckConfig:
-    made = CheckConfig(name=check.name, kind=check.kind, reference=check.reference, options=check.options)
-    checks.opened(made)
-    return made
-
-
 def _verdicts(
     check: CheckDeclaration, episode: Episode, before: Mapping[str, list[Any]]
 ) -> tuple[dict[str, tuple[str, float | None]], list[str]]:
     """By call: hash of what was checked and verdict, as before where it is the same; and the failures."""
-    config, failures, timeouts = _config(check), [], 0
+    config, failures, timeouts = check.config, [], 0
     found: dict[str, tuple[str, float | None]] = {}
     for turn in episode.turns:
         if turn.call.error is not None or not chosen(check.share, episode.id, turn.call.id, check.name):
@@ -222,7 +213,7 @@ def _verdicts(
 
 def _view(check: CheckDeclaration, turn: Turn) -> TurnView:
     output = turn.call.output
-    references = {"correction": turn.correction, "constant": check.constant}
+    references = {"correction": turn.correction, checks.CONSTANT: check.constant}
     return TurnView(output.text, tuple(output.tool_calls or ()), turn.call.tools, references)
 
 

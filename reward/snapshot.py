@@ -29,6 +29,7 @@ CODE = (
     "bert",
     "calibration",
     "comments",
+    "course",
     "declaration",
     "drift",
     "encoder",
@@ -37,13 +38,18 @@ CODE = (
     "floor",
     "heads",
     "hearing",
+    "hollow",
+    "length",
     "model",
     "poison",
     "propensity",
     "prototypes",
     "reliability",
     "reservoir",
+    "taught",
     "topics",
+    "unlearning",
+    "value",
 )
 
 
@@ -74,6 +80,8 @@ def _arrays(model: RewardModel) -> dict[str, Any]:
         "centres": model.topics.centres,
         "shares": model.calibration.shares.means,
         "comments": model.comments.line,
+        "value_own": model.values.heads.own,
+        "value_shared": model.values.heads.shared,
     }
 
 
@@ -89,7 +97,9 @@ def _facts(model: RewardModel) -> dict[str, Any]:
         "offsets": dict(sorted(model.offsets.items())),
         "updates": model.updates,
         "seen": model.seen,
+        "values": {"begun": model.values.begun, "ended": model.values.ended},
         "curve": model.calibration.curve.tolist(),
+        "length": model.length.sums,
     }
 
 
@@ -174,6 +184,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> None:
     model.heads.own[:], model.heads.shared[:] = arrays["own_weights"], arrays["shared_weights"]
+    model.values.heads.own[:], model.values.heads.shared[:] = arrays["value_own"], arrays["value_shared"]
+    model.values.take(facts["values"])
     known = model.prototypes
     for row, key in enumerate(arrays["answers"]):
         parts = (arrays["answer_vectors"][row], arrays["good"][:, row], arrays["bad"][:, row])
@@ -182,4 +194,5 @@ def _take(model: RewardModel, facts: dict[str, Any], arrays: dict[str, Any]) -> 
     model.topics.centres = arrays["centres"]
     model.calibration.curve[:], model.calibration.shares.means[:] = facts["curve"], arrays["shares"]
     model.comments.line = arrays["comments"]
+    model.length.sums[:] = facts["length"]
     model.updates, model.seen, model.offsets = facts["updates"], facts["seen"], facts["offsets"]

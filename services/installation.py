@@ -27,6 +27,7 @@ from everloop.log.base import Log
 from everloop.run import STANDING, Command, CommandKind
 from everloop.topics import COMMANDS, PAUSES, Topic
 
+from services import made_with
 from services.reach import BrokerAway, check
 
 SERVICES = ("gateway", "engine", "assembler", "scorer", "learner", "releaser")
@@ -117,12 +118,14 @@ class Installation:
     def policy(self, name: str | None) -> tuple[str, str]:
         """(tenant, policy) of a name such as 'assistant' or 'default/assistant'; None: the only one there is.
 
-        Raises ConfigError where it fits none, or several.
+        Raises ConfigError where it fits none, or several, or the home is one of other policies.
         """
         return self.policies(name, one=True)[0]
 
     def policies(self, name: str | None, *, one: bool = False) -> list[tuple[str, str]]:
-        """Those that a name fits; None: all. ``one``: several are an error. Raises ConfigError."""
+        """Those that a name fits; None: all. ``one``: several are an error. Raises ConfigError, also where the home
+        is one of other policies: of these nothing would be found in it."""
+        made_with.check(self.config, self.home)
         known = self.config.policies()
         found = [pair for pair in known if name in (None, pair[1], "/".join(pair))]
         listed = ", ".join("/".join(pair) for pair in known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -12,8 +13,8 @@ from everloop.topics import REWARDS
 from pipelines.store import Store
 from reward import evidence
 from reward.encoder import Encoder
-from reward.features import Example, examples
-from reward.model import RewardModel
+from reward.features import Example, answer_text, examples, prompt_text
+from reward.model import RewardModel, Vectors
 from reward.report import Row
 from reward.rescore import snapshot_folder
 from services.installation import Installation
@@ -24,13 +25,21 @@ WITH first AS (
     WHERE tenant = $tenant AND policy = $policy AND label IS NOT NULL AND predicted IS NOT NULL
     QUALIFY row_number() OVER (PARTITION BY episode, call ORDER BY version, log_offset) = 1
 ), newest AS (
-    SELECT episode, call, reward_version, mask, time FROM scores WHERE tenant = $tenant AND policy = $policy
+    SELECT episode, call, reward_version, mask, time, source, label, ends_well_before, ends_well_after
+    FROM scores WHERE tenant = $tenant AND policy = $policy
+), its_turns AS (
+    SELECT * FROM turns WHERE tenant = $tenant AND policy = $policy
+), ended AS (
+    SELECT episode, first(n.label ORDER BY n.source = 'outcome' DESC, t.turn DESC) AS ended
+    FROM newest n JOIN its_turns t USING (episode, call) WHERE n.label IS NOT NULL GROUP BY episode
 )
-SELECT episode, call, t.turn, coalesce(t.answer, '') AS answer, coalesce(t.policy_version, '') AS adapter,
+SELECT episode, call, t.turn, t.messages, t.output, coalesce(t.policy_version, '') AS adapter,
        coalesce(first.reward_version, newest.reward_version) AS reward_version, newest.mask AS mask,
-       coalesce(first.time, newest.time) AS time, first.label AS label, first.predicted AS predicted
-FROM newest JOIN (SELECT * FROM turns WHERE tenant = $tenant AND policy = $policy) t USING (episode, call)
-LEFT JOIN first USING (episode, call)
+       coalesce(first.time, newest.time) AS time, first.label AS label, first.predicted AS predicted, t.turns AS turns,
+       newest.label AS newest, newest.ends_well_before AS ends_well_before,
+       newest.ends_well_after AS ends_well_after, ended.ended AS ended
+FROM newest JOIN its_turns t USING (episode, call)
+LEFT JOIN first USING (episode, call) LEFT JOIN ended USING (episode)
 ORDER BY time, episode, call
 """
 RATED = """
@@ -55,15 +64,26 @@ def versions(here: Installation, tenant: str, policy: str) -> list[RewardVersion
     return list(found.values())
 
 
-def loaded(here: Installation, tenant: str, policy: str, version: str) -> tuple[str, RewardModel]:
-    """The full name of a version, or of a unique beginning of one, and its model. Raises ContractError."""
+def loaded(
+    here: Installation, tenant: str, policy: str, version: str, encoder: Vectors | None = None
+) -> tuple[str, RewardModel]:
+    """The full name of a version, or of a unique beginning of one, and its model, which reads with ``encoder`` (None:
+    one of its own). Raises ContractError."""
     folder = snapshot_folder(here.home, tenant, policy, version)
-    return folder.name, RewardModel.load(folder, Encoder(here.config.policy(tenant, policy).reward.encoder))
+    return folder.name, RewardModel.load(folder, encoder or encoder_of(here, tenant, policy))
+
+
+def encoder_of(here: Installation, tenant: str, policy: str) -> Encoder:
+    return Encoder(here.config.policy(tenant, policy).reward.encoder)
 
 
 def calls(store: Store, tenant: str, policy: str) -> list[Row]:
     """Every scored call of a policy, oldest first."""
-    return [Row(**row) for row in store.rows(CALLS, {"tenant": tenant, "policy": policy})]
+    found = []
+    for row in store.rows(CALLS, {"tenant": tenant, "policy": policy}):
+        messages, output = (json.loads(row.pop(name) or "null") for name in ("messages", "output"))
+        found.append(Row(**row, prompt=prompt_text(messages or []), answer=answer_text(output or {})))
+    return found
 
 
 def rated(

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import BinaryIO
 
 from everloop.config import Config
 from everloop.errors import ConfigError, EverloopError
@@ -84,7 +85,7 @@ class Child:
     """One service's process. Times are of a monotonic clock, in seconds.
 
     ``deaths`` counts those in a row, ``ill`` the times in a row that its health was bad. ``kill_at``: it was asked to
-    end for that, and has until then.
+    end for that, and has until then. ``log_at``: the byte of its log at which what this process printed begins.
     """
 
     service: Service
@@ -97,6 +98,7 @@ class Child:
     ill: int = 0
     ask_at: float = 0.0
     kill_at: float | None = None
+    log_at: int = 0
 
 
 def services(config: Config) -> list[Service]:
@@ -276,6 +278,7 @@ class Supervisor:
 
     def _start(self, child: Child, now: float) -> None:
         with self._log(child.service.name) as log:
+            child.log_at = log.tell()
             child.process = subprocess.Popen(
                 child.service.command,
                 stdin=subprocess.DEVNULL,
@@ -288,7 +291,7 @@ class Supervisor:
         child.started, child.ready = now, False
         child.ill, child.ask_at, child.kill_at = 0, now, None
 
-    def _log(self, name: str) -> contextlib.AbstractContextManager[object]:
+    def _log(self, name: str) -> BinaryIO:
         path = self.log_path(name)
         if path.exists() and path.stat().st_size > LOG_LIMIT:
             path.replace(path.with_suffix(".log.1"))
@@ -305,14 +308,15 @@ class Supervisor:
         if not child.ever_ready and (status == USAGE_ERROR or child.deaths >= GIVE_UP):
             raise ServiceFailed(
                 f"the {name} does not start (exit status {status}). The end of {self.log_path(name)}:\n"
-                + self._log_end(name)
+                + self._log_end(child)
             )
         pause = min(FIRST_PAUSE * 2 ** (child.deaths - 1), LONGEST_PAUSE)
         child.start_at = now + pause
         self.say(f"{name} died ({_how(status)}), starts again in {pause:g} s; see {self.log_path(name)}")
 
-    def _log_end(self, name: str, lines: int = 8) -> str:
-        text = self.log_path(name).read_bytes()[-4096:].decode(errors="replace")
+    def _log_end(self, child: Child, lines: int = 8) -> str:
+        """Of what its newest process printed: earlier starts may have failed by what is mended since."""
+        text = self.log_path(child.service.name).read_bytes()[child.log_at :][-4096:].decode(errors="replace")
         return "\n".join("    " + line for line in text.splitlines()[-lines:])
 
     @staticmethod

@@ -42,6 +42,17 @@ def gae(rewards: Floats, values: Floats, *, discount: float, trace: float) -> Tu
     return TurnAdvantages(advantages, advantages + values)
 
 
+def shaped(rewards: Floats, potentials: Floats, discount: float) -> Floats:
+    """Rewards of the turns of one episode with discount · Φ(the next turn) - Φ(this one) added; Φ is 0 after the last.
+
+    Which policy is best does not change, whatever Φ is (Ng, Harada and Russell 1999), also where it learns meanwhile
+    (Devlin and Kudenko 2012). What Φ knows of the end reaches a turn when it happens, and not when the episode is over.
+
+    Example: ``shaped([0, 0, 1], [0, 0, 0.9], 1)`` gives ``[0, 0.9, 0.1]``.
+    """
+    return rewards + discount * np.append(potentials[1:], 0.0) - potentials
+
+
 def group_centred(rewards: Floats, counts: Floats) -> Floats:
     """Reward minus the mean of the group: all samples of one prompt, identical answers given once with ``counts``.
 

@@ -116,13 +116,20 @@ def shuffled(answers: Sequence[Answer], seed: int) -> list[Answer]:
 
 
 def weighed(material: Material, recipe: Recipe) -> Material:
-    """One advantage a turn: GAE over an episode for what was logged, the group's mean as baseline for what is fresh."""
+    """One advantage a turn: GAE over an episode for what was logged, the group's mean as baseline for what is fresh.
+
+    Where every turn of an episode has a potential, rewards are shaped by it; the value head then learns what is left.
+    """
     answers = material.answers
     found = np.zeros(len(answers))
     targets = np.zeros(len(answers))
     for members in _by(answers, "logged", lambda a: (a.episode, a.branch)):
         members.sort(key=lambda i: answers[i].turn)
         rewards, values = _column(answers, members, "reward"), _column(answers, members, "value")
+        potentials = [answers[i].potential for i in members]
+        if None not in potentials:
+            known = np.asarray(potentials, dtype=np.float64)
+            rewards = advantages.shaped(rewards, known, recipe.value.discount)
         turns = advantages.gae(rewards, values, discount=recipe.value.discount, trace=recipe.value.trace)
         found[members], targets[members] = turns.advantages, turns.returns
     for members in _by(answers, "fresh", lambda a: a.sample.prompt):

@@ -148,6 +148,7 @@ def _logged(item: BatchItem, branch: int, weight: float, sources: Sources, recip
         text=item.said,
         reward=reward if _is_judged(item, recipe) else 0.0,
         weight=weight,
+        potential=_potential(item, recipe),
     )
     if weight:
         behaviour = np.asarray(item.logprobs, np.float32)[item.span[0] : item.span[1]]  # type: ignore[index]
@@ -155,6 +156,15 @@ def _logged(item: BatchItem, branch: int, weight: float, sources: Sources, recip
     prompt = prompt_of(item, sources.policy)
     sample = Sample(prompt or (), (sources.policy.end_id,))
     return replace(answer, sample=sample) if prompt and _fits(sample, sources.policy) else None
+
+
+def _potential(item: BatchItem, recipe: Recipe) -> float | None:
+    """How the episode was foretold to end before this turn, on the scale of rewards.
+
+    On feedback alone: there most turns have no reward of their own. Where each has the model's opinion, that is said.
+    """
+    known = item.ends_well if recipe.reward.source == "feedback" else None
+    return None if known is None or not fit(2 * known - 1) else 2 * known - 1
 
 
 def says(item: BatchItem, policy: Policy) -> bool:

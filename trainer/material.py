@@ -34,6 +34,8 @@ class Answer:
     the start of the round, and under the base model. ``value`` is the value head's word at the start of the round;
     ``target`` is what it should have said. ``synthetic``: no person saw it. ``finished`` False: it was cut at the
     longest length. ``branch``: 0 in the course of an episode; above it, an answer beside it that nothing followed.
+    ``potential``: how the episode was foretold to end before this answer, -1 to 1 as rewards are; None: it was not, or
+    turns have rewards of their own.
 
     Example: a rollout sampled three times out of four and judged good::
 
@@ -54,6 +56,7 @@ class Answer:
     advantage: float = 0.0
     value: float = 0.0
     target: float = 0.0
+    potential: float | None = None
     synthetic: bool = False
     finished: bool = True
     behaviour: Floats = field(default_factory=lambda: NOTHING)
@@ -115,6 +118,7 @@ SCHEMA = pa.schema(
         ("branch", pa.int32()),
         ("text", pa.string()),
         *((name, pa.float64()) for name in ("reward", "belief", "weight", "replay", "advantage", "value", "target")),
+        ("potential", pa.float64()),
         ("count", pa.int32()),
         ("synthetic", pa.bool_()),
         ("finished", pa.bool_()),

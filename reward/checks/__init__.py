@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from reward.checks.base import NO_REFERENCE, NOT_A_VALUE, RAISED, Check, CheckConfig, TurnView, Verdict, failed
 
 GROUP = "everloop.checks"
+CONSTANT = "constant"  # the reference that is the same for every answer
 
 __all__ = ["Check", "CheckConfig", "Checks", "TurnView", "Verdict", "kinds", "run"]
 
@@ -46,14 +47,34 @@ def _load(kind: str) -> Check:
 
 
 def opened(check: CheckConfig) -> tuple[Check, Any]:
-    """The check of a configuration and its options. Raises ConfigError: what is unknown or wrong, and what is there."""
+    """The check of a configuration and its options. Raises ConfigError: what is unknown, wrong or missing, and what
+    there is."""
     found = _load(check.kind)
     try:
-        return found, found.options.model_validate(check.options)
+        options = found.options.model_validate(check.options)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        told = "; ".join(f"options.{'.'.join(map(str, one['loc']))}: {_says(one['msg'])}" for one in error.errors())
         known = ", ".join(found.options.model_fields) or "none"
         raise ConfigError(f"check {check.name!r} ({check.kind}): {told}. Its options are: {known}") from None
+    if check.reference is None and found.compares(options):
+        raise ConfigError(
+            f"check {check.name!r} ({check.kind}): reference: it compares the answer with one, and none is named, so "
+            f"it could say nothing: name it (in a declaration 'correction', or {CONSTANT!r} with {CONSTANT} = …)"
+        )
+    return found, options
+
+
+def _says(message: str) -> str:
+    return message.removeprefix("Value error, ")
+
+
+def usable(check: CheckConfig, constant: Any) -> None:
+    """Raises ConfigError where a check is wrong as it is declared, or can do nothing with its constant reference."""
+    found, options = opened(check)
+    if check.reference == CONSTANT:
+        tried = _judged(check, found, options, TurnView("{}", references={CONSTANT: constant}))
+        if tried.failure == NO_REFERENCE:
+            raise ConfigError(f"check {check.name!r} ({check.kind}): constant: {constant!r} is of no use: {tried.why}")
 
 
 def run(check: CheckConfig, turn: TurnView) -> Verdict:

@@ -69,8 +69,19 @@ class CheckConfig(Section):
 Judge = Callable[[TurnView, Any, Any], Verdict]
 
 
+def _nothing(options: Any) -> bool:
+    return False
+
+
 class Check(NamedTuple):
-    """What an entry point gives. ``options``: the section that a check's options are validated by."""
+    """What an entry point gives. ``options``: the section that a check's options are validated by. ``compares``:
+    whether, with these options, it can say nothing without a reference."""
 
     judge: Judge
     options: type[Section] = Section
+    compares: Callable[[Any], bool] = _nothing
+
+
+def always(options: Any) -> bool:
+    """``compares`` of a check that is nothing without a reference."""
+    return True

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from reward.checks import sandbox
-from reward.checks.base import NO_REFERENCE, Check, TurnView, Verdict, failed
+from reward.checks.base import NO_REFERENCE, Check, TurnView, Verdict, always, failed
 from reward.checks.sandbox import LimitOptions, cut
 
 FENCED = re.compile(r"```[ \t]*([\w+-]*)[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
@@ -28,6 +28,18 @@ class PatternOptions(LimitOptions):
     pattern: str = Field(min_length=1, description="Python's regular expressions")
     whole: bool = Field(default=False, description="it must be the whole answer, not be found in it")
     ignore_case: bool = False
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_one(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{pattern!r} is no regular expression of Python's ({error}); in TOML write it between single quotes, "
+                "which leave backslashes alone"
+            ) from None
+        return pattern
 
 
 def fenced(answer: str, languages: tuple[str, ...]) -> str:
@@ -68,6 +80,6 @@ def pattern(turn: TurnView, reference: Any, options: PatternOptions) -> Verdict:
     return sandbox.run("pattern", job, options).verdict
 
 
-UNIT_TESTS = Check(unit_tests, UnitTestOptions)
-SQL = Check(sql, SqlOptions)
+UNIT_TESTS = Check(unit_tests, UnitTestOptions, lambda options: options.tests is None)
+SQL = Check(sql, SqlOptions, always)
 PATTERN = Check(pattern, PatternOptions)

@@ -9,7 +9,7 @@ from typing import Any
 from everloop.section import Section
 from pydantic import Field
 
-from reward.checks.base import LONGEST, NO_REFERENCE, Check, TurnView, Verdict, failed, right
+from reward.checks.base import LONGEST, NO_REFERENCE, Check, TurnView, Verdict, always, failed, right
 
 NUMBER = r"[-+−]?\s?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:\s?/\s?\d+)?"
 FOUND = re.compile(rf"(?<![\w.]){NUMBER}")
@@ -61,4 +61,4 @@ def number(turn: TurnView, reference: Any, options: NumberOptions) -> Verdict:
     return right(abs(found - wanted) <= allowed, f"it says {found}, the reference {wanted}")
 
 
-NUMBER_CHECK = Check(number, NumberOptions)
+NUMBER_CHECK = Check(number, NumberOptions, always)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from reward.checks import sandbox
 from reward.checks.base import NO_REFERENCE, Check, TurnView, Verdict, failed, right
@@ -23,9 +23,28 @@ NO_ARGUMENTS = {"type": "object"}
 class SchemaOptions(LimitOptions):
     json_schema: dict[str, Any] | None = Field(default=None, description="JSON Schema; None: the reference is it")
 
+    @field_validator("json_schema")
+    @classmethod
+    def _is_one(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None and (wrong := fault(schema)):
+            raise ValueError(wrong)
+        return schema
+
 
 class ToolOptions(LimitOptions):
     required: bool = Field(default=False, description="whether an answer without any call is wrong")
+
+
+def fault(schema: dict[str, Any]) -> str | None:
+    """Why a schema is none, or holds a pattern that is none; None: it is one."""
+    import jsonschema
+
+    maker = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        maker.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        return f"it is no JSON Schema: at {error.json_path}, {error.message}"
+    return None
 
 
 def json_schema(turn: TurnView, reference: Any, options: SchemaOptions) -> Verdict:
@@ -33,6 +52,8 @@ def json_schema(turn: TurnView, reference: Any, options: SchemaOptions) -> Verdi
     schema = options.json_schema if options.json_schema is not None else reference
     if not isinstance(schema, dict):
         return failed(NO_REFERENCE, "there is no schema: give the option 'json_schema', or a reference that is one")
+    if schema is reference and (wrong := fault(schema)):
+        return failed(NO_REFERENCE, f"the reference: {wrong}")
     try:
         value = json.loads(fenced(turn.answer, ("json",)))
     except (ValueError, RecursionError) as error:
@@ -69,5 +90,5 @@ def _valid(pairs: list[tuple[Any, Any]], options: LimitOptions) -> Verdict:
     return sandbox.run("json_schema", job, options).verdict
 
 
-JSON_SCHEMA = Check(json_schema, SchemaOptions)
+JSON_SCHEMA = Check(json_schema, SchemaOptions, lambda options: options.json_schema is None)
 TOOL_CALLS = Check(tool_calls, ToolOptions)

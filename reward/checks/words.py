@@ -10,7 +10,7 @@ from typing import Any
 from everloop.section import Section
 from pydantic import Field
 
-from reward.checks.base import Check, TurnView, Verdict, right
+from reward.checks.base import Check, TurnView, Verdict, always, right
 
 COMPARED = 2000  # characters: the comparison takes time in the product of both lengths
 
@@ -51,5 +51,5 @@ def fuzzy(turn: TurnView, reference: Any, options: FuzzyOptions) -> Verdict:
     return Verdict(likeness, why) if options.at_least is None else right(likeness >= options.at_least, why)
 
 
-EXACT = Check(exact, ExactOptions)
-FUZZY = Check(fuzzy, FuzzyOptions)
+EXACT = Check(exact, ExactOptions, always)
+FUZZY = Check(fuzzy, FuzzyOptions, always)

@@ -223,6 +223,18 @@ class RewardConfig(Section):
     trusted: tuple[str, ...] = Field(
         default=(), description="names of held feedback (docs/reward.md) that a person vouches for, such as 'rater:…'"
     )
+    distrusted: tuple[str, ...] = Field(
+        default=(), description="raters ('rater:…') who are not to be heard; what they taught lately is taken back"
+    )
+
+    @model_validator(mode="after")
+    def _trusted_or_not(self) -> RewardConfig:
+        for name in self.distrusted:
+            if not name.startswith("rater:"):
+                raise ValueError(f"distrusted names {name!r}, which is no rater: a rater's name begins with 'rater:'")
+            if name in self.trusted:
+                raise ValueError(f"{name} is trusted and distrusted: take it out of one of the two")
+        return self
 
 
 class TrainConfig(Section):

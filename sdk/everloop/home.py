@@ -18,6 +18,7 @@ class Home:
     ========================  ==========================================================
     ``log.db``                the embedded log
     ``log.url``               the log that all of this belongs to
+    ``config.path``           the configuration file of its newest start
     ``spool/events.db``       what the gateway acknowledged and Kafka has not yet: nowhere else
     ``keys.db``               hashed API keys
     ``blobs/``                large bodies by content hash

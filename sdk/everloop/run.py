@@ -57,6 +57,7 @@ class RewardVersion(Contract):
     calibration_error: float | None = Field(default=None, description="expected calibration error, 0 to 1")
     offsets: dict[str, int] = Field(default={}, description="'topic/partition' to the next offset not yet read")
     state: Literal["released", "refused"] = Field(default="released", description="refused: the one before it stays")
+    waits: bool = Field(default=False, description="of a refused one: more labels, or a person, may let it take over")
     reason: str = Field(default="", description="one sentence: why it took over, or why not")
     evidence: dict[str, Any] = Field(default={}, description="what was compared with the version that scored")
     time: float

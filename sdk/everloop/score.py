@@ -17,7 +17,8 @@ class Score(Contract):
     ``mask`` is False where the model has no right to an opinion. ``source`` says whether a verifiable
     outcome, a person's explicit feedback or the model's opinion decided. ``label`` is what people and products
     said (0 to 1), and ``predicted`` is what the model said before it had learned from that label: AUC and
-    calibration error are computed from these two alone.
+    calibration error are computed from these two alone. ``ends_well_before`` and ``ends_well_after`` are what was
+    foretold of the episode's end when the call was new, before anything was learned of that end.
     """
 
     schema_version: int = 1
@@ -35,6 +36,16 @@ class Score(Contract):
     label: float | None = Field(default=None, description="None: nobody said anything")
     predicted: float | None = Field(default=None, description="before learning from label; None without one")
     quarantined: str | None = Field(default=None, description="why what was said is not believed; None: it is")
+    ends_well_before: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="P(the episode ends well) before this answer, foretold when the call was new; None: not known yet",
+    )
+    ends_well_after: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="the same, the answer known"
+    )
     time: float = Field(description="of the episode version, seconds since 1970")
 
     @property

@@ -23,6 +23,9 @@ from everloop.log import belongs, open_log
 from everloop.log.kafka.log import KafkaLog
 from everloop.log.kafka.plan import Plan
 
+from reward import declaration
+from reward.judges import check_key
+from services import made_with
 from services.gateway.provider import Provider
 from services.installation import Installation, holder, options
 from services.reach import BrokerAway, check
@@ -111,6 +114,25 @@ def _recipes(config: Config) -> Iterator[Finding]:
             yield Finding("ok", f"recipe {name} of {tenant}/{policy}")
         except ConfigError as error:
             yield Finding("wrong", f"{tenant}/{policy}: {error}", "mend train.recipe, or the file that it names")
+
+
+def _declarations(config: Config) -> Iterator[Finding]:
+    """The reward declaration of each policy, whose checks are opened as the scorer would at its start."""
+    for tenant, policy in config.policies():
+        path = config.policy(tenant, policy).reward.declaration
+        if path is None:
+            continue
+        try:
+            its = declaration.load(path)
+            for judge in its.asked:
+                check_key(judge)
+        except ConfigError as error:
+            yield Finding(
+                "wrong", f"{tenant}/{policy}: {error}", f"mend it, or reward.declaration of {tenant}/{policy}"
+            )
+            continue
+        counted = f"{len(its.check)} checks, {len(its.asked)} judges and critics"
+        yield Finding("ok", f"reward declaration {path} of {tenant}/{policy}: {counted}")
 
 
 def _weights(config: Config) -> Iterator[Finding]:
@@ -302,10 +324,11 @@ def _home(config: Config) -> Iterator[Finding]:
         yield Finding("note", f"no installation at {home} yet", "everloop up")
         return
     yield Finding("ok", f"home {home}")
-    try:
-        belongs.check(config)
-    except ConfigError as error:
-        yield Finding("wrong", str(error))
+    for check_home in (lambda: belongs.check(config), lambda: made_with.check(config, Home(config.home))):
+        try:
+            check_home()
+        except ConfigError as error:
+            yield Finding("wrong", str(error))
     if config.gateway.redact is not None:
         module = config.gateway.redact.partition(":")[0]
         if importlib.util.find_spec(module.split(".")[0]) is None:
@@ -316,6 +339,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _python,
     _packages,
     _recipes,
+    _declarations,
     _weights,
     _providers,
     _ports,

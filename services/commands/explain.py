@@ -1,5 +1,6 @@
 """Why an episode's answers got their scores: what people said, what the reward model saw, and what would change it.
 
+Of an episode of several turns: how it was foretold to end, before and after each turn, when that was new.
 For each answer: the score and the version that gave it; what was said, by which source and with which weight, and
 what of it is held; the declaration in force; the features that spoke for and against it; the nearest rated answers; how
 sure it is; and the score after one more word. Weights, features and neighbours are those of the version that scored,
@@ -9,10 +10,13 @@ so they say again what was said then.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from everloop.errors import ConfigError, ContractError
+from everloop.ids import OBJECT, RESPONSE
 
 from services.commands.orders import add_policy
 from services.installation import Installation
@@ -28,7 +32,7 @@ FEATURES = 6  # strongest ones that are told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("episode", help="its id, or the beginning of it")
+    parser.add_argument("episode", help="its id or the beginning of it; or the id of an answer, as feedback takes it")
     parser.add_argument("--among", type=int, default=200, metavar="N", help="newest rated answers to look among (200)")
     parser.add_argument("--json", action="store_true")
     add_policy(parser, all_of_them=True)
@@ -41,13 +45,18 @@ def run(options: argparse.Namespace) -> int:
 
     with Installation.here() as here:
         found = []
-        for tenant, policy in here.policies(options.policy):
+        pairs = here.policies(options.policy)
+        answers = _answers(here, {tenant for tenant, _ in pairs}, options.episode)
+        for tenant, policy in pairs:
+            name, call = answers.get(tenant, (options.episode, None))
             with opened(here, tenant) as store:
-                for episode in _episodes(store, tenant, policy, options.episode):
-                    found.append(_explained(here, store, episode, options.among))
+                for episode in _episodes(store, tenant, policy, name):
+                    its = _explained(here, store, episode, options.among, call)
+                    found += [its] if its["turns"] or call is None else []
     if not found:
+        what = "answer" if answers else "episode"
         raise ContractError(
-            f"there is no episode {options.episode!r} in the store. One is there a few seconds after its first answer: "
+            f"there is no {what} {options.episode!r} in the store. What was answered is there a few seconds later: "
             'everloop sql "select episode from episodes order by updated desc limit 10"'
         )
     if len({one["episode"] for one in found}) > 1:
@@ -56,6 +65,22 @@ def run(options: argparse.Namespace) -> int:
     for one in found:
         print(json.dumps(one) if options.json else told(one))
     return 0
+
+
+def _answers(here: Installation, tenants: set[str], name: str) -> dict[str, tuple[str, str]]:
+    """By tenant, episode and call of a response id; empty where the name is no such id. Raises ContractError where it
+    looks like one, and no tenant ever got it."""
+    if not name.startswith((RESPONSE, OBJECT)):
+        return {}
+    found = {}
+    for tenant in tenants if here.home.is_known else ():
+        with contextlib.suppress(ValueError):
+            found[tenant] = here.home.ids.parse_response(tenant, name)
+    if not found:
+        raise ContractError(
+            f"no such response: {name}; it is the 'id' of an answer, as the gateway of this home gave it"
+        )
+    return found
 
 
 def _episodes(store: Store, tenant: str, policy: str, name: str) -> list[Episode]:
@@ -71,7 +96,10 @@ def _episodes(store: Store, tenant: str, policy: str, name: str) -> list[Episode
     )
 
 
-def _explained(here: Installation, store: Store, episode: Episode, among: int) -> dict[str, Any]:
+def _explained(
+    here: Installation, store: Store, episode: Episode, among: int, call: str | None = None
+) -> dict[str, Any]:
+    """``call``: of the answers to this one's request alone."""
     from everloop.score import Score
 
     names = ", ".join(f'"{name}"' for name in Score.model_fields if name != "schema_version")
@@ -80,22 +108,56 @@ def _explained(here: Installation, store: Store, episode: Episode, among: int) -
         [episode.tenant, episode.policy, episode.id],
     )
     scores = {row["call"]: Score(**row) for row in rows}
+    beside = _beside(store, scores.values())
     if not scores:
         raise ContractError(
             f"episode {episode.id} is not scored yet: the scorer takes a moment, 'everloop status' says how far it is"
         )
+    asked = {at for at, turn in zip(episode.positions, episode.turns, strict=True) if call in (None, turn.call.id)}
     return {
         "episode": episode.id,
         "policy": episode.route,
         "quarantine": episode.quarantine,
+        "course": _course(episode, scores),
         "turns": [
-            one for number in range(len(episode.turns)) if (one := _turn(here, store, episode, number, scores, among))
+            one
+            for number, at in enumerate(episode.positions)
+            if at in asked and (one := _turn(here, store, episode, number, scores, among, beside))
         ],
     }
 
 
+def _beside(store: Store, scores: Iterable[Score]) -> dict[str, list[dict[str, Any]]]:
+    """By call, what other versions of the reward model said of the same words: 'everloop replay --reward' leaves it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for score in scores:
+        found[score.call] = store.rows(
+            "SELECT reward_version, value, spread, reward, mask FROM history.scores WHERE tenant = ? AND policy = ? "
+            "AND episode = ? AND call = ? AND version = ? AND reward_version != ? ORDER BY log_offset DESC",
+            [score.tenant, score.policy, score.episode, score.call, score.version, score.reward_version],
+        )
+    return found
+
+
+def _course(episode: Episode, scores: dict[str, Score]) -> list[dict[str, Any]]:
+    """What was foretold of the end of an episode of several turns, when each turn was new; where nothing was, none."""
+    both = [scores[turn.call.id] for turn in episode.turns if turn.call.id in scores and len(episode.turns) > 1]
+    turns = {turn.call.id: number for number, turn in enumerate(episode.turns, 1)}
+    return [
+        {"turn": turns[one.call], "before": one.ends_well_before, "after": one.ends_well_after}
+        for one in both
+        if one.ends_well_before is not None and one.ends_well_after is not None
+    ]
+
+
 def _turn(
-    here: Installation, store: Store, episode: Episode, number: int, scores: dict[str, Score], among: int
+    here: Installation,
+    store: Store,
+    episode: Episode,
+    number: int,
+    scores: dict[str, Score],
+    among: int,
+    beside: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any] | None:
     """What is told of one turn; None: it is not scored."""
     from reward import evidence, explain
@@ -114,6 +176,7 @@ def _turn(
         **score.model_dump(mode="json", include={"value", "spread", "reward", "mask", "source", "label", "predicted"}),
         "reward_version": score.reward_version,
         "held": score.quarantined,
+        "beside": beside[score.call],
     }
     try:
         _, model = loaded(here, episode.tenant, episode.policy, score.reward_version)
@@ -148,9 +211,12 @@ def _turn(
 
 
 def told(its: dict[str, Any]) -> str:
+    from reward import course
+
     lines = [f"{its['policy']}, episode {its['episode']}"]
     if its["quarantine"]:
         lines.append(f"quarantined, so nothing of it is trained on: {its['quarantine']}")
+    lines += course.told([(one["turn"], one["before"], one["after"]) for one in its["course"]])
     for turn in its["turns"]:
         lines += ["", *_turn_told(turn)]
     return "\n".join(lines)
@@ -168,6 +234,11 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
         f"turn {turn['turn']}: {_short(turn['prompt'])!r} → {_short(turn['answer'])!r}",
         f"  score       P(good) {turn['value']:.3f} ± {turn['spread']:.3f}, reward {turn['reward']:+.3f}"
         f"{'' if turn['mask'] else ', masked: never trained on'}; {SOURCES[turn['source']]}",
+    ]
+    lines += [
+        f"  beside      {one['reward_version']} scored the same: P(good) {one['value']:.3f} ± {one['spread']:.3f}, "
+        f"reward {one['reward']:+.3f}{'' if one['mask'] else ', masked'}"
+        for one in turn["beside"]
     ]
     if turn["predicted"] is not None:
         lines.append(f"  foretold    {turn['predicted']:.3f} that the first label would be good, before it was learned")

@@ -6,7 +6,8 @@ ids that it had. So it brings what it could not take then, or what was lost sinc
 not run meanwhile.
 
 --reward scores history again: what was said and expected then stays as it was. Only episodes that another version
-scored last get a new score, so doing it twice changes nothing.
+scored last get a new score, so doing it twice changes nothing. What the other said stays in history.scores, and
+'everloop explain' shows it beside. Which version scores what comes next stays as it is: see 'everloop reward'.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from everloop.section import seconds
 
 from services.commands.orders import add_policy
 from services.installation import Installation
+from services.installation import options as given
 from services.rewind import rewind
 
 NEWEST = "newest"  # which no version is called: those are hexadecimal
@@ -75,12 +77,13 @@ def moment(text: str, now: float) -> float:
 
 def _rescore(here: Installation, options: argparse.Namespace) -> int:
     from pipelines.store import Store
-    from reward.encoder import Encoder
-    from reward.rescore import newest_version, rescore
+    from reward.rescore import newest_version, rescore, snapshot_folder
+    from services.rewards import encoder_of
 
     for tenant, policy in here.policies(options.policy):
         version = newest_version(here.log, tenant, policy) if options.reward == NEWEST else options.reward
-        encoder = Encoder(here.config.policy(tenant, policy).reward.encoder)
+        encoder = encoder_of(here, tenant, policy)
+        version = snapshot_folder(here.home, tenant, policy, version).name
         with closing(Store(here.home.root / "store", tenant=tenant, blobs=here.home.blobs)) as store:
             made = rescore(
                 *(here.log, here.home, encoder, tenant, policy),
@@ -88,5 +91,16 @@ def _rescore(here: Installation, options: argparse.Namespace) -> int:
                 episodes=store.episodes("tenant = ? AND policy = ?", [tenant, policy]),
                 scores=store.scores(tenant, policy),
             )
-        print(f"{tenant}/{policy}: {made} scores by reward model {version}")
+        print(f"{tenant}/{policy}: {made} scores by reward model {version}{_whereabouts(here, version, made)}")
     return 0
+
+
+def _whereabouts(here: Installation, version: str, made: int) -> str:
+    """Where what was scored lies, and how to see it."""
+    if not made:
+        return ": everything was scored by it last, so nothing was to do"
+    when = "within seconds" if "assembler" in here.running() else "once 'everloop up' runs"
+    return (
+        f", appended to the log; the store has them {when}. 'everloop explain <episode>{given()}' shows what others "
+        f"said beside them; all: everloop sql \"select * from scores where reward_version = '{version}'\"{given()}"
+    )

@@ -1,8 +1,10 @@
 """How good the reward model is, which versions of it there are and why, and where two of them disagree.
 
-list       every version: whether it scores or was refused, and why
-report     slice by slice: what it foretold before it learned (AUC, calibration error), coverage, drift, correlation
-           with length; the same for the version before it; planted pairs; how far each source is believed
+list       every version: whether it scores, was released once, waits for labels or was refused, and why
+report     slice by slice (turn, who answered, topic, language, answers that recur): what it foretold before it learned
+           (AUC, calibration error), coverage, drift, correlation with length, planted pairs; the same while the
+           version that scores and the one before it did; how episodes end, foretold by how far they were; how far each
+           source is believed by either
 compare    two versions on the newest episodes: where they disagree most, and who was right on labels new to both
 rollback   score with the version before (or --to another) and keep it, whatever snapshots come, until 'resume'
 promote    score with a version that was refused or rolled back; the next snapshots are judged beside it as ever
@@ -17,7 +19,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everloop.errors import ConfigError, NotEnoughData
+from everloop.errors import ConfigError, ContractError, NotEnoughData
 
 from services.commands import reward_orders
 from services.commands.orders import add_policy
@@ -30,24 +32,6 @@ if TYPE_CHECKING:
     from pipelines.store import Store
     from reward.features import Example
     from reward.model import RewardModel
-    from reward.report import Row
-
-COLUMNS = {
-    "labels": "labels",
-    "auc": "AUC",
-    "calibration_error": "cal. error",
-    "coverage": "coverage",
-    "drift": "drift",
-    "length_correlation": "length",
-}
-
-SOURCES = {
-    "good_if_good": "good if good",
-    "bad_if_bad": "bad if bad",
-    "up": "a good weighs",
-    "down": "a bad weighs",
-    "words": "words",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,12 +83,18 @@ def _scoring(found: list[RewardVersion]) -> set[str]:
     return set({one.key: one.version for one in found if one.state == "released"}.values())
 
 
+def _state(one: RewardVersion, scoring: set[str]) -> str:
+    if one.version in scoring:
+        return "scores"
+    return "waits" if one.waits else one.state
+
+
 def _versions_told(found: list[RewardVersion]) -> str:
     """A row for each, and below it the whole sentence that says why."""
     scoring = _scoring(found)
     rows = [
         [
-            *(one.key, one.version, "scores" if one.version in scoring else one.state),
+            *(one.key, one.version, _state(one, scoring)),
             *(one.updates, one.auc, one.calibration_error, clock(one.time)),
         ]
         for one in found
@@ -117,95 +107,49 @@ def _versions_told(found: list[RewardVersion]) -> str:
 
 
 def _report(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:
-    from reward.report import diagram, drawn, over_time
-    from services.rewards import calls, opened, rated, versions
+    from reward.report import courses, diagram, drawn, over_time
+    from services.commands.reward_report import sliced, told
+    from services.rewards import calls, opened, versions
 
+    if options.plot and (options.plot.suffix != ".png" or not options.plot.absolute().parent.is_dir()):
+        raise ConfigError(f"--plot {options.plot}: give a file that ends in .png, in a folder that is there")
     released = [one for one in versions(here, tenant, policy) if one.state == "released"]
     with opened(here, tenant) as store:
         rows = calls(store, tenant, policy)
-        if not rows or not released:
-            raise NotEnoughData(
-                f"{tenant}/{policy} has no scored calls in the store yet: the first traffic through the gateway brings "
-                "them, a few seconds after it is answered"
-            )
-        names = [one.version for one in reversed(released[-2:])]
-        praised = [example for _, example, label in rated(store, tenant, policy) if label > 0.5]
-        snapshots = _snapshots(here, tenant, policy, names)
-        result = {
-            "policy": f"{tenant}/{policy}",
-            "version": names[0],
-            "before": names[1] if len(names) > 1 else None,
-            "slices": _sliced(rows, names),
-            "planted": {name: _planted(model, praised) for name, model in snapshots.items()},
-            "sources": snapshots[names[0]].reliability.status() if names[0] in snapshots else {},
-            "reliability": diagram(rows),
-            "auc_over_time": over_time(rows),
-        }
+    if not rows or not released:
+        raise NotEnoughData(
+            f"{tenant}/{policy} has no scored calls in the store yet: the first traffic through the gateway brings "
+            "them, a few seconds after it is answered"
+        )
+    names = [one.version for one in reversed(released[-2:])]
+    snapshots = _snapshots(here, tenant, policy, names)
+    parts, planted = sliced(rows, names, snapshots)
+    result = {
+        "policy": f"{tenant}/{policy}",
+        "version": names[0],
+        "before": names[1] if len(names) > 1 else None,
+        "slices": parts,
+        "planted": planted,
+        "sources": {name: model.reliability.status() for name, model in snapshots.items()},
+        "courses": courses(rows),
+        "reliability": diagram(rows),
+        "auc_over_time": over_time(rows),
+    }
     if options.plot:
-        if options.plot.suffix != ".png" or not options.plot.absolute().parent.is_dir():
-            raise ConfigError(f"--plot {options.plot}: give a file that ends in .png, in a folder that is there")
         drawn(rows, f"{tenant}/{policy}", options.plot)
-    print(json.dumps(result) if options.json else _report_told(result))
+    print(json.dumps(result) if options.json else told(result))
     return 0
 
 
-def _sliced(rows: list[Row], names: list[str]) -> dict[str, dict[str, Any]]:
-    """By slice: the numbers ``whole``, and those of what was first rated while each version scored."""
-    from reward.report import numbers, slices
-
-    found: dict[str, dict[str, Any]] = {}
-    for name, its in slices(rows).items():
-        found[name] = {"whole": numbers(its)}
-        for version in names:
-            found[name][version] = numbers([row for row in its if row.reward_version == version])
-    return found
-
-
 def _snapshots(here: Installation, tenant: str, policy: str, names: list[str]) -> dict[str, RewardModel]:
-    """The models of versions whose snapshots are still kept."""
-    from everloop.errors import ContractError
+    """The models of versions whose snapshots are still kept, with one encoder, so that a text is read once."""
+    from services.rewards import encoder_of, loaded
 
-    from services.rewards import loaded
-
-    found = {}
+    found, encoder = {}, encoder_of(here, tenant, policy)
     for name in names:
         with contextlib.suppress(ContractError):
-            found[name] = loaded(here, tenant, policy, name)[1]
+            found[name] = loaded(here, tenant, policy, name, encoder)[1]
     return found
-
-
-def _planted(model: RewardModel, praised: list[Example]) -> dict[str, float]:
-    """By kind, the share of planted pairs of which a version places the good answer above the bad one."""
-    from reward.release import PRAISED, probe
-
-    return {kind: float(won.mean()) for kind, won in probe(model, praised[:PRAISED]).items()}
-
-
-def _report_told(result: dict[str, Any]) -> str:
-    names = [name for name in (result["version"], result["before"]) if name]
-    heads = ["slice", *COLUMNS.values()]
-    lines = [f"{result['policy']}: reward model {names[0]}, foretold before it was learned", ""]
-    parts = result["slices"].items()
-    lines.append(table(heads, [[name, *(its["whole"][column] for column in COLUMNS)] for name, its in parts]))
-    shown = [f"{head} {when}" for when in ("now", "before")[: len(names)] for head in ("labels", "AUC", "cal. error")]
-    rows = [
-        [slice_, *(its[name][column] for name in names for column in ("labels", "auc", "calibration_error"))]
-        for slice_, its in parts
-    ]
-    versions = f"now: while {names[0]} scores" + (f"; before: while {names[1]} did" if len(names) > 1 else "")
-    lines += ["", versions, table(["slice", *shown], rows), "", "planted pairs of which the good answer wins"]
-    planted = {name: won for name, won in result["planted"].items() if won}
-    kinds = list(dict.fromkeys(kind for won in planted.values() for kind in won))
-    if kinds:
-        lines.append(
-            table(["version", *kinds], [[name, *(won.get(kind) for kind in kinds)] for name, won in planted.items()])
-        )
-    else:
-        lines.append("not known: no well-rated answers, or the snapshots are gone")
-    sources = [[name, *(its[column] for column in SOURCES)] for name, its in result["sources"].items()]
-    if sources:
-        lines += ["", "how far each source is believed, by this version", table(["source", *SOURCES.values()], sources)]
-    return "\n".join(lines)
 
 
 def _compare(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:
@@ -229,7 +173,7 @@ def _compare(options: argparse.Namespace, here: Installation, tenant: str, polic
         "mean_difference": sum(abs(a - b) for a, b, _ in pairs) / len(pairs),
         "new_to_both": _paired([one, two], new),
         "most": [
-            {"episode": name, "turn": turn, "answer": example.answer, "values": [a, b], "label": label}
+            {"episode": name, "turn": turn + 1, "answer": example.answer, "values": [a, b], "label": label}
             for a, b, (name, turn, example, label) in apart
         ],
     }

@@ -53,7 +53,7 @@ def _show(options: argparse.Namespace, names: list[str], rows: list[dict[str, An
         for row in rows:
             print(json.dumps(row, default=_plain, ensure_ascii=False))
     elif options.csv:
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
         writer.writerows([row[name] for name in names] for row in rows)
     else:

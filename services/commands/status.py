@@ -190,13 +190,16 @@ def _reward(its: dict[str, Any]) -> Iterator[str]:
     if not its:
         yield "  reward model  unknown: the scorer does not answer, or has seen nothing of this policy"
         return
-    auc, error = its.get("auc"), its.get("calibration_error")
+    auc, error, ours = its.get("auc"), its.get("calibration_error"), its.get("scoring_auc")
     quality = f"AUC {auc:.3f}" if auc is not None else "AUC not known yet"
+    since = f"{its.get('shadow_labels') or 0} labels since it scores"
+    own = f"AUC {ours:.3f} on {since}" if ours is not None else f"{since}, too few for an AUC of its own"
     calibration = f", calibration error {error:.3f}" if error is not None else ""
     version = str(its.get("version") or "none")[:12]
     counts = {"refused": its.get("snapshots_refused"), "waited": its.get("snapshots_waited")}
     refused = "".join(f", {count} versions {what}" for what, count in counts.items() if count)
-    yield f"  reward model  {version}: {quality}{calibration}, {its.get('labels', 0)} labels{refused}"
+    yield f"  reward model  {version}: {own}"
+    yield f"                the live one: {quality}{calibration}, {its.get('labels', 0)} labels{refused}"
     if its.get("pinned"):
         yield f"                kept {its['pinned']}; 'everloop reward resume' ends that"
     held = (its.get("poison") or {}).get("quarantined") or {}

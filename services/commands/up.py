@@ -18,6 +18,8 @@ from everloop.home import Home
 from everloop.log import belongs, open_log
 from everloop.topics import EVENTS
 
+from reward.signals import declarations
+from services import made_with
 from services.gateway.keys import Keys
 from services.gateway.provider import Providers
 from services.installation import options
@@ -55,8 +57,10 @@ def run(given: argparse.Namespace) -> int:
         belongs.check(config)
         _check_log(config)
         _check_recipes(config)
+        declarations(config)
         Providers(config).check_keys()
         belongs.bind(config)
+        made_with.remember(home)
         wanted = services(config)
         urls = {service.name: service.url for service in wanted}
         say = _say_nothing if given.json else _say

@@ -21,7 +21,8 @@ numbers are of the policies that are here. ``/status`` shows under ``rewards``, 
 - ``sources``: by source, what a good and a bad word of it weigh and what that rests on; ``raters``: known by now
 - ``drift_inputs``, ``drift_labels``, ``drift_calibration``: alarms so far; ``drift``: those that page, in words;
   ``frozen``: opinions are kept from training for now; ``topics``: of its prompts, found so far
-- ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``refused_version``,
+- ``shadow_labels``: on how many the next snapshot is judged beside the one that scores; ``scoring_auc``: of the one
+  that scores, on these; null: too few; ``refused_version``,
   ``refused_because``: the newest snapshot, where it did not take over; ``snapshots_refused``: how many were;
   ``snapshots_waited``: how many only lacked labels for a comparison, or were kept back by a rollback;
   ``pinned``: by whom and why the version that scores is kept whatever snapshots come; null: it is not

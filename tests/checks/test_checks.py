@@ -108,11 +108,12 @@ def test_patterns() -> None:
     assert verdict("pattern", "ab-12", pattern=r"[A-Z]{2}-\d+", whole=True, ignore_case=True).value == 1.0
 
 
-def test_a_pattern_that_explodes_or_is_none_is_no_opinion() -> None:
+def test_a_pattern_that_explodes_is_no_opinion_and_one_that_is_none_is_refused() -> None:
     assert verdict("pattern", "a" * 60 + "b", pattern=r"(a+)+$", seconds=2).failure == "timeout"
-    broken = verdict("pattern", "a", pattern="(")
-    assert broken.failure == "raised"
-    assert "unterminated" in broken.why or "missing )" in broken.why
+    with pytest.raises(
+        ConfigError, match=r"options\.pattern: '\(' is no regular expression .*(unterminated|missing \))"
+    ):
+        verdict("pattern", "a", pattern="(")
 
 
 SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
@@ -135,8 +136,11 @@ def test_json_by_its_schema(answer: str, value: float, why: str) -> None:
     assert why in found.why
 
 
-def test_a_schema_that_is_broken_reaches_out_or_explodes_is_no_opinion() -> None:
-    assert verdict("json-schema", "3", json_schema={"type": "number-ish"}).failure == "raised"
+def test_a_schema_that_reaches_out_or_explodes_is_no_opinion_and_one_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"options\.json_schema: .* at \$\.type, 'number-ish'"):
+        verdict("json-schema", "3", json_schema={"type": "number-ish"})
+    told = verdict("json-schema", "3", {"type": "number-ish"})
+    assert (told.failure, "the reference: it is no JSON Schema" in told.why) == ("no_reference", True)
     assert verdict("json-schema", "3", json_schema={"$ref": "http://127.0.0.1:9/x"}).failure == "raised"
     exploding = {"type": "string", "pattern": "(a+)+$"}
     answer = json.dumps("a" * 60 + "b")
@@ -203,8 +207,10 @@ def test_sql_whose_order_matters_that_never_ends_or_has_no_reference() -> None:
 def test_what_is_misconfigured_is_refused_with_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"no check of the kind 'exakt'; there are: exact, fuzzy, json-schema"):
         Checks([CheckConfig(name="a", kind="exakt")])
-    with pytest.raises(ConfigError, match=r"check 'a' \(exact\): ignore_cse: .* Its options are: ignore_case"):
+    with pytest.raises(ConfigError, match=r"check 'a' \(exact\): options\.ignore_cse: .* Its options are: ignore_case"):
         Checks([CheckConfig(name="a", kind="exact", options={"ignore_cse": True})])
+    with pytest.raises(ConfigError, match=r"check 'a' \(sql\): reference: it compares .* none is named"):
+        Checks([CheckConfig(name="a", kind="sql", options={"setup": ""})])
     with pytest.raises(ConfigError, match="several checks are called a"):
         Checks([CheckConfig(name="a", kind="exact"), CheckConfig(name="a", kind="number")])
 

@@ -244,7 +244,7 @@ def test_gold_is_added_imported_and_listed(
 def test_sql_answers_and_refuses(capsys: pytest.CaptureFixture[str], here: Installation) -> None:
     assert "2 rows" in said(capsys, "sql", "select * from range(2) t(n)")[1]
     assert said(capsys, "sql", "--json", "select 1 as n")[1] == '{"n": 1}\n'
-    assert said(capsys, "sql", "--csv", "select 1 as n")[1].split() == ["n", "1"]
+    assert said(capsys, "sql", "--csv", "select 1 as n")[1] == "n\n1\n"
     assert said(capsys, "sql", "select count(*) as n from turns", "--json")[1] == '{"n": 0}\n'
     status, _, err = said(capsys, "sql", "drop table turns")
     assert status == 2

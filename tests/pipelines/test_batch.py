@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -69,6 +71,23 @@ def test_a_batch_of_words_keeps_the_name_that_it_had_before_there_were_tool_call
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["tool_calls"]), path)
     assert Batch.load(path).items[0].tool_calls == []
+
+
+def test_an_item_carries_how_its_episode_was_foretold_to_end_and_a_batch_without_keeps_its_name(loop, make, home):
+    episodes = captured(loop, make, 2)
+    score_all(loop, make, episodes)
+    plain = select(loop.store, "acme", "desk", TRAIN)
+    assert [item.ends_well for item in plain.items] == [None, None]
+    without = replace(plain, items=[replace(item, ends_well=0.25) for item in plain.items])
+    assert without.id != plain.id
+    path = plain.save(home.root)
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["ends_well"]), path)  # as it was written before batches held them
+    assert Batch.load(path).id == plain.id
+    score_all(loop, make, episodes, ends_well_before=0.25, ends_well_after=0.5, version=9)
+    foretold = select(loop.store, "acme", "desk", TRAIN)
+    assert [item.ends_well for item in foretold.items] == [0.25, 0.25]
+    assert Batch.load(foretold.save(home.root)).items[0].ends_well == 0.25
 
 
 def test_a_later_turn_has_the_tokens_up_to_its_own_end(loop, make):

@@ -16,6 +16,7 @@ from reward.handler import RewardHandler
 from reward.model import RewardModel
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "bank_desk"
+CHECK = '[[check]]\nname = "c"\nkind = "{}"\n{}\n'
 JUDGE = '[[judge]]\nname = "j"\nurl = "http://h/v1"\nmodel = "m"\nrubric = "r"\n'
 
 
@@ -78,11 +79,47 @@ def test_a_python_file_says_the_same_as_a_table(tmp_path: Path) -> None:
         (JUDGE.replace("http://h", "h"), "is not a URL"),
         ('[[check]]\nname = "c"\n', r"check\.0\.kind: Field required"),
         ("[combine", "is not TOML"),
+        (CHECK.format("pattern", 'options.pattern = "("'), r"'c': options\.pattern: '\(' is no regular expression"),
+        (CHECK.format("json-schema", 'options.json_schema.type = "objekt"'), r"at \$\.type, 'objekt' is not valid"),
+        (CHECK.format("json-schema", 'options.json_schema.pattern = "("'), r"'c': options\.json_schema: it is no JSON"),
+        (CHECK.format("json-schema", ""), r"'c': reference: it compares .* none is named"),
+        (CHECK.format("number", ""), r"\[\[check\]\] 'c': reference: .* name it \(in a declaration 'correction', or"),
+        (CHECK.format("exact", ""), "'c': reference"),
+        (CHECK.format("unit-tests", ""), "'c': reference"),
+        (CHECK.format("number", 'reference = "constant"'), r'reference = "constant" and constant = … belong together'),
+        (CHECK.format("number", "constant = 3"), "belong together"),
+        (
+            CHECK.format("number", 'reference = "constant"\nconstant = "three"'),
+            "constant: 'three' is of no use: .* number",
+        ),
+        (
+            CHECK.format("json-schema", 'reference = "constant"\nconstant = { type = 3 }'),
+            "no use: the reference: it is",
+        ),
+        (CHECK.format("sql", 'reference = "constant"\nconstant = "SELEC"\noptions.setup = ""'), "constant: 'SELEC' is"),
     ],
 )
 def test_what_is_wrong_is_refused_and_says_why(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         declaration.load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("pattern", r"options.pattern = '\d+ €'"),
+        ("json-schema", 'options.json_schema = { type = "object" }'),
+        ("json-schema", 'reference = "constant"\nconstant = { type = "object" }'),
+        ("tool-calls", ""),
+        ("number", 'reference = "correction"'),
+        ("number", 'reference = "constant"\nconstant = 0'),
+        ("unit-tests", 'options.tests = "def test_it(): pass"'),
+        ("sql", 'reference = "constant"\nconstant = [[1]]\noptions.setup = ""'),
+    ],
+)
+def test_a_check_that_has_what_it_needs_is_taken(tmp_path: Path, kind: str, more: str) -> None:
+    path = written(tmp_path, CHECK.format(kind, more))
+    assert declaration.load(path).check[0].kind == kind
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,27 @@ def test_pairs_alone_teach_an_order(model):
     assert best(model, "loan now", ["fee desk", "loan desk", "pin desk"]) == "loan desk"
 
 
+def test_of_a_pair_as_of_a_label_nothing_is_expected_from_how_an_answer_looks(letters):
+    model = RewardModel(RewardConfig(), letters)
+    for i in range(60):
+        thing = THINGS[i % 6]
+        model.learn([Pair(f"p{i}", f"{thing} {i}", f"{thing} desk!!!", f"{thing} desk, {i}")])
+    alike = Pair("last", "zebra", "zoo!!!", "zoo")  # to this encoder the same letters, so they differ in style alone
+    assert model.foretell(alike) == pytest.approx(0.5, abs=1e-6)
+    assert model.learn([alike])[0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_first_label_of_a_new_topic_calibrates_that_topic(letters):
+    model = RewardModel(RewardConfig(), letters)
+    known = model.calibration.shares.known
+    model.learn([Label("a", Example("aaa", "bbb"), 1.0)])
+    first = known[0].copy()
+    model.learn([Label("b", Example("zzz", "bbb"), 1.0)])
+    assert len(model.topics.centres) == 2
+    assert np.array_equal(known[0], first)
+    assert known[1].any()
+
+
 def test_a_correction_puts_the_better_answer_first_at_once(words):
     model = RewardModel(RewardConfig(), words)
     model.learn([label for label, _ in labels(200)])
@@ -302,6 +323,8 @@ def test_estimating_many_encodes_each_text_once(taught, words, monkeypatch):
 
     monkeypatch.setattr(taught, "encoder", Counting())
     examples = [Example(f"{THINGS[i % 6]} {i // 8}", f"{THINGS[i % 5]} desk {i % 9}") for i in range(4000)]
+    taught.estimate([examples[0]])  # an encoder that is new to the model reads the hollow sayings, once
+    seen.clear()
     taught.estimate(examples)
     assert len(seen) == len({one.prompt for one in examples}) + len({one.answer for one in examples}) < 4000
 

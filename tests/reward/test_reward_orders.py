@@ -55,6 +55,7 @@ def test_a_rollback_scores_from_where_it_was_given_and_no_snapshot_takes_over_un
     assert status["pinned"] == "by ada: it likes lists"
     assert status["snapshots_refused"] + status["snapshots_waited"] == len(early) - len(whole) + len(later)
     assert status["snapshots_waited"] >= 1, "the one that a person keeps back"
+    assert status["snapshots_waited"] == sum(one.waits for one in (*early, *later))
     assert handler.office.answers["cmd_1"]["done"]
     ordered.append(order("resume", 300, number=2))
     again = announced(kit, run(handler, state, records[300:]))
@@ -96,9 +97,13 @@ def test_a_refused_version_is_promoted_and_the_next_is_judged_beside_it(new_hand
     first = announced(kit, run(handler, state, records[:200]))
     ordered.append(order("rollback", 200, first[1].version))
     refused = announced(kit, run(handler, state, records[200:300]))[-1]
-    assert refused.state == "refused"
+    assert (refused.state, refused.waits) == ("refused", refused.reason.startswith("waits"))
     ordered.append(order("promote", 300, refused.version, number=2))
-    (lifted, *later) = announced(kit, run(handler, state, records[300:]))
+    (left, lifted, *later) = announced(kit, run(handler, state, records[300:]))
+    assert (left.version, left.state) == (first[1].version, "released")
+    assert left.reason.startswith("was kept by ada"), "until it was promoted over, and no longer until resume"
+    assert f"{lifted.version} was promoted by ada" in left.reason
+    assert "until" not in left.reason
     assert (lifted.version, lifted.state) == (refused.version, "released")
     assert lifted.updates == refused.updates
     assert not any("is kept by" in one.reason for one in later)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import math
 import threading
@@ -99,6 +100,11 @@ def test_every_version_is_listed_with_its_state_and_why(desk: Home, said: Callab
     status, out, _ = said("reward", "list")
     assert status == 0
     assert all(one["version"] in out and one["reason"] in out for one in versions)
+    shown = {line.split()[1]: line.split()[2] for line in out.splitlines() if line.startswith("default/assistant")}
+    for one in versions:
+        state = "scores" if one["scores"] else "waits" if one["reason"].startswith("waits:") else one["state"]
+        assert shown[one["version"]] == state
+    assert "waits" in shown.values()
 
 
 def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
@@ -120,7 +126,7 @@ def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
     assert report["slices"].keys() & {"turn 4 and later"} == set()
     assert report["planted"][scored[-1]]["null"] == 1.0
     assert report["planted"][scored[-1]].keys() >= {"null", "refusal", "broken_tool"}
-    believed = report["sources"]["thumb"]
+    believed = report["sources"][scored[-1]]["thumb"]
     assert believed["words"] > 0
     assert believed["up"] != believed["down"], "what this desk's thumbs were found to be worth, not what is supposed"
     assert (tmp_path / "reward.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -128,7 +134,24 @@ def test_the_report_has_what_was_foretold_by_slice_beside_the_version_before(
     assert status == 0
     assert "AUC" in out
     assert "planted pairs" in out
-    assert "how far each source is believed" in out
+    assert all(f"how far each source is believed by {name}" in out for name in scored[-2:])
+    assert out.count("answer 'card desk'") == 3, "all time, now and before"
+
+
+def test_the_report_tells_topics_and_languages_apart_for_both_versions(desk: Home, said: Callable[..., Any]) -> None:
+    report = json.loads(said("reward", "report", "--json")[1])
+    parts, versions = report["slices"], (report["version"], report["before"])
+    topics = {name: its for name, its in parts.items() if name.startswith("topic ")}
+    assert len(topics) > 1
+    assert sum(its["whole"]["calls"] for its in topics.values()) == 240
+    asked = {f"{VERBS[n % 7]} {THINGS[n % 4]} {VERBS[n * 3 % 5]}" for n in range(240)}
+    assert {name.partition(": ")[2].strip("'") for name in topics} <= asked, "each is named by a prompt that was asked"
+    columns = {"auc", "calibration_error", "coverage", "drift", "length_correlation", "planted"}
+    assert all(its[version].keys() >= columns for its in parts.values() for version in versions)
+    planted = {name: its[versions[0]]["planted"] for name, its in topics.items()}
+    assert any(share is not None and 0 <= share <= 1 for share in planted.values())
+    assert 0 < parts["in English"]["whole"]["calls"] < 240, "such as 'about my card my'; most are in no language"
+    assert set(report["sources"]) == set(versions)
 
 
 def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
@@ -138,6 +161,7 @@ def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Calla
     found = json.loads(out)
     assert found["versions"] == [versions[1], versions[3]]
     assert found["new_to_both"]["labels"] == 240 - 150
+    assert {one["turn"] for one in found["most"]} == {1}, "counted as 'explain' counts them"
     assert len(found["most"]) == 3
     apart = [abs(a - b) for a, b in (one["values"] for one in found["most"])]
     assert apart == sorted(apart, reverse=True)
@@ -172,6 +196,103 @@ def test_an_episode_is_explained_and_what_would_change_it(desk: Home, said: Call
     assert "one more thumb down" in out
     assert "no declaration: all words count" in out
     assert "rated" in out
+
+
+def test_an_answer_is_explained_by_the_id_that_its_agent_got(
+    home: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    name = home.ids.new_episode("default")
+    ids = [home.ids.response("default", name, bytes([at] * 8)) for at in range(3)]
+    calls = [home.ids.call_of(response) for response in ids[:2]]
+    first = episode(0)
+    turns = tuple(
+        turn.model_copy(update={"call": turn.call.model_copy(update={"id": call})})
+        for call, number in zip(calls, (0, 1), strict=True)
+        for turn in episode(number).turns
+    )
+    taken(installation, home, letters, [first.model_copy(update={"id": name, "turns": turns})])
+    for at, response in enumerate((ids[0], ids[1].replace("chatcmpl-", "resp_"))):
+        (turn,) = json.loads(said("explain", response, "--json")[1])["turns"]
+        assert turn["turn"] == at + 1
+    assert len(json.loads(said("explain", name, "--json")[1])["turns"]) == 2
+    status, _, error = said("explain", ids[2])
+    assert (status, f"there is no answer {ids[2]!r} in the store" in error) == (2, True)
+    assert "no such response" in said("explain", "chatcmpl-madeup")[2]
+
+
+def test_what_another_version_scored_again_stands_beside_in_an_explanation(
+    desk: Home, installation: Config, letters: Any, said: Callable[..., Any]
+) -> None:
+    (before,) = json.loads(said("explain", "ep_230", "--json")[1])["turns"]
+    assert before["beside"] == []
+    other = next(one["version"] for one in listed(said) if one["version"] != before["reward_version"])
+    status, out, _ = said("replay", "--reward", other[:8])
+    assert status == 0
+    assert f"scores by reward model {other}, appended to the log; the store has them once 'everloop up' runs" in out
+    taken(installation, desk, letters, [])
+    (after,) = json.loads(said("explain", "ep_230", "--json")[1])["turns"]
+    assert after["reward_version"] == other
+    (beside,) = after["beside"]
+    assert (beside["reward_version"], beside["value"]) == (before["reward_version"], before["value"])
+    assert (
+        f"beside      {before['reward_version']} scored the same: P(good) {before['value']:.3f}"
+        in (said("explain", "ep_230")[1])
+    )
+    assert "nothing was to do" in said("replay", "--reward", other)[1]
+
+
+def conversation(number: int) -> Episode:
+    """Three turns, of which the second decides how the episode ends: that is measured."""
+    good = number % 2 == 0
+    things = THINGS[number // 2 % 4]
+    said = ("how can i help", "xylophone quiz" if good else "bubble gum", "xenon quartz" if good else "bob mumbles")
+    turns = []
+    for at, answer in enumerate(said):
+        asked = (Message(role="user", content=f"{VERBS[at]} {things}"),)
+        turns.append(
+            Turn(call=Call(id=f"t{number}-{at}", messages=asked, output=Message(role="assistant", content=answer)))
+        )
+    ended = Feedback(id=f"o{number}", kind="outcome", value=float(good), time=5.0)
+    about = {"tenant": "default", "policy": "assistant", "started": float(number + 1), "updated": float(number + 1)}
+    return Episode(id=f"co_{number:03d}", version=4, turns=tuple(turns), feedback=(ended,), **about)
+
+
+def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
+    installation: Config, home: Home, letters: Any, said: Callable[..., Any]
+) -> None:
+    taken(installation, home, letters, [conversation(number) for number in range(160)])
+    status, out, _ = said("explain", "co_150", "--json")
+    assert status == 0
+    course = json.loads(out)["course"]
+    assert [one["turn"] for one in course] == [1, 2, 3]
+    assert course[1]["after"] - course[1]["before"] > 0.1
+    out = said("explain", "co_150")[1]
+    assert f"P(ends well), as each turn came: {course[0]['before']:.2f} before turn 1; after turn 1: " in out
+    assert "it rose most with turn 2, by 0." in out
+    assert "it fell most with turn 2, by 0." in said("explain", "co_151")[1]
+    stages = json.loads(said("reward", "report", "--json")[1])["courses"]
+    assert list(stages) == [
+        "before the first answer",
+        "a quarter of its turns",
+        "half of them",
+        "three quarters",
+        "all of them",
+    ]
+    assert stages["before the first answer"]["auc"] < 0.7
+    assert stages["a quarter of its turns"]["auc"] < 0.7
+    assert stages["half of them"]["auc"] > 0.9
+    assert stages["all of them"]["episodes"] > 60
+    assert "how episodes end, foretold when each turn was new" in said("reward", "report")[1]
+    status, out, _ = said("sql", "select count(ends_well_after) as known from scores where ends_well_before < 1")
+    assert status == 0
+    assert str(3 * stages["all of them"]["episodes"]) in out
+
+
+def test_of_single_answers_no_course_is_told(desk: Home, said: Callable[..., Any]) -> None:
+    assert json.loads(said("explain", "ep_230", "--json")[1])["course"] == []
+    assert "ends well" not in said("explain", "ep_230")[1]
+    assert json.loads(said("reward", "report", "--json")[1])["courses"] == {}
+    assert "how episodes end" not in said("reward", "report")[1]
 
 
 def test_of_held_words_the_rule_and_what_they_would_do_is_told(
@@ -223,7 +344,10 @@ def test_versions_are_rolled_back_kept_promoted_and_resumed(
     assert said("reward", "promote", left[:8], *why)[0] == 0
     scored_on()
     assert {one["version"]: one["scores"] for one in listed(said)}[left]
-    assert "kept by" not in said("reward", "list")[1]
+    out = said("reward", "list")[1]
+    assert "No snapshot takes over" not in out
+    assert "kept until" not in out, "of the version that a promotion took the place of"
+    assert f"was kept by {getpass.getuser()}: it likes lists; {left} was promoted by" in out
     status, _, error = said("reward", "resume", *why)
     assert (status, "nothing to resume" in error) == (2, True)
 

@@ -243,11 +243,15 @@ def test_services_do_not_outlive_a_killed_supervisor(start: Callable[..., Up], u
     ("mode", "told"), [("broken", "the weights are missing"), ("refuses", "serving.url: nonsense")]
 )
 def test_a_service_that_never_comes_up_ends_it_with_its_last_words(
-    start: Callable[..., Up], until: Callable[..., Any], mode: str, told: str
+    start: Callable[..., Up], tmp_path: Path, mode: str, told: str
 ) -> None:
+    logs = tmp_path / "up0" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "s1.log").write_text("what an earlier start was refused for\n")
     up = start("good", mode)
     assert up.process.wait(timeout=30) == 2
     assert up.says(told)
+    assert not up.says("earlier start"), "that may be mended since"
     assert not [pid for pid in up.pids("s0") if alive(pid)]
 
 

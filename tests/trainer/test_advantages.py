@@ -61,3 +61,17 @@ def test_a_batch_without_spread_teaches_nothing():
     assert not advantages.normalised(floats(0.3, 0.3), np.ones(2), centre=True).any()
     assert not advantages.normalised(floats(0, 0), np.ones(2), centre=False).any()
     assert advantages.normalised(floats(), floats(), centre=True).size == 0
+
+
+def test_shaping_moves_rewards_to_the_turn_where_the_potential_moves_and_keeps_their_sum():
+    assert advantages.shaped(floats(0, 0, 1), floats(0, 0, 0.9), 1) == pytest.approx(floats(0, 0.9, 0.1))
+    rewards, potentials = floats(0.2, -0.3, 1), floats(0.4, -0.8, 0.1)
+    found = advantages.shaped(rewards, potentials, 0.9)
+    discounts = 0.9 ** np.arange(3)
+    assert (found * discounts).sum() == pytest.approx((rewards * discounts).sum() - potentials[0])
+
+
+def test_shaping_by_a_potential_is_gae_with_it_as_the_value():
+    rewards, potentials = floats(0, 0.5, -1), floats(0.2, 0.7, -0.4)
+    shaped = advantages.gae(advantages.shaped(rewards, potentials, 0.9), np.zeros(3), discount=0.9, trace=0.8)
+    assert shaped.advantages == pytest.approx(advantages.gae(rewards, potentials, discount=0.9, trace=0.8).advantages)

@@ -56,6 +56,34 @@ def test_an_answer_beside_the_course_of_an_episode_is_judged_by_its_own_reward()
     assert {(a.turn, a.branch): a.target for a in found} == {(0, 0): 1.0, (0, 1): -1.0, (1, 0): 1.0}
 
 
+def test_credit_lands_on_the_turn_at_which_the_foretold_end_moves():
+    """Two episodes of three turns, rewarded at their ends alone; the second turn decided both."""
+    courses = {"a": (1.0, (0.0, 0.0, 0.8)), "b": (-1.0, (0.0, 0.0, -0.8))}
+
+    def weighed(known: bool) -> dict[tuple[str, int], float]:
+        answers = [
+            logged(name, turn, end if turn == 2 else 0.0, 1 / 3, potential=potential if known else None)
+            for name, (end, potentials) in courses.items()
+            for turn, potential in enumerate(potentials)
+        ]
+        plain = made(reward={"source": "feedback"}, value={"trace": 0.0})
+        return {(a.episode, a.turn): a.advantage for a in algorithm.weighed(Material.of(answers), plain).answers}
+
+    credit = weighed(known=True)
+    assert credit["a", 1] == pytest.approx(-credit["b", 1])
+    assert credit["a", 1] > 3 * credit["a", 2] > 3 * abs(credit["a", 0])
+    without = weighed(known=False)
+    assert without["a", 1] == pytest.approx(0)
+    assert without["a", 2] > 1
+
+
+def test_an_episode_of_which_one_turn_was_not_foretold_is_not_shaped():
+    answers = [logged("a", 0, 0.0, 0.5, potential=0.3), logged("a", 1, 1.0, 0.5)]
+    bare = [replace(answer, potential=None) for answer in answers]
+    both = [[a.target for a in algorithm.weighed(Material.of(its), made()).answers] for its in (answers, bare)]
+    assert both[0] == both[1]
+
+
 def test_identical_rollouts_once_with_a_count_weigh_as_much_as_each_alone():
     recipe_ = made()
     merged = algorithm.weighed(Material.of([fresh(1, 8, 1.0, 3), fresh(1, 9, 0.0, 1)]), recipe_)

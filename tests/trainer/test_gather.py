@@ -131,6 +131,16 @@ def test_the_turns_before_a_word_are_taken_with_it_and_those_after_it_are_not(po
     assert answers[1].sample.prompt == tuple(policy.encode_chat(items[1].prompt_messages))
 
 
+def test_on_feedback_alone_turns_carry_how_the_episode_was_foretold_to_end(policy: Policy):
+    items = spoken(policy, item("a", 0, 2, ends_well=0.25), item("a", 1, 2, ends_well=0.9, label=1.0))
+    told = gather.logged(sources(policy, items), made(reward={"source": "feedback"}))
+    assert [answer.potential for answer in told] == pytest.approx([-0.5, 0.8])
+    assert [answer.potential for answer in gather.logged(sources(policy, items), made())] == [None, None]
+    unsound = spoken(policy, item("a", 0, 1, ends_well=float("nan"), label=1.0))
+    (answer,) = gather.logged(sources(policy, unsound), made(reward={"source": "feedback"}))
+    assert answer.potential is None
+
+
 def test_answers_to_one_request_are_no_turns_of_one_another(policy: Policy):
     said = policy.decode([7, 2])
     went_on = [

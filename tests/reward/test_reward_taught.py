@@ -1,0 +1,194 @@
+"""Taking back: what a rater taught before he was found out is undone, held, shown, and learned again where trusted."""
+
+import numpy as np
+import pytest
+from everloop.config import Config, RewardConfig
+from everloop.feedback import Feedback
+from everloop.score import Score
+from pydantic import ValidationError
+
+from reward.features import Example
+from reward.handler import RewardHandler
+from reward.model import Label, Pair, RewardModel, Trace
+from reward.poison import Guard, name_of
+from reward.taught import Lessons, Place, Taught
+
+PUSHER = name_of("rater", "pusher")
+
+
+@pytest.fixture
+def desk(home, words):
+    def of(**reward):
+        tenants = {"default": {"policies": {"assistant": {"reward": reward}}}}
+        return RewardHandler(Config.model_validate({"home": home.root, "tenants": tenants}), home, lambda name: words)
+
+    return of
+
+
+def taken(handler, state, records):
+    outputs = [one for record in records for one in handler.handle(state, record, 0.0)]
+    return outputs + handler.flush(state, 0.0)
+
+
+def crowd(kit, count):
+    """The desk's traffic, a rating a minute."""
+    made = []
+    for i, one in enumerate(kit.desk_traffic(count)):
+        (turn,) = one.turns
+        feedback = tuple(word.model_copy(update={"time": 60.0 * i}) for word in turn.feedback)
+        made.append(one.model_copy(update={"turns": (turn.model_copy(update={"feedback": feedback}),)}))
+    return made
+
+
+def pushing(kit, count, others=()):
+    """Thumbs down of one rater, an hour apart, each with a correction to one wrong answer; ``others`` rate the first
+    answer too."""
+    made = []
+    for i in range(count):
+        at = {"time": 1e6 + 3600.0 * i, "rater": "pusher"}
+        said = [Feedback(id=f"d{i}", kind="thumb", value=-1, **at)]
+        said += [Feedback(id=f"c{i}", kind="correction", text="gold desk", **at)]
+        said += [Feedback(id=f"o{r}", kind="thumb", value=-1, **at | {"rater": r}) for r in others if i == 0]
+        made.append(kit.episode(f"bad_{i}", (f"number {i} lost my card", "card desk"), feedback=said, updated=1e6 + i))
+    return made
+
+
+def model_of(handler):
+    (made,) = handler._desks.values()
+    return made.live
+
+
+def answered(model):
+    """What is remembered of every answer, by its key."""
+    its = model.prototypes
+    sums = {key: (its.good[:, row], its.bad[:, row], its.counts[:, :, row]) for key, row in its.rows.items()}
+    return {key: arrays for key, arrays in sums.items() if arrays[2].max() > 1e-3}
+
+
+def test_what_a_pusher_taught_is_taken_back_when_he_is_heard_no_more(desk, kit):
+    state, honest, handler = kit.MemoryState(), desk(), desk()
+    taken(honest, kit.MemoryState(), kit.records(*crowd(kit, 100)))
+    taken(handler, state, kit.records(*crowd(kit, 100)))
+    first = kit.decoded(Score, taken(handler, state, kit.records(*pushing(kit, 1), start=100)), "scores")
+    assert first[0].label == 0.0, "he was heard at first"
+    assert first[0].quarantined is None
+    assert handler.status()["default/assistant"]["poison"]["taken_back"] == 0
+    assert answered(model_of(handler)).keys() > answered(model_of(honest)).keys()
+
+    outputs = taken(handler, state, kit.records(*pushing(kit, 5)[1:], start=101))
+    model, status = model_of(handler), handler.status()["default/assistant"]
+    poison = status["poison"]
+    assert poison["taken_back"] >= 2
+    assert poison["held"] == 10, "every thumb and every correction is held now"
+    assert poison["newest_held"][0]["name"] == PUSHER
+    for key, sums in answered(model_of(honest)).items():
+        for ours, theirs in zip(answered(model)[key], sums, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    assert answered(model).keys() == answered(model_of(honest)).keys()
+    assert model.seen == model_of(honest).seen
+    silent = [slot for slot in range(len(model.reservoir)) if model.reservoir.lesson(slot).weight == 0]
+    assert len(silent) == poison["taken_back"]
+    again = {score.episode: score for score in kit.decoded(Score, outputs, "scores")}
+    assert again["bad_0"].quarantined == "taken back: its rater pushed one answer, or said the same again and again"
+    assert again["bad_0"].label is None
+    assert again["bad_0"].source == "model"
+    assert model.reliability.worth("thumb", "pusher") == model.reliability.worth("thumb", "nobody")
+
+    restarted = desk()
+    taken(restarted, state, [])
+    assert restarted.status()["default/assistant"]["poison"] == poison
+    once_more = pushing(kit, 1)[0].model_copy(update={"version": 9})
+    taken(restarted, state, kit.records(once_more, start=400))
+    assert restarted.status()["default/assistant"]["updates"] == status["updates"], "the same words teach nothing again"
+
+
+def test_taking_back_is_the_same_through_a_restart(desk, kit):
+    whole, parted = kit.MemoryState(), kit.MemoryState()
+    records = kit.records(*crowd(kit, 100), *pushing(kit, 6))
+    handler = desk()
+    taken(handler, whole, records)
+    for start in range(0, len(records), 27):
+        handler = desk()
+        taken(handler, parted, records[start : start + 27])
+    # how often the desk was written is all that differs
+    assert {k: v for k, v in whole.entries.items() if not k.endswith("/desk")} == {
+        k: v for k, v in parted.entries.items() if not k.endswith("/desk")
+    }
+
+
+def test_a_label_that_others_stand_behind_is_not_taken_back(desk, kit):
+    state, handler = kit.MemoryState(), desk()
+    taken(handler, state, kit.records(*crowd(kit, 100), *pushing(kit, 6, others=["r1"])))
+    (made,) = handler._desks.values()
+    assert made.guard.guilty(PUSHER)
+    (left,) = made.guard.taught.of(PUSHER)
+    assert left.lesson.id == "bad_0-c0=0!"
+    assert sorted(left.raters) == ["pusher", "pusher", "r1"]
+
+
+def test_whom_a_person_has_heard_no_more_loses_what_he_taught_and_gets_it_again_when_trusted(desk, kit):
+    state, rater = kit.MemoryState(), name_of("rater", "r8")
+    taken(desk(), state, kit.records(*crowd(kit, 100)))
+    handler = desk(distrusted=[rater])
+    outputs = taken(handler, state, [])
+    status = handler.status()["default/assistant"]
+    assert (status["labels"], status["poison"]["taken_back"], status["poison"]["held"]) == (99, 1, 1)
+    (score,) = kit.decoded(Score, outputs, "scores")
+    assert (score.episode, score.quarantined) == ("ep_8", "taken back: a person had its rater heard no more")
+    more = kit.episode("more", ("my card", "card desk"), feedback=[kit.thumb(1, rater="r8")], updated=1e6)
+    (held,) = kit.decoded(Score, taken(handler, state, kit.records(more, start=100)), "scores")
+    assert held.quarantined == "a person had its rater heard no more"
+
+    trusting = desk(trusted=[rater])
+    taken(trusting, state, [])
+    assert trusting.status()["default/assistant"]["labels"] == 101
+    assert trusting.status()["default/assistant"]["poison"]["held"] == 0
+
+
+def test_who_is_distrusted_is_a_rater_and_not_trusted():
+    with pytest.raises(ValidationError, match="no rater: a rater's name begins with 'rater:'"):
+        RewardConfig(distrusted=("answer:1",))
+    with pytest.raises(ValidationError, match="rater:1 is trusted and distrusted: take it out of one of the two"):
+        RewardConfig(distrusted=("rater:1",), trusted=("rater:1",))
+
+
+def lesson(number, rater="r"):
+    said = Label(f"l{number}", Example(f"p {number}", "a"), 1.0)
+    return Taught(said, Trace(1.0, 0.9, 0.1, number), Place(f"e{number}", f"c{number}", float(number)), [rater], False)
+
+
+def test_the_oldest_lessons_are_forgotten_and_the_rest_survive_packing():
+    lessons = Lessons(most=20)
+    for number in range(30):
+        lessons.note(lesson(number, f"r{number % 2}"))
+    lessons.drop("l29")
+    packed = {name: value for name, value in lessons.changes() if value is not None}
+    again = Lessons(most=20)
+    again.restore(packed)
+    assert [*again.kept] == [*lessons.kept] == [f"l{number}" for number in range(10, 29)]
+    assert again.of(name_of("rater", "r1")) == lessons.of(name_of("rater", "r1"))
+    assert lessons.of(name_of("rater", "r0"))[0] == lesson(10, "r0")
+    assert dict(again.changes()) == {}
+    guard = Guard(window=100)
+    guard.taught.note(lesson(1))
+    restored = Guard(window=100)
+    restored.restore({name: value for name, value in guard.changes() if value is not None})
+    assert restored.taught.kept == guard.taught.kept
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_pair_that_is_taken_back_leaves_prototypes_as_they_were(words, absolute):
+    model = RewardModel(RewardConfig(), words)
+    model.learn([Label(f"l{i}", Example(f"p {i}", "chosen one"), float(i % 2)) for i in range(40)])
+    before = {key: [array.copy() for array in sums] for key, sums in answered(model).items()}
+    pair = Pair("x", "p 3", "chosen one", "another one", weight=0.7, absolute=absolute)
+    model.learn([pair])
+    assert any((answered(model)[key][0] != before[key][0]).any() for key in before)
+    number = model.reservoir.count - 1
+    model.take_back_pair(pair, number)
+    after = answered(model)
+    assert after.keys() == before.keys()
+    for key, sums in before.items():
+        for ours, theirs in zip(after[key], sums, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert model.reservoir.lesson(number).weight == 0
