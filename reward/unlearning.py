@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from everloop.score import Score
 
-from reward import hearing
+from reward import course, hearing
 from reward.desk import Desk
 from reward.evidence import is_credited
 from reward.features import Example
@@ -36,6 +36,7 @@ def take_back(desk: Desk, known_of: Callable[[str], Known]) -> list[Score]:
         call.setdefault("held", {})[lesson.id] = verdict.says
         if isinstance(lesson, Pair) or is_credited(lesson):
             continue  # the call's score was not made of it
+        course.forget(desk.live, known.end, place.call)
         hearing.unheard(desk.live, place.call, call)
         if "scored" in call:
             call["scored"] = b""  # the next version of the episode is scored whatever is said in it
@@ -46,6 +47,7 @@ def take_back(desk: Desk, known_of: Callable[[str], Known]) -> list[Score]:
 def _score(desk: Desk, example: Example, place: Place, known: Known, why: str) -> Score:
     """The call's score by the model's opinion alone."""
     (estimate,) = desk.estimate([example])
+    ends_well = known.call(place.call).get("course", (None, None))
     return Score(
         tenant=desk.tenant,
         policy=desk.policy,
@@ -61,5 +63,7 @@ def _score(desk: Desk, example: Example, place: Place, known: Known, why: str) -
         label=None,
         predicted=known.call(place.call).get("predicted"),
         quarantined=why,
+        ends_well_before=ends_well[0],
+        ends_well_after=ends_well[1],
         time=place.time,
     )
