@@ -110,21 +110,26 @@ class DeskLoop:
         text = self.policy.decode(answer.completion)
         opinion = self.customer.judge(number, message.topic, text)
         words = words_of(number, opinion, float(number))
-        name = f"ep_{number:06d}"
-        episode = episode_of(name, message.text, text, words)
-        said = evidence.said_of(text, words)
-        item = BatchItem(
-            episode=name,
+        episode = episode_of(f"ep_{number:06d}", message.text, text, words)
+        return self._item(episode, self.customer.name(number), message, prompt, answer, opinion), episode
+
+    def _item(
+        self, episode: Episode, subject: str, message: Asked, prompt: list[int], answer: Rollout, opinion: Opinion
+    ) -> BatchItem:
+        """What a batch holds of an answer before it is scored."""
+        text, words = self.policy.decode(answer.completion), episode.turns[0].feedback
+        return BatchItem(
+            episode=episode.id,
             version=1,
-            call=f"{name}-call",
-            subject=self.customer.name(number),
+            call=episode.turns[0].call.id,
+            subject=subject,
             prompt_messages=[{"role": "user", "content": message.text}],
             answer=text,
             correction=opinion.correction,
             reward=0.0,
             mask=False,
             source="model",
-            label=said.label,
+            label=evidence.said_of(text, words).label,
             tokens=np.asarray([*prompt, *answer.completion], np.int32),
             logprobs=np.concatenate([np.zeros(len(prompt), np.float32), answer.logprobs]),
             span=(len(prompt), len(prompt) + len(answer.completion)),
@@ -134,7 +139,6 @@ class DeskLoop:
             turn=0,
             turns=1,
         )
-        return item, episode
 
     def retrain(self) -> Trained:
         """One run of the trainer on the newest window of messages; its adapter answers from now on."""
@@ -165,6 +169,15 @@ class DeskLoop:
         self.adopt(self.folder / "adapters" / trained.adapter)
         return trained
 
+    @property
+    def incumbent(self) -> tuple[Path | None, Any, Path | None]:
+        """What answers now, for :meth:`go_back`."""
+        return self.adapter, self.module, self.parent_run
+
+    def go_back(self, incumbent: tuple[Path | None, Any, Path | None]) -> None:
+        """Have answer, and be trained further, what did so before a run."""
+        self.adapter, self.module, self.parent_run = incumbent
+
     def adopt(self, adapter: Path) -> None:
         """Answer with this adapter from now on."""
         self.adapter = adapter
@@ -190,8 +203,12 @@ class DeskLoop:
         )
 
     def greedy(self, messages: Sequence[Asked]) -> list[str]:
+        return [self.policy.decode(answer.completion) for _, answer in self.likeliest(messages)]
+
+    def likeliest(self, messages: Sequence[Asked]) -> list[tuple[list[int], Rollout]]:
+        """Each message as a prompt of tokens, and its greedy answer."""
         prompts = [self.policy.encode_chat([{"role": "user", "content": message.text}]) for message in messages]
-        return [self.policy.decode(answer.completion) for answer in self._said(prompts, 0.0)]
+        return [*zip(prompts, self._said(prompts, 0.0), strict=True)]
 
     def cycle(self, messages: Sequence[Asked]) -> Cycle:
         """Serve, retrain, measure."""

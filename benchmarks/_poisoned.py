@@ -123,33 +123,39 @@ def guards(on: bool) -> Iterator[None]:
 
 class Learned(NamedTuple):
     """``model``: the version that scores at the end. ``held``: share of the poisoners' and of the others' rated
-    answers that were kept from learning. ``status``: the handler's."""
+    answers that were kept from learning. ``status``: the handler's. ``scores``: the newest of each episode."""
 
     model: RewardModel
     held: dict[bool, float]
     status: dict[str, Any]
+    scores: dict[str, Score]
 
 
 def learned(stream: Sequence[Visit], encoder: Vectors) -> Learned:
-    """What the scorer's handler makes of a stream, in one pass."""
+    """What the scorer's handler makes of a stream, in one pass.
+
+    What is taken back counts as held: the newest score of the episode says so.
+    """
     with tempfile.TemporaryDirectory(prefix="everloop-poison-") as folder:
         home, state = Home(Path(folder)), StateStore(Path(folder) / "state.db", cache=True)
         handler = RewardHandler(Config(home=home.root), home, lambda name: encoder)
-        quarantined: dict[str, bool] = {}
+        scores: dict[str, Score] = {}
         for start in range(0, len(stream), BATCH):
             records = [_record(start + i, visit.episode) for i, visit in enumerate(stream[start : start + BATCH])]
             outputs = [one for record in records for one in handler.handle(state, record, 0.0)]
             outputs += handler.flush(state, 0.0)
-            scores = [wire.decode(Score, one.value) for one in outputs if one.topic == SCORES.name and one.value]
-            quarantined |= {score.episode: score.quarantined is not None for score in scores}
+            made = [wire.decode(Score, one.value) for one in outputs if one.topic == SCORES.name and one.value]
+            scores |= {score.episode: score for score in made}
         status = handler.status()["bank/desk"]
         model = RewardModel.load(home.root / "rewards" / "bank" / "desk" / status["version"], encoder)
     rated = [visit for visit in stream if visit.episode.turns[0].feedback]
     held = {
-        kind: float(np.mean([quarantined[v.episode.id] for v in rated if v.poisons is kind] or [0.0]))
+        kind: float(
+            np.mean([scores[v.episode.id].quarantined is not None for v in rated if v.poisons is kind] or [0.0])
+        )
         for kind in (True, False)
     }
-    return Learned(model, held, status)
+    return Learned(model, held, status, scores)
 
 
 def _record(offset: int, episode: Episode) -> Record:

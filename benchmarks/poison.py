@@ -7,6 +7,10 @@ takes the right one of 77 topics for the best answer to a held-out message; ``to
 whether an answer is good, of one right and one wrong answer each. Without guards nothing is held or cut to a share, and
 a rater is believed as all others are.
 
+``--policy``: the policy too, in the cells of 5% (see ``_poisoned_policy``): the base answers 800 messages, one run of
+the trainer learns from them. ``right``: how often the policy then answers a held-out message rightly; ``pushed topic``:
+how often it answers the topic that those who push praise.
+
 A cell is kept below ``.everloop/cache/poison``: what was stopped goes on with what is missing. ``--quick``: one seed,
 5% alone, fewer messages. Needs EVERLOOP_DATA.
 """
@@ -18,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +37,8 @@ SEEDS, SHARES = (0, 1, 2), (0.05, 0.10, 0.01)  # the share of the aim first
 MESSAGES, QUICK_MESSAGES = 1500, 1000
 HELD_OUT = 1000  # messages of the report's split
 MOST_LOST = 1.0  # points of accuracy, with 5% of poisoners
+POLICY_SEEDS = (0,)
+POLICY_MESSAGES = 800
 
 
 class Cell(NamedTuple):
@@ -48,6 +54,14 @@ class Cell(NamedTuple):
     def path(self) -> Path:
         guards = "guarded" if self.guards else "open"
         return CELLS / f"{self.kind or 'clean'}-{100 * self.share:g}-{guards}-{self.seed}-{self.messages}.json"
+
+
+def policy_cells(options: argparse.Namespace) -> Iterator[Cell]:
+    """Of the aim's share alone; what harms most first."""
+    for seed in POLICY_SEEDS:
+        for kind in ("push", "", *_poisoned.KINDS[1:]):
+            for guards in (True, False):
+                yield Cell(kind, SHARES[0] if kind else 0.0, guards, seed, POLICY_MESSAGES)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -99,6 +113,40 @@ def kept(cell: Cell, encoder: Remembering) -> dict[str, Any]:
     return dict(json.loads(cell.path.read_text()))
 
 
+def policy_path(cell: Cell) -> Path:
+    return cell.path.with_name(f"policy-{cell.path.name}")
+
+
+def policies(wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+    """The cells' numbers about the policy, from the disk, or measured and put there."""
+    parts: tuple[Any, Any] | None = None
+    found = {}
+    for cell in wanted:
+        path = policy_path(cell)
+        if not path.exists():
+            from benchmarks import _poisoned_policy
+
+            parts = parts or _poisoned_policy.parts()
+            made = _poisoned_policy.trained(*cell, place=CELLS.parent, parts=parts)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(made, indent=1) + "\n")
+            print(f"{path.stem}: {100 * made['right']:.1f} right, {made['seconds']:.0f} s", flush=True)
+        found[cell] = dict(json.loads(path.read_text()))
+    return found
+
+
+def policy_rows(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each way to poison and guards: means over the seeds."""
+    rows = []
+    for kind, guards in dict.fromkeys((cell.kind, cell.guards) for cell in found):
+        its = [one for cell, one in found.items() if (cell.kind, cell.guards) == (kind, guards)]
+        row: dict[str, Any] = {"poison": kind or "none", "users": f"{SHARES[0] if kind else 0:.0%}", "guards": guards}
+        row |= {"seeds": len(its), "before": _percent(its, "before"), "right": _percent(its, "right")}
+        row |= {"pushed topic": _percent(its, "pushed"), "held of poison": _percent(its, "held_poison")}
+        rows.append(row)
+    return sorted(rows, key=_order)
+
+
 def rows_of(found: dict[Cell, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each way to poison, share and guards: means over the seeds, losses beside the honest cell."""
     rows = []
@@ -145,12 +193,27 @@ def aims_of(rows: list[dict[str, Any]]) -> list[Aim]:
 def _options() -> argparse.Namespace:
     made = parser("the reward model under poison")
     made.add_argument("--kept", action="store_true", help="the table of the cells that are kept; nothing is measured")
+    made.add_argument(
+        "--policy", action="store_true", help="the policy after a run of the trainer, in the cells of 5%%"
+    )
     return made.parse_args()
+
+
+def _policy(options: argparse.Namespace) -> None:
+    began, started = load_now(), time.monotonic()
+    every = [*policy_cells(options)]
+    wanted = [cell for cell in every if policy_path(cell).exists() or not options.kept]
+    notes = [f"{time.monotonic() - started:.0f} s for the cells that were not kept; {loads(began)}"]
+    notes += [f"{len(every) - len(wanted)} cells are not measured yet"] if len(every) > len(wanted) else []
+    publish("poison_policy", policy_rows(policies(wanted)), quick=options.quick, notes=notes)
 
 
 def main() -> int:
     options, began, started = _options(), load_now(), time.monotonic()
     try:
+        if options.policy:
+            _policy(options)
+            return 0
         encoder = Remembering()
         wanted = [cell for cell in cells(options) if cell.path.exists() or not options.kept]
         found = {cell: kept(cell, encoder) for cell in wanted}

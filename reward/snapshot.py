@@ -46,7 +46,9 @@ CODE = (
     "prototypes",
     "reliability",
     "reservoir",
+    "taught",
     "topics",
+    "unlearning",
     "value",
 )
 

@@ -77,6 +77,20 @@ class ReadsCommitted(driver.AIOKafkaConsumerThread):
         if self._consumer is not None:
             await _soon(self._consumer._client.close(), CLOSE_SECONDS)  # again, where the first did not get so far
 
+    @property
+    def given_up(self) -> BaseException | None:
+        """Why it is not in its group and will not be: what sees to that has ended, or waits until this is heard.
+
+        aiokafka says so to who fetches alone, which a worker without partitions does not. It ends on the answer of a
+        broker that was just frozen: such a one knows of no brokers for a moment, itself included.
+        """
+        coordinator = getattr(self._consumer, "_coordinator", None)
+        task: asyncio.Task[None] | None = getattr(coordinator, "_coordination_task", None)
+        if task is not None and task.done() and not task.cancelled() and task.exception() is not None:
+            return task.exception()
+        waiting: BaseException | None = getattr(coordinator, "_pending_exception", None)
+        return waiting
+
 
 async def _soon(step: Coroutine[Any, Any, None], seconds: float) -> None:
     """A step of aiokafka's end. One that is cut short by a fetch that had just failed ends in a CancelledError of its
@@ -87,6 +101,12 @@ async def _soon(step: Coroutine[Any, Any, None], seconds: float) -> None:
 
 
 class _Consumer(driver.Consumer):
+    _thread: ReadsCommitted
+
+    @property
+    def given_up(self) -> BaseException | None:
+        return self._thread.given_up
+
     def _new_consumer_thread(self) -> ReadsCommitted:
         return ReadsCommitted(self, loop=self.loop, beacon=self.beacon)
 
@@ -227,17 +247,29 @@ class FaustWorker:
         app.on_partitions_revoked.connect(self._revoked)
         app.topics.add(app.topic(self._topic_name, key_serializer="raw", value_serializer="raw", acks=False))
         looking = asyncio.create_task(self._guarded(self._look()))
+        starting = asyncio.create_task(self._guarded(app.start()))  # it ends when partitions were given, if ever
         try:
-            await app.start()
             while not self._stop.is_set() and self._failure is None and app.crash_reason is None:
+                self._failure = self._never_joins()
                 await asyncio.sleep(0.05)
         finally:
             looking.cancel()
+            starting.cancel()
             await self._let_go(list(self._lines), None)
             await app.stop()
         failure = self._failure or app.crash_reason
         if failure is not None:
             raise failure
+
+    def _never_joins(self) -> LogError | None:
+        why = self._app.consumer.given_up
+        if why is None:
+            return None
+        return LogError(
+            f"{self.name}: this worker gave up joining its group, so it has no partitions and would wait for ever: "
+            f"{why!r}. It ends, to be started anew. A broker that was frozen or has just started does this for a "
+            "moment; where it goes on, look at the broker's log, and at what this user may do"
+        )
 
     async def _guarded(self, step: Coroutine[Any, Any, None]) -> None:
         try:

@@ -58,7 +58,7 @@ def test_a_start_is_refused_before_anything_runs(
 ) -> None:
     (tmp_path / "reward.toml").write_text('[[check]]\nname = "c"\nkind = "number"\n')
     (tmp_path / "everloop.toml").write_text(
-        'home = "home"\n[tenants.bank.policies.desk.reward]\ndeclaration = "reward.toml"\n'
+        f'home = "{tmp_path}/home"\n[tenants.bank.policies.desk.reward]\ndeclaration = "reward.toml"\n'
     )
     monkeypatch.setenv("EVERLOOP_CONFIG", str(tmp_path / "everloop.toml"))
     monkeypatch.delenv("EVERLOOP_HOME", raising=False)

@@ -66,6 +66,7 @@ def pausing(owner, name, before="", behind=""):
         return given
     setattr(owner, name, wrapped)
 
+pausing(FaustWorker, "run", before="run")
 pausing(Partition, "take", before="read")
 pausing(Counting, "handle", behind="transform")
 pausing(FencedWriter, "_begin_and_send", behind="write")
@@ -146,11 +147,15 @@ Started = subprocess.Popen[str]
 
 @pytest.fixture
 def start(url: str) -> Iterator[Callable[..., Started]]:
-    """Start a worker as a process: ``start(folder, point, after)``; it stops at the point for the n-th time."""
+    """Start a worker as a process: ``start(folder, point, after)``; it stops at the point for the n-th time.
+
+    ``on``: the URL of another log; ``first``: a program that it runs before its own.
+    """
     processes: list[Started] = []
 
-    def run(folder: Path, point: str = "nowhere", after: int = 1) -> Started:
-        command = [sys.executable, "-u", "-c", PROGRAM, url, str(folder), point, str(after), str(Path(__file__).parent)]
+    def run(folder: Path, point: str = "nowhere", after: int = 1, *, on: str = url, first: str = "") -> Started:
+        arguments = [on, str(folder), point, str(after), str(Path(__file__).parent)]
+        command = [sys.executable, "-u", "-c", first + PROGRAM, *arguments]
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=Path.cwd())
         processes.append(process)

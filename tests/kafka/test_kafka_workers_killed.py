@@ -1,7 +1,9 @@
-"""kill -9 a worker on the real broker at each step of a batch, take its disk, stop it past its session."""
+"""kill -9 a worker on the real broker at each step of a batch, take its disk, stop it past its session; freeze its
+broker, and take it away."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import signal
 import time
@@ -10,14 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everloop.log import NewRecord
+from everloop.log import NewRecord, connect
 from everloop.log.kafka.log import KafkaLog
 from everloop.topics import CHANGELOG
+
+from services.broker.process import Broker
 
 pytestmark = [pytest.mark.kafka, pytest.mark.processes]
 Until = Callable[..., Any]
 KEYS, EACH = 9, 12
 WHOLE = {f"k{key}": list(range(1, EACH + 1)) for key in range(KEYS)}
+NO_BROKERS = """
+from aiokafka.conn import AIOKafkaConnection
+send = AIOKafkaConnection.send
+async def fenced(self, request, **more):
+    answer = await send(self, request, **more)
+    if hasattr(answer, "brokers"):
+        answer.brokers = []
+    return answer
+AIOKafkaConnection.send = fenced
+"""
 
 
 def feed(log: KafkaLog, first: int = 0, last: int = EACH) -> None:
@@ -95,3 +109,51 @@ def test_a_worker_that_was_stopped_past_its_session_cannot_write(
     assert zombie.returncode == 1
     assert (log.end_offsets("episodes"), log.end_offsets(CHANGELOG + "counting")) == before, "it wrote nothing"
     assert said() == WHOLE
+
+
+def test_a_worker_that_cannot_join_its_group_says_so_and_ends(
+    log: KafkaLog, tmp_path: Path, start: Any, until: Until, done: Any
+) -> None:
+    """Answers that name no brokers, as one gives that was just thawed: it waited for ever, and could not be stopped."""
+    feed(log)
+    worker = start(tmp_path, first=NO_BROKERS)
+    _, why = worker.communicate(timeout=60)
+    assert worker.returncode == 1
+    assert "LogError: counting: this worker gave up joining its group" in why, why
+    start(tmp_path)
+    until(lambda: done() == KEYS * EACH, deadline=60)
+
+
+def test_a_worker_of_a_broker_that_thaws_goes_on_and_ends_once_that_is_gone(
+    own: Broker, tmp_path: Path, start: Any, until: Until
+) -> None:
+    url = f"kafka://{own.address}/{secrets.token_hex(6)}"
+    log = connect(url)
+    try:
+        feed(log)
+        workers = [start(tmp_path, "run", on=url)]
+        reaches(workers[0], "run")
+        own.freeze()
+        try:
+            time.sleep(4.0)  # longer than the broker's session with its controller
+            workers[0].stdin.write("\n")
+            workers[0].stdin.flush()
+        finally:
+            own.thaw()
+
+        def all_done() -> bool:
+            """Who ends is started anew, as everywhere."""
+            if workers[-1].poll() is not None:
+                workers.append(start(tmp_path, on=url))
+            return sum(log.committed("counting", "events").values()) == KEYS * EACH
+
+        until(all_done, deadline=90, every=0.5)
+        assert len(workers) < 5, "it does not end again and again"
+        own.kill()
+        gone = time.monotonic()
+        workers[-1].terminate()
+        workers[-1].communicate(timeout=20)
+        print(f"started {len(workers)} times; {time.monotonic() - gone:.1f} s to end without a broker")
+    finally:
+        own.start()
+        log.close()
