@@ -75,12 +75,8 @@ class Lessons:
         return {lesson: self._names[lesson] for lesson in self._of.get(name, ())}
 
     def get(self, lesson: str) -> Taught:
+        """Raises KeyError where it was never noted, or made room for newer ones."""
         return _taught(self.kept[lesson])
-
-    def get(self, lesson: str) -> Taught | None:
-        """None: it was never noted, or made room for newer ones."""
-        held = self.kept.get(lesson)
-        return None if held is None else _taught(held)
 
     def drop(self, lesson: str) -> None:
         """Remember it no more."""
