@@ -75,7 +75,7 @@ def ending(episode: Episode, calls: Calls) -> End | None:
     """What an episode came to, of what was learned of its calls; None: nobody said anything that was."""
     found = None
     words = evidence.words(episode)
-    for number in _course(episode, episode.positions, len(episode.turns) - 1):
+    for number in course_of(episode):
         name = episode.turns[number].call.id
         call = calls.get(name, {})
         trace = next((one for label, one in call.get("taught", {}).items() if label.startswith(f"{name}=")), None)
@@ -107,7 +107,7 @@ def learn(
     if not values.begun:
         return
     end = ending(episode, calls) if teaches else None
-    turns = [] if end is None else _course(episode, positions, end.turn)
+    turns = [] if end is None else course_of(episode, end.turn)
     _take_back(model, known, end, {episode.turns[i].call.id for i in turns})
     if end is None:
         return
@@ -134,9 +134,11 @@ def forget(model: RewardModel, known: dict[str, Any], call: str) -> None:
         _take_back(model, known, None, set())
 
 
-def _course(episode: Episode, positions: Sequence[int], last: int) -> list[int]:
-    """The turns up to this one: of each request its first answer, failed calls left out."""
-    firsts = [i for i in range(last + 1) if i == 0 or positions[i] != positions[i - 1]]
+def course_of(episode: Episode, last: int | None = None) -> list[int]:
+    """The turns up to this one (None: all): of each request its first answer, failed calls left out."""
+    positions = episode.positions
+    end = len(positions) if last is None else last + 1
+    firsts = [i for i in range(end) if i == 0 or positions[i] != positions[i - 1]]
     return [i for i in firsts if episode.turns[i].call.error is None]
 
 

@@ -42,6 +42,7 @@ CODE = (
     "length",
     "model",
     "poison",
+    "probes",
     "propensity",
     "prototypes",
     "reliability",
