@@ -347,9 +347,8 @@ def _take_back(desk: Desk, read: Read, known: Known) -> None:
     """Undo what was revised or withdrawn, so that a word said again later is learned again. A pair of long ago, which
     the guard remembers no more, stays learned."""
     standing = {lesson.id for _, lesson in read.lessons}
-    for name in [name for name in known.learned if name not in standing]:
-        taught = desk.guard.taught.get(name)
-        if taught is not None and isinstance(taught.lesson, Pair):
+    for name in [name for name in known.learned if name not in standing and name in desk.guard.taught.kept]:
+        if isinstance((taught := desk.guard.taught.get(name)).lesson, Pair):
             desk.take_back(taught)
             desk.guard.forget(name)
             known.learned.remove(name)

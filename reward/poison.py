@@ -233,16 +233,16 @@ class Guard:
 
     def to_take_back(self) -> list[tuple[Taught, Verdict]]:
         """What raters who are heard no more have taught and nobody said with them, with what is to be said of it."""
-        names = [*self.distrusted, *(name for name, pushes in self.pushes.items() if pushes >= SUSPECT)]
+        raters = [*self.distrusted, *(name for name, pushes in self.pushes.items() if pushes >= SUSPECT)]
         found = {}
-        for name in filter(self.guilty, sorted(names)):
+        for name in filter(self.guilty, sorted(raters)):
             rule = RULES[6] if name in self.distrusted else RULES[4]
             says = (
                 ORDERED if name in self.distrusted else "its rater pushed one answer, or said the same again and again"
             )
-            for taught in self.taught.of(name):
-                if all(map(self.guilty, taught.names)):
-                    found[taught.lesson.id] = taught, _held(rule, name, f"taken back: {says}")
+            for lesson, names in self.taught.of(name).items():
+                if all(map(self.guilty, names)):
+                    found[lesson] = self.taught.get(lesson), _held(rule, name, f"taken back: {says}")
         return list(found.values())
 
     def take_back(self, taught: Taught, verdict: Verdict) -> None:

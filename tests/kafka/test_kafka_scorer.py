@@ -1,7 +1,9 @@
-"""The reward model on Kafka: each policy in one partition, and what was learned outlives the disk it lay on."""
+"""The reward model on Kafka: each policy in one partition, what was learned outlives the disk it lay on, and a
+person's order through the log is obeyed."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import shutil
 import time
@@ -20,11 +22,16 @@ from everloop.feedback import Feedback
 from everloop.home import Home
 from everloop.log import NewRecord, partition_of
 from everloop.log.kafka.log import KafkaLog
+from everloop.run import RewardVersion
 from everloop.score import Score
 
 from reward.handler import RewardHandler
+from services.commands import reward_orders
 from services.dead_letters import REPLAY_OF, dead_letter, replay
-from services.scorer.__main__ import AT_ONCE, rewards
+from services.installation import Installation
+from services.rewards import versions
+from services.scorer.__main__ import AT_ONCE, answers, rewards
+from services.scorer.ordered import Ordered
 
 pytestmark = pytest.mark.kafka
 Until = Callable[..., Any]
@@ -115,15 +122,39 @@ def test_a_worker_that_joins_under_a_backlog_ends_nobody(
     assert len(ids) == len(set(ids))
 
 
-def test_what_was_learned_outlives_the_disk(log: KafkaLog, tmp_path: Path, work: Any, until: Until) -> None:
+def obeyed(here: Installation, running: Any, until: Until, verb: str, **more: str) -> RewardVersion:
+    """Give an order by its command; the version that was announced by it once it is obeyed and answered."""
+    said = argparse.Namespace(verb=verb, reason="it likes lists", no_wait=True, **more)
+    assert reward_orders.run(said, here, "acme", "cards") == 0
+    order = reward_orders.orders_of(here, "acme", "cards")[-1].id
+    assert until(lambda: answers(running.worker.handlers().values()).get(order), deadline=40)["done"]
+
+    def announced() -> RewardVersion | None:
+        known = versions(here, "acme", "cards")
+        return next((one for one in known if one.evidence.get("order") == order and one.state == "released"), None)
+
+    found: RewardVersion = until(announced, deadline=40)
+    return found
+
+
+def test_what_was_learned_outlives_the_disk_and_an_order_is_obeyed(
+    log: KafkaLog, url: str, tmp_path: Path, work: Any, until: Until
+) -> None:
+    def config(name: str) -> Config:
+        return Config.model_validate({"home": tmp_path / name, "log": {"url": url}, **CONFIG})
+
     def start(name: str) -> Any:
         home = Home(tmp_path / name)
-        config = Config.model_validate({"home": home.root, **CONFIG})
-        return work(home.root, lambda: RewardHandler(config, home, lambda _: Words()))
+        ordered = Ordered(log, home.blobs)
+        return work(home.root, lambda: RewardHandler(config(name), home, lambda _: Words(), ordered))
 
     def done() -> int:
         """Episodes of which everything is committed."""
         return len({record.key for p in range(4) for record in log.read("scores", p, max_records=10_000)})
+
+    def scores() -> list[Score]:
+        records = (record for p in range(4) for record in log.read("scores", p, max_records=10_000))
+        return [wire.decode(Score, record.value or b"") for record in records]
 
     def learned(running: Any) -> list[Any]:
         found = rewards(log, running.worker.handlers())
@@ -137,14 +168,30 @@ def test_what_was_learned_outlives_the_disk(log: KafkaLog, tmp_path: Path, work:
     second = start("second")
     log.append([episode(policy, number) for number in range(EACH // 2, EACH) for policy in POLICIES])
     until(lambda: learned(second) == [EACH] * 2 and done() == 2 * EACH, deadline=40)
-    scored = [
-        wire.decode(Score, record.value or b"").call
-        for partition in range(log.partitions("scores"))
-        for record in log.read("scores", partition, max_records=10_000)
-    ]
-    assert sorted(scored) == sorted(f"{policy}-{number}" for policy in POLICIES for number in range(EACH))
+    assert sorted(one.call for one in scores()) == sorted(
+        f"{policy}-{number}" for policy in POLICIES for number in range(EACH)
+    )
     for number, handler in second.worker.handlers().items():
         busy = {policy for policy, its in handler.status().items() if its["updates"]}
         assert busy == {
             f"acme/{p}" for p in POLICIES if partition_of(f"acme/{p}", log.partitions("episodes")) == number
         }
+
+    def status() -> Any:
+        return rewards(log, second.worker.handlers())
+
+    before = status()["acme/cards"]["version"]
+    with Installation(config("second")) as here:
+        kept = {folder.name for folder in (tmp_path / "second/rewards/acme/cards").iterdir()}
+        other = next(one.version for one in versions(here, "acme", "cards") if one.version in kept - {before})
+        assert obeyed(here, second, until, "promote", version=other).version == other
+        assert status()["acme/cards"]["version"] == other
+        back = obeyed(here, second, until, "rollback", to=before)
+    assert (back.version, status()["acme/cards"]["version"]) == (before, before)
+    assert "it likes lists" in back.reason
+    assert status()["acme/cards"]["pinned"].endswith("it likes lists")
+    assert status()["acme/loans"]["pinned"] is None, "the orders are one policy's"
+    log.append([episode("cards", EACH)])
+    until(lambda: done() == 2 * EACH + 1, deadline=40)
+    (last,) = (one for one in scores() if one.call == f"cards-{EACH}")
+    assert last.reward_version == before

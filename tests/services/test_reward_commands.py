@@ -22,6 +22,7 @@ from everloop.log import NewRecord, open_log
 
 from pipelines.archive import Archive
 from reward.handler import RewardHandler
+from reward.snapshot import CODE_VERSION
 from services import rewards
 from services.scorer.ordered import Ordered
 from services.stream import run_handler
@@ -152,6 +153,13 @@ def test_the_report_tells_topics_and_languages_apart_for_both_versions(desk: Hom
     assert any(share is not None and 0 <= share <= 1 for share in planted.values())
     assert 0 < parts["in English"]["whole"]["calls"] < 240, "such as 'about my card my'; most are in no language"
     assert set(report["sources"]) == set(versions)
+    for name in versions:  # as a release with other features finds them
+        path = desk.root / "rewards/default/assistant" / name / "model.json"
+        path.write_text(path.read_text().replace(CODE_VERSION, "0" * 16).replace('"curve"', '"line"'))
+    status, out, _ = said("reward", "report")
+    assert (status, "topic 0" in out) == (0, False)
+    assert all(f"{name} cannot be asked any more" in out for name in versions)
+    assert out.count("is of another release of the reward model") == 2
 
 
 def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
