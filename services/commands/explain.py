@@ -219,6 +219,8 @@ def told(its: dict[str, Any]) -> str:
     if its["quarantine"]:
         lines.append(f"quarantined, so nothing of it is trained on: {its['quarantine']}")
     lines += course.told([(one["turn"], one["before"], one["after"]) for one in its["course"]])
+    if len(its["turns"]) > 1 and not its["course"]:
+        lines.append("how it would end was not foretold: when its turns came, too few ends of episodes were learned")
     for turn in its["turns"]:
         lines += ["", *_turn_told(turn)]
     return "\n".join(lines)

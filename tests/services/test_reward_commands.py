@@ -278,6 +278,7 @@ def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
     assert f"P(ends well), as each turn came: {course[0]['before']:.2f} before turn 1; after turn 1: " in out
     assert "it rose most with turn 2, by 0." in out
     assert "it fell most with turn 2, by 0." in said("explain", "co_151")[1]
+    assert "how it would end was not foretold" in said("explain", "co_000")[1]
     stages = json.loads(said("reward", "report", "--json")[1])["courses"]
     assert list(stages) == [
         "before the first answer",
@@ -298,7 +299,9 @@ def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
 
 def test_of_single_answers_no_course_is_told(desk: Home, said: Callable[..., Any]) -> None:
     assert json.loads(said("explain", "ep_230", "--json")[1])["course"] == []
-    assert "ends well" not in said("explain", "ep_230")[1]
+    out = said("explain", "ep_230")[1]
+    assert "ends well" not in out
+    assert "how it would end" not in out
     assert json.loads(said("reward", "report", "--json")[1])["courses"] == {}
     assert "how episodes end" not in said("reward", "report")[1]
 
