@@ -31,6 +31,7 @@ CODE = (
     "comments",
     "course",
     "declaration",
+    "derived",
     "drift",
     "encoder",
     "evidence",

@@ -143,7 +143,7 @@ def _course(episode: Episode, scores: dict[str, Score]) -> list[dict[str, Any]]:
     """What was foretold of the end of an episode of several turns, when each turn was new; where nothing was, none."""
     from reward import course
 
-    turns = course.course_of(episode) if episode.positions[-1:] > [0] else []
+    turns = course.course_of(episode) if max(episode.positions, default=0) > 0 else []
     scored = [(number, scores.get(episode.turns[number].call.id)) for number in turns]
     return [
         {"turn": number + 1, "before": one.ends_well_before, "after": one.ends_well_after}

@@ -297,6 +297,19 @@ def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
     assert str(3 * stages["all of them"]["episodes"]) in out
 
 
+def test_what_is_no_moment_of_an_episode_is_not_in_its_course(
+    installation: Config, home: Home, letters: Any, said: Callable[..., Any]
+) -> None:
+    """A second answer to the same request, which nothing followed, and a call that failed."""
+    first, second, third = conversation(151).turns
+    sibling = second.model_copy(update={"call": second.call.model_copy(update={"id": "beside", "choice": 1})})
+    failed = third.model_copy(update={"call": third.call.model_copy(update={"id": "failed", "error": "refused"})})
+    odd = conversation(151).model_copy(update={"turns": (first, second, sibling, failed, third)})
+    taken(installation, home, letters, [*(conversation(number) for number in range(150)), odd])
+    course = json.loads(said("explain", odd.id, "--json")[1])["course"]
+    assert [one["turn"] for one in course] == [1, 2, 5]
+
+
 def test_of_single_answers_no_course_is_told(desk: Home, said: Callable[..., Any]) -> None:
     assert json.loads(said("explain", "ep_230", "--json")[1])["course"] == []
     out = said("explain", "ep_230")[1]
