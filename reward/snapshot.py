@@ -42,6 +42,7 @@ CODE = (
     "model",
     "poison",
     "propensity",
+    "probes",
     "prototypes",
     "reliability",
     "reservoir",
