@@ -45,6 +45,7 @@ CODE = (
     "poison",
     "probes",
     "propensity",
+    "probes",
     "prototypes",
     "reliability",
     "reservoir",
