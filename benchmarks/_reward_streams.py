@@ -204,7 +204,7 @@ class Remembering:
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
         if fresh:
             self._known.update(zip(fresh, self._encoder.encode(list(fresh.values())), strict=True))
-        return np.stack([self._known[key] for key in keys])
+        return np.array([self._known[key] for key in keys])
 
     def prepare(self, texts: Sequence[str]) -> None:
         """Encode these at once, and keep them on the disk."""

@@ -157,10 +157,10 @@ class Calibration:
         sure = np.tanh(slope / 2 * logits + shift / 2)  # -1: bad, 1: good; P(good) is half of it and a half
         heard = (1 - 2 * slips) * sure
         slopes = np.empty((4, len(sure)))  # of P(a label says good), by each parameter; last, how far it was off
-        slopes[1] = (0.25 - 0.5 * slips) * (1 - sure * sure)
-        slopes[0] = slopes[1] * logits
-        slopes[2] = -sure
-        slopes[3] = labels - 0.5 - 0.5 * heard
+        np.multiply(0.25 - 0.5 * slips, 1 - sure * sure, out=slopes[1])
+        np.multiply(slopes[1], logits, out=slopes[0])
+        np.negative(sure, out=slopes[2])
+        np.subtract(labels - 0.5, 0.5 * heard, out=slopes[3])
         known = (slopes[:3] / (0.25 + 1e-6 - 0.25 * heard * heard) @ slopes.T).tolist()
         for i, row in enumerate(known):
             row[i] += self.PRIOR[i]

@@ -132,7 +132,7 @@ class Encoder:
             self._known.update(vectors)
             while len(self._known) > self._remember:
                 self._known.popitem(last=False)
-        return np.stack([vectors[key] for key in keys]) if keys else np.zeros((0, self.size), np.float32)
+        return np.array([vectors[key] for key in keys]) if keys else np.zeros((0, self.size), np.float32)
 
     def _through_network(self, texts: list[str]) -> Vectors:
         import torch

@@ -7,6 +7,7 @@ differ by the labels that they see (bootstrap masks) and by their own features; 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +91,7 @@ class Heads:
     def step(self, lessons: Batch) -> bool:
         """One step on these lessons. One that would not be finite is not made; returns whether it was."""
         by_own, by_shared = gradients(self.own, self.shared, lessons)
-        if not (np.isfinite(by_own).all() and np.isfinite(by_shared).all()):
+        if not math.isfinite(float(np.vdot(by_own, by_own)) + float(np.vdot(by_shared, by_shared))):
             return False
         self.own_sums += by_own**2
         self.own -= OWN_RATE * self.learning_rate * by_own / np.sqrt(self.own_sums)

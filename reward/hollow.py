@@ -109,8 +109,10 @@ class Hollow:
             said: vectors of the distinct answers, (m, size); pairs: row of each prompt's.
         """
         self._read(encoder)
-        nearest = np.maximum.reduceat(said @ self._sayings.T, KINDS, axis=1)[pairs]
+        nearest = np.maximum.reduceat(said @ self._sayings.T, KINDS, axis=1).take(pairs, 0)
         prompt = np.maximum(np.vecdot(asked, said.take(pairs, 0)), self._unlike)
         beyond = (nearest - prompt[:, None]) / (1 - self._unlike)
-        beyond[[closes(prompt) for prompt in prompts]] = 0
-        return np.minimum(np.maximum((beyond - NEAR) / WIDTH, 0), 1).astype(np.float32)
+        closing = [closes(prompt) for prompt in prompts]
+        if any(closing):
+            beyond[closing] = 0
+        return np.minimum(np.maximum((beyond - NEAR) / WIDTH, 0), 1).astype(np.float32, copy=False)

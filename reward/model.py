@@ -328,7 +328,7 @@ class RewardModel:
         raw = self.heads.logits(seen.own, _neutral(seen.shared))
         logits = raw - self._by_length([label.example])
         expected, right = self._expected_of_label(logits, seen.topics)
-        if not (math.isfinite(expected) and math.isfinite(label.value) and np.isfinite(seen.shared).all()):
+        if not all(map(math.isfinite, (label.value, expected, *raw[:, 0].tolist()))):
             return self._refuse()
         members = _members(label.id, self.config.heads)
         good = label.value if label.certain else meant(label.value, right)
@@ -336,13 +336,12 @@ class RewardModel:
         self._remember(label.example.answer, seen.asked[0], seen.said[0], members, self.trace.good, self.trace.bad)
         weight = label.weight * label.rarity
         lesson = Lesson(seen.own[:, 0], seen.shared[0], label.value, weight, members)
-        self._step(lesson, seen.asked[0], label.example.structure.turn)
-        seen = seen._replace(topics=self.topics.of(seen.asked))  # it may have founded one
+        topic = self._step(lesson, seen.asked[0], label.example.structure.turn)
         said = GOOD if label.value > 0.5 else BAD
         self.length.add(said, length_of(label.example.answer), _mean(raw[:, 0].tolist()), label.weight)
         self.seen[label.value > 0.5] += 1
         if label.watched:
-            self.calibration.add(_mean(logits[:, 0].tolist()), expected, label.value, int(seen.topics[0]))
+            self.calibration.add(_mean(logits[:, 0].tolist()), expected, label.value, topic)
             self._answer(self.drift.told(label.value, expected))
         return expected
 
@@ -399,11 +398,14 @@ class RewardModel:
         if text.strip():
             self.changed_rows.add(self.prototypes.add(key_of(text), said, asked, members, good, bad))
 
-    def _step(self, lesson: Lesson, asked: Array, turn: int) -> None:
-        slot = self.reservoir.add(lesson, slice_of(self.topics.place(asked), turn))
+    def _step(self, lesson: Lesson, asked: Array, turn: int) -> int:
+        """Learn it and remember it; the topic that its prompt is of, which it may have founded."""
+        topic = self.topics.place(asked)
+        slot = self.reservoir.add(lesson, slice_of(topic, turn))
         self.changed_slots.add(slot)
         self.heads.step(self.reservoir.sample(beside=slot))
         self.updates += 1
+        return topic
 
 
 def _sides(pair: Pair) -> list[Example]:

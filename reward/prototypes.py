@@ -37,7 +37,7 @@ def _together(fit: Array) -> Array:
 
     Vectors are of length 1, so a fit is SHARPNESS at most, and no exponential too large.
     """
-    found: Array = np.log(np.exp(fit).sum(axis=0))
+    found: Array = np.log(np.add.reduce(np.exp(fit)))
     return found
 
 
@@ -150,7 +150,7 @@ class Prototypes:
         if width := len(self.rows):
             fit = self._centres[:width].reshape(-1, self.size) @ (SHARPNESS * prompts.T)
             fit = fit.reshape(width, self.heads, len(prompts))
-            mine[:], among[:] = fit[at, :, which].T, _together(fit)[:, which]
+            mine[:], among[:] = fit[at, :, which].T, _together(fit).take(which, 1)
             faults[:] = (self._faults[at] @ asked[:, :, None])[:, :, 0].T
             looked[3:] = self.counts[:, :, at]
         else:

@@ -16,6 +16,7 @@ from reward.heads import Batch, Lesson
 
 REPLAY = 64  # remembered lessons in each step, beside the new one
 RECENT = 512  # half of them are drawn from so many newest
+AHEAD = 16  # lessons whose draws are made together
 LATE = 2  # turns of an episode from which on they are one slice
 LABEL, WEIGHT, MEMBERS = 0, 1, 2  # columns of a row; after the members come each one's own features, then the shared
 
@@ -37,6 +38,8 @@ class Reservoir:
         self._heads = self._own = 0  # members, and own features of each
         self._rows = np.zeros((0, 0), np.float32)  # at least as many as there are marks
         self._drawn = np.zeros((0, 0), np.float32)  # where a sample is put
+        self._drawn_of = -1, 0  # the first count, and the turn, of the numbers that are made ahead
+        self._ahead = np.zeros((AHEAD, REPLAY), np.int64)
         self._slots: dict[int, int] = {}  # by number, oldest first
         self._slices: dict[int, dict[int, None]] = {}  # numbers of each slice, oldest first
         self._newest = np.full(RECENT, -1)  # slots of the newest numbers, each at its number's remainder; -1: given up
@@ -123,7 +126,7 @@ class Reservoir:
 
         The draw depends on the count and ``turn`` alone; what it gives holds until the next one.
         """
-        draws = _mixed((self.count << 20) + (turn << 8))
+        draws = self._draws(turn)
         newest = self._newest[self._newest >= 0]
         half = REPLAY // 2
         slots = np.empty(1 + REPLAY, np.int64)
@@ -136,9 +139,18 @@ class Reservoir:
         return self._batch(drawn)
 
 
-def _mixed(start: int) -> Any:
-    """REPLAY numbers below 2**31 that look drawn by chance, from ``start`` on (splitmix64; Steele et al. 2014)."""
-    bits = STREAM + np.uint64(start * GOLDEN % 2**64)
+    def _draws(self, turn: int) -> Any:
+        """REPLAY numbers of this count and turn. Those of AHEAD counts are made at once, which costs little more."""
+        first = self.count - self.count % AHEAD
+        if self._drawn_of != (first, turn):
+            self._drawn_of = first, turn
+            self._ahead = _mixed([((first + more) << 20) + (turn << 8) for more in range(AHEAD)])
+        return self._ahead[self.count - first]
+
+
+def _mixed(starts: list[int]) -> Any:
+    """From each start on REPLAY numbers below 2**31 that look drawn by chance (splitmix64; Steele et al. 2014)."""
+    bits = STREAM + np.array([start * GOLDEN % 2**64 for start in starts], np.uint64)[:, None]
     bits ^= bits >> SHIFTS[0]
     bits *= FACTORS[0]
     bits ^= bits >> SHIFTS[1]
