@@ -31,7 +31,7 @@ def take_back(desk: Desk, doomed: Sequence[tuple[Taught, Verdict]], known_of: Ca
         call = known.call(place.call)
         desk.take_back(taught)
         desk.guard.take_back(taught, verdict)
-        known.learned.remove(lesson.id)
+        known.learned = [name for name in known.learned if name != lesson.id]
         call.get("taught", {}).pop(lesson.id, None)
         call.setdefault("held", {})[lesson.id] = verdict.says
         if hearing.held(place.call, call) is None:
