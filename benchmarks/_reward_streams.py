@@ -6,6 +6,7 @@ trials of one task, are never recognised by one another. ``EVERLOOP_DATA`` names
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -127,11 +128,17 @@ def outcomes(seed: int, most: int | None) -> Stream:
 
 def recordings(seed: int, most: int | None = None) -> list[list[Episode]]:
     """The airline episodes, each with its outcome: all trials of five tasks at once."""
-    episodes = recorded.read(recorded.find(folder() / recorded.FILE, folder()))
-    tasks = sorted({one.task for one in episodes})
+    episodes = _recordings()
+    tasks = sorted({task for task, _ in episodes})
     random.Random(seed).shuffle(tasks)
     blocks = [tasks[at : at + TASKS_AT_ONCE] for at in range(0, len(tasks[:most]), TASKS_AT_ONCE)]
-    return [[_episode(one) for one in episodes if one.task in block] for block in blocks]
+    return [[one for task, one in episodes if task in block] for block in blocks]
+
+
+@functools.cache
+def _recordings() -> list[tuple[int, Episode]]:
+    """Every recorded episode with its task, in the file's order."""
+    return [(one.task, _episode(one)) for one in recorded.read(recorded.find(folder() / recorded.FILE, folder()))]
 
 
 def _outcome(episode: Episode) -> Moment:

@@ -96,6 +96,7 @@ def run(cell: Cell, encoder: Remembering) -> dict[str, Any]:
         "believed_others": _poisoned.believed(made.model, stream, False),
         "quarantined": poison["quarantined"],
         "cut": poison["cut_to_share"],
+        "taken_back": poison["taken_back"],
         "labels": made.status["labels"],
         "snapshots_refused": made.status["snapshots_refused"],
         "seconds": time.monotonic() - began,

@@ -27,9 +27,11 @@ MOST = 32  # turns of an episode that are learned at once: its first and its new
 
 
 class End(NamedTuple):
-    """What an episode came to: ``value`` 0 to 1, at which turn that was said, and how much it is worth."""
+    """What an episode came to: ``value`` 0 to 1, at which turn and of which call that was said, and how much it is
+    worth."""
 
     turn: int
+    call: str
     value: float
     weight: float
 
@@ -73,14 +75,14 @@ def ending(episode: Episode, calls: Calls) -> End | None:
     """What an episode came to, of what was learned of its calls; None: nobody said anything that was."""
     found = None
     words = evidence.words(episode)
-    for number in _course(episode, episode.positions, len(episode.turns) - 1):
+    for number in course_of(episode):
         name = episode.turns[number].call.id
         call = calls.get(name, {})
         trace = next((one for label, one in call.get("taught", {}).items() if label.startswith(f"{name}=")), None)
         measured = any(word.kind is FeedbackKind.OUTCOME for word in words[number])
         if trace is not None and (measured or found is None or not found[1]):
             value, good, bad, _ = trace
-            found = End(number, float(value), (good + bad) * call.get("rarity", 1.0)), measured
+            found = End(number, name, float(value), (good + bad) * call.get("rarity", 1.0)), measured
     return found[0] if found else None
 
 
@@ -95,8 +97,8 @@ def learn(
 ) -> None:
     """Learn what the moments of an episode came to; take back what it came to before, where that is something else.
 
-    ``known`` is remembered of the episode: the ``value`` of its end, and by call the number of the first of the two
-    lessons that it ``taught``.
+    ``known`` is remembered of the episode: the ``value`` of its end, the ``call`` of which that was said, and by call
+    the number of the first of the two lessons that it ``taught``.
     """
     values = model.values
     positions = episode.positions
@@ -105,27 +107,38 @@ def learn(
     if not values.begun:
         return
     end = ending(episode, calls) if teaches else None
-    turns = [] if end is None else _course(episode, positions, end.turn)
+    turns = [] if end is None else course_of(episode, end.turn)
     _take_back(model, known, end, {episode.turns[i].call.id for i in turns})
+    if end is None:
+        return
     turns = [*turns[: MOST // 2], *turns[MOST // 2 :][-MOST // 2 :]]
     taught = known.get("taught", {})
     new = [at for at, i in enumerate(turns) if episode.turns[i].call.id not in taught]
-    if end is None or not new:
-        return
-    its = moments(model, episode, examples, turns)
-    rows = np.array([row for at in new for row in (2 * at, 2 * at + 1)])
-    part = Moments(its.shared[rows], its.answered[rows], [its.slices[row] for row in rows])
-    numbers = values.learn(part, values.targets(its, end.value)[rows], end.weight, model.members(episode.id))
-    if numbers and "value" not in known:
-        known["value"] = end.value
+    if new:
+        its = moments(model, episode, examples, turns)
+        rows = np.array([row for at in new for row in (2 * at, 2 * at + 1)])
+        part = Moments(its.shared[rows], its.answered[rows], [its.slices[row] for row in rows])
+        numbers = values.learn(part, values.targets(its, end.value)[rows], end.weight, model.members(episode.id))
+        if not numbers:  # something was not finite
+            return
+        taught |= {episode.turns[turns[at]].call.id: first for at, first in zip(new, numbers[0::2], strict=True)}
+    if "value" not in known:
         values.count(end.value, 1)
-    for at, number in zip(new, numbers[0::2], strict=False):  # none, where something was not finite
-        known.setdefault("taught", {})[episode.turns[turns[at]].call.id] = number
+    known |= {"value": end.value, "call": end.call, "taught": taught}
 
 
-def _course(episode: Episode, positions: Sequence[int], last: int) -> list[int]:
-    """The turns up to this one: of each request its first answer, failed calls left out."""
-    firsts = [i for i in range(last + 1) if i == 0 or positions[i] != positions[i - 1]]
+def forget(model: RewardModel, known: dict[str, Any], call: str) -> None:
+    """Undo what an episode came to, where that was said of this call and is not believed any more. What else was said
+    of it is learned with its next version."""
+    if known.get("call") == call:
+        _take_back(model, known, None, set())
+
+
+def course_of(episode: Episode, last: int | None = None) -> list[int]:
+    """The turns up to this one (None: all): of each request its first answer, failed calls left out."""
+    positions = episode.positions
+    end = len(positions) if last is None else last + 1
+    firsts = [i for i in range(end) if i == 0 or positions[i] != positions[i - 1]]
     return [i for i in firsts if episode.turns[i].call.error is None]
 
 
@@ -137,6 +150,7 @@ def _take_back(model: RewardModel, known: dict[str, Any], end: End | None, stand
     model.values.silence([number for name in gone for number in (taught[name], taught.pop(name) + 1)])
     if other:
         model.values.count(known.pop("value"), -1)
+        del known["call"]
 
 
 def told(said: Sequence[tuple[int, float, float]]) -> list[str]:

@@ -166,7 +166,8 @@ def words_of(episode: Episode, number: int, lesson: Label | Pair) -> list[Feedba
     whole = episode.feedback if number == last_turn(episode) or is_credited(lesson) else ()
     words = [*episode.turns[number].feedback, *whole]
     if isinstance(lesson, Pair):
-        return [word for word in words if word.id == lesson.id]
+        call = episode.turns[number].call.id
+        return [word for word in words if lesson.id == (_corrects(call, word) if lesson.absolute else word.id)]
     labelling = (*SPOKEN, FeedbackKind.OUTCOME, FeedbackKind.CORRECTION)
     return [word for word in words if word.kind in labelling]
 
@@ -175,14 +176,14 @@ def lessons(episode: Episode, examples: list[Example], trust: Reliability = SUPP
     """What there is to learn from an episode, each with its turn. Ids name what was said: unchanged, it is the same.
 
     A label that an earlier version of the episode had and this one has not was revised or withdrawn: the handler takes
-    it back. A pair stays learned: what it was about is not said any more.
+    it back, as it does a pair.
     """
     found: list[tuple[int, Label | Pair]] = []
     for number, (turn, one, example) in enumerate(zip(episode.turns, said(episode, trust), examples, strict=True)):
         if turn.call.error is not None:
             continue
         found += [(number, label) for label in _labels(turn, one, example)]
-        found += [(number, pair) for pair in _pairs(one, example, trust)]
+        found += [(number, pair) for pair in _pairs(turn, one, example, trust)]
     return found + _credited(episode, examples, trust)
 
 
@@ -193,12 +194,17 @@ def _labels(turn: Turn, one: Said, example: Example) -> list[Label]:
     return [Label(name, example, one.value, weight=one.weight, certain=one.certain)]
 
 
-def _pairs(one: Said, example: Example, trust: Reliability) -> list[Pair]:
+def _corrects(call: str, word: Feedback) -> str:
+    """The id of the lesson that a correction is, of the call whose label it speaks for: see :func:`hearing.held`."""
+    return f"{call}=>{word.id}"
+
+
+def _pairs(turn: Turn, one: Said, example: Example, trust: Reliability) -> list[Pair]:
     better = [(word, word.text or "", example.answer, True) for word in one.corrections]
     better += [(word, word.chosen or "", word.rejected or "", False) for word in one.preferences]
     return [
         Pair(
-            word.id,
+            _corrects(turn.call.id, word) if absolute else word.id,
             example.prompt,
             chosen,
             rejected,

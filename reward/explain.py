@@ -38,6 +38,11 @@ WORDS = {
     "retries": "answers repeated before",
     "calls_tool": "it calls a tool",
     "cut_off": "it was cut off",
+    "asked_words": "how long the prompt is",
+    "asked_numbers": "how many numbers the prompt has",
+    "numbers_used": "share of the prompt's numbers that the answer has",
+    "numbers_given": "share of the answer's numbers that the prompt has",
+    "words_repeated": "share of the answer's words that are the prompt's",
 }
 
 

@@ -1,5 +1,7 @@
 """What the reward model sees of a call: two texts, and the structure of the episode up to it.
 
+Beside them, a few numbers of how much was asked and what the answer takes up of it, which an encoder hardly sees.
+
 ``prompt_text`` and ``answer_text`` are also what a trainer must use for its fresh rollouts, so that the model
 scores them on the same view. Style (length, lists, headings, emphasis) stands apart from the other features: the
 heads are trained with it, so that it can explain away what raters owe to it, and it is left out when they score (as
@@ -39,7 +41,7 @@ class Structure:
     finish: str | None = None
 
     def vector(self) -> list[float]:
-        """NAMES' numbers, each about 0 to 1."""
+        """STRUCTURE's numbers, each about 0 to 1."""
         return [
             math.log1p(self.turn) / 3,
             math.log1p(self.tools) / 3,
@@ -51,7 +53,9 @@ class Structure:
         ]
 
 
-NAMES = ("turn", "tools", "tool_error_share", "tool_errors", "retries", "calls_tool", "cut_off")
+STRUCTURE = ("turn", "tools", "tool_error_share", "tool_errors", "retries", "calls_tool", "cut_off")
+CONTENT = ("asked_words", "asked_numbers", "numbers_used", "numbers_given", "words_repeated")
+NAMES = (*STRUCTURE, *CONTENT)
 PRIOR = {
     "turn": -0.5,
     "tools": -0.5,
@@ -60,7 +64,7 @@ PRIOR = {
     "retries": -0.5,
     "calls_tool": 0.0,
     "cut_off": -1.0,
-}
+} | dict.fromkeys(CONTENT, 0.0)
 """Log-odds that each adds to an answer's being good, before anything was learned."""
 
 
@@ -71,6 +75,32 @@ class Example:
     prompt: str
     answer: str
     structure: Structure = Structure()
+
+
+def content_vector(example: Example) -> list[float]:
+    """CONTENT's numbers, each -2 to 2: of how much was asked, and of what the answer takes up of it.
+
+    The logarithms of the prompt's words and of its distinct numbers; the share of the prompt's numbers that the answer
+    has, the share of the answer's that the prompt has, and the share of the answer's words that are the prompt's.
+    """
+    asked, given = (set(NUMBER.findall(text)) for text in (example.prompt, example.answer))
+    words, said = example.prompt.lower().split(), example.answer.lower().split()
+    known = set(words)
+    return [
+        min(max(math.log1p(len(words)) - 3.5, -2.0), 2.0),
+        min(math.log1p(len(asked)) - 1, 2.0),
+        _share(len(asked & given), len(asked)),
+        _share(len(asked & given), len(given)),
+        _share(sum(word in known for word in said), len(said)),
+    ]
+
+
+def _share(part: int, whole: int) -> float:
+    """From -0.5 (none) to 0.5 (all); 0 of nothing."""
+    return part / whole - 0.5 if whole else 0.0
+
+
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def style_vector(answer: str) -> list[float]:

@@ -225,7 +225,7 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     _take_back(desk, read, known)
     for number, lesson in read.lessons:
         call = known.call(read.episode.turns[number].call.id)
-        if lesson.id in known.learned or lesson.id in call.get("held", {}):
+        if lesson.id in known.learned or any(lesson.id in one.get("held", {}) for one in known.calls.values()):
             continue
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
         if isinstance(lesson, Label):
@@ -236,14 +236,14 @@ def _learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         words = evidence.words_of(read.episode, number, lesson)
         said = max((word.time for word in words), default=read.episode.updated)
         place = Place(read.episode.id, read.episode.turns[number].call.id, said)
-        verdict = _weighed(desk, lesson, place, raters)
+        measured = any(word.kind is FeedbackKind.OUTCOME for word in words)
+        verdict = _weighed(desk, lesson, place, raters, measured)
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
             continue
         if isinstance(lesson, Label):
             hearing.spoke(desk.live, read.episode, read.examples, about, known.calls)
         able = desk.live.may_judge
-        measured = any(word.kind is FeedbackKind.OUTCOME for word in words)
         expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, place, raters, measured)
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
@@ -266,11 +266,11 @@ def _raters(episode: Episode, number: int, lesson: Label | Pair) -> list[str]:
     return [rater for word in words if (rater := word.rater or episode.subject)]
 
 
-def _weighed(desk: Desk, lesson: Label | Pair, place: Place, raters: Sequence[str]) -> poison.Verdict:
+def _weighed(desk: Desk, lesson: Label | Pair, place: Place, raters: Sequence[str], measured: bool) -> poison.Verdict:
     """What the guard makes of a lesson, whose share is all that it weighs; what it holds is kept for a person."""
     verdict = desk.guard.weigh(_in_all(lesson), raters, place.call, place.time, lambda: desk.agrees(lesson))
     if verdict.rule:
-        desk.guard.hold(lesson, verdict, *place, raters)
+        desk.guard.hold(lesson, verdict, place, raters, measured)
     return _each(lesson, verdict)
 
 
@@ -311,10 +311,15 @@ def _taken_back(state: State, desk: Desk, open_: dict[str, Known] | None = None)
             found[episode] = _known(state, desk, episode)
         return found[episode]
 
-    scores = unlearning.take_back(desk, known_of)
+    doomed = desk.guard.to_take_back()
+    if not doomed:
+        return []
+    time = max(taught.place.time for taught, _ in doomed)
+    frozen = [] if desk.version else [version_record(desk, time)]  # what scores has a name
+    scores = unlearning.take_back(desk, doomed, known_of)
     for episode, known in found.items():
         _keep(state, desk, episode, known)
-    return [score_record(score) for score in scores]
+    return [*frozen, *map(score_record, scores)]
 
 
 def _let_in(state: State, desk: Desk) -> list[NewRecord]:
@@ -322,19 +327,18 @@ def _let_in(state: State, desk: Desk) -> list[NewRecord]:
     hand."""
     outputs = []
     for about, lesson in desk.guard.vouched():
+        place = Place(about["episode"], about["call"], about["time"])
         verdict = _each(lesson, desk.guard.admit(_in_all(lesson), about["raters"]))
         if verdict.rule:
-            desk.guard.hold(lesson, verdict, about["episode"], about["call"], about["time"], about["raters"])
+            desk.guard.hold(lesson, verdict, place, about["raters"], about["measured"])
             continue
         known = _known(state, desk, about["episode"])
         call = known.call(about["call"])
         call.get("held", {}).pop(lesson.id, None)
         desk.guard.drop(lesson.id)
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
-        place = Place(about["episode"], about["call"], about["time"])
-        measured = isinstance(lesson, Label) and lesson.certain  # or corrected: which of them, nobody knows here
         lesson = poison.weighted(lesson, verdict.weight)
-        expected, due = _teach(desk, lesson, known, place, about["raters"], measured)
+        expected, due = _teach(desk, lesson, known, place, about["raters"], about["measured"])
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             desk.watch.label(lesson.value, lesson.rarity)
@@ -347,9 +351,8 @@ def _take_back(desk: Desk, read: Read, known: Known) -> None:
     """Undo what was revised or withdrawn, so that a word said again later is learned again. A pair of long ago, which
     the guard remembers no more, stays learned."""
     standing = {lesson.id for _, lesson in read.lessons}
-    for name in [name for name in known.learned if name not in standing]:
-        taught = desk.guard.taught.get(name)
-        if taught is not None and isinstance(taught.lesson, Pair):
+    for name in [name for name in known.learned if name not in standing and name in desk.guard.taught.kept]:
+        if isinstance((taught := desk.guard.taught.get(name)).lesson, Pair):
             desk.take_back(taught)
             desk.guard.forget(name)
             known.learned.remove(name)

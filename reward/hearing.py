@@ -74,8 +74,8 @@ def spoke(model: RewardModel, episode: Episode, examples: list[Example], number:
 
 
 def held(name: str, call: dict[str, Any]) -> str | None:
-    """Why people's words of a call are not believed; None: they are. What is held of a pair, or of an episode as a
-    whole for its earlier answers, leaves the label of the call itself alone."""
+    """Why people's words of a call are not believed; None: they are. What is held of a preference, or of an episode
+    as a whole for its earlier answers, leaves the label of the call itself alone; a correction is of its label."""
     return next((why for lesson, why in call.get("held", {}).items() if lesson.startswith(f"{name}=")), None)
 
 

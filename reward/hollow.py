@@ -66,7 +66,7 @@ SAYINGS = {
     ),
 }
 NAMES = tuple(SAYINGS)
-PRIOR = (-3.0, -3.0, -3.0, -3.0, 0.0, 0.0)
+PRIOR = (-1.5, -1.5, -1.5, -2.5, 0.0, 0.0)
 """Log-odds that each kind adds at the start. To decline or to ask back is often right: that, labels alone decide."""
 NEAR, WIDTH = 0.35, 0.15  # by how much nearer to a saying than to its prompt an answer begins to be of its kind
 KINDS = np.cumsum([0, *map(len, SAYINGS.values())])[:-1]  # where each kind begins among all sayings

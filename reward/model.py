@@ -143,7 +143,8 @@ def shared_features(prompts: Array, answers: Array, examples: Sequence[Example],
     """(n, SHARED + 3·size): structure, style (nothing of it where not ``style``), the texts' vectors, their product."""
     size = prompts.shape[1]
     made = np.zeros((len(examples), SHARED + 3 * size), np.float32)
-    made[:, : len(features.NAMES)] = [example.structure.vector() for example in examples]
+    known = [[*example.structure.vector(), *features.content_vector(example)] for example in examples]
+    made[:, : len(features.NAMES)] = known
     if style:
         made[:, STYLE_COLUMNS] = [features.style_vector(example.answer) for example in examples]
     made[:, :SHARED] *= EMPHASIS

@@ -20,8 +20,8 @@ is no burst, and nothing is while little is known.
 **One answer.** More than PUSHES lessons of one rater in favour of one answer (or against it) in the window, of that
 rater's lessons more than PUSHED times the part that the answer has of all others', and the model does not think so
 itself. So what is right for many is nobody's push, nor what somebody says again and again and is right about; answers
-that never recur are none. From a rater of whom SUSPECT such lessons or duplicates were held, and half as many as
-were learned, nothing is learned any more.
+that never recur are none. From a rater of whom SUSPECT such lessons were held, and half as many as were learned,
+nothing is learned any more.
 
 Who is heard no more, by this rule or by a person's order, is *guilty*: what he taught is taken back, as far as it is
 remembered (:mod:`reward.taught`) and nobody else said it with him, and is held from then on.
@@ -43,7 +43,7 @@ from typing import Any, NamedTuple, TypeVar
 import ormsgpack
 
 from reward.model import Label, Pair
-from reward.taught import Lessons, Taught, name_of, packed, unpacked
+from reward.taught import Lessons, Place, Taught, name_of, packed, unpacked
 
 WORDS = re.compile(r"\w+")
 MOST_SHARE = 0.01
@@ -59,7 +59,7 @@ MOST_HELD = 1000
 LEAST = 0.05  # of a lesson's weight: with less, it is held
 PUSHES = 1  # lessons of one rater for one answer that nothing is asked of
 PUSHED = 3.0
-SUSPECT = 3  # pushes and duplicates, and half as many as were learned of him, from which on a rater is held altogether
+SUSPECT = 3  # pushes, and half as many as were learned of him, from which on a rater is held altogether
 RULES = (
     "burst of a rater",
     "burst about a call",
@@ -201,14 +201,7 @@ class Guard:
     def _twin(self, seen: Seen) -> Verdict | None:
         if not seen.raters or self._numbers[seen.twin] < TWINS or self.trusted.issuperset(seen.raters):
             return None
-        for rater in seen.raters:
-            self._count(rater)
         return _held(RULES[3], seen.raters[0], f"one rater said the same of the same words {TWINS} times before")
-
-    def _count(self, rater: str) -> None:
-        """Count a push, or a repetition, against a rater."""
-        if rater in self.pushes or len(self.pushes) < WATCHED:
-            self.pushes[rater] += 1
 
     def _push(self, seen: Seen, believed: Callable[[], bool]) -> Verdict | None:
         for rater in seen.raters:
@@ -216,11 +209,12 @@ class Guard:
                 continue
             its, mine = self._numbers[_both(rater, seen.answer)], self._numbers[rater]
             if self._pushes_on(rater):
-                says = f"{self.pushes[rater]} words of one rater were repeated or for one answer, {mine} are learned"
+                says = f"{self.pushes[rater]} words of one rater were for one answer, {mine} are learned"
                 return _held(RULES[4], rater, says)
             others = (self._numbers[seen.answer] - its + 1) / (len(self._slot_of) - mine + 1)
             if its >= PUSHES and its + 1 > PUSHED * (mine + 1) * others and not believed():
-                self._count(rater)
+                if rater in self.pushes or len(self.pushes) < WATCHED:
+                    self.pushes[rater] += 1
                 return _held(RULES[4], rater, f"{its} of {mine} words of one rater are for one answer already")
         return None
 
@@ -233,23 +227,21 @@ class Guard:
 
     def to_take_back(self) -> list[tuple[Taught, Verdict]]:
         """What raters who are heard no more have taught and nobody said with them, with what is to be said of it."""
-        names = [*self.distrusted, *(name for name, pushes in self.pushes.items() if pushes >= SUSPECT)]
+        raters = [*self.distrusted, *(name for name, pushes in self.pushes.items() if pushes >= SUSPECT)]
         found = {}
-        for name in filter(self.guilty, sorted(names)):
+        for name in filter(self.guilty, sorted(raters)):
             rule = RULES[6] if name in self.distrusted else RULES[4]
-            says = (
-                ORDERED if name in self.distrusted else "its rater pushed one answer, or said the same again and again"
-            )
-            for taught in self.taught.of(name):
-                if all(map(self.guilty, taught.names)):
-                    found[taught.lesson.id] = taught, _held(rule, name, f"taken back: {says}")
+            says = ORDERED if name in self.distrusted else "its rater pushed one answer"
+            for lesson, names in self.taught.of(name).items():
+                if all(map(self.guilty, names)):
+                    found[lesson] = self.taught.get(lesson), _held(rule, name, f"taken back: {says}")
         return list(found.values())
 
     def take_back(self, taught: Taught, verdict: Verdict) -> None:
         """Note that a lesson is learned no more, and is held."""
         self.forget(taught.lesson.id)
         self.counted["taken back"] += 1
-        self.hold(taught.lesson, verdict, *taught.place, taught.raters)
+        self.hold(taught.lesson, verdict, taught.place, taught.raters, taught.measured)
 
     def _cut(self, seen: Seen) -> Verdict:
         """x with held + x ≤ share · (all + x), for the rater who has least left; each has an equal part of x."""
@@ -304,14 +296,12 @@ class Guard:
         """Each known rater's share of the window's weight."""
         return {name: weight / self._named for name, weight in self._weights.items()} if self._named else {}
 
-    def hold(
-        self, lesson: Label | Pair, verdict: Verdict, episode: str, call: str, time: float, raters: Sequence[str]
-    ) -> None:
+    def hold(self, lesson: Label | Pair, verdict: Verdict, place: Place, raters: Sequence[str], measured: bool) -> None:
         """Keep a lesson for a person to look at; the oldest goes where there are too many."""
-        about = {"rule": verdict.rule, "name": verdict.name, "says": verdict.says, "episode": episode, "call": call}
-        kept = {**about, "time": time, "raters": list(raters), "lesson": packed(lesson)}
+        about = {"rule": verdict.rule, "name": verdict.name, "says": verdict.says, **place._asdict()}
+        kept = {**about, "raters": list(raters), "measured": measured, "lesson": packed(lesson)}
         newest = next(reversed(self.held), lesson.id)
-        self.held[lesson.id], self._said[lesson.id] = ormsgpack.packb(kept), time
+        self.held[lesson.id], self._said[lesson.id] = ormsgpack.packb(kept), place.time
         self._changed_held.add(lesson.id)
         if self._when(lesson.id) < self._when(newest):  # what is taken back was said long ago
             self.held = dict(sorted(self.held.items(), key=lambda item: self._when(item[0])))
@@ -370,7 +360,9 @@ class Guard:
     def status(self, most: int = 20) -> dict[str, Any]:
         """JSON values: counts by rule, how many are held and the newest of them, and the largest share."""
         newest = [ormsgpack.unpackb(one) for one in list(self.held.values())[-most:]]
-        shown = [{key: one[key] for key in one if key not in ("lesson", "raters")} for one in reversed(newest)]
+        shown = [
+            {key: one[key] for key in one if key not in ("lesson", "raters", "measured")} for one in reversed(newest)
+        ]
         return {
             "quarantined": {rule: self.counted[rule] for rule in RULES if self.counted[rule]},
             "cut_to_share": self.counted["cut"],

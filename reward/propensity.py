@@ -27,7 +27,7 @@ PRIOR = 1.0  # precision of each coefficient around none
 LONG = 5_000.0  # calls, and labels, over which means are formed
 FADE = 1 - 1 / LONG  # of what is known, a call
 LENGTHS = 2  # of the style's numbers: those of length
-SIZE = len(features.NAMES) + LENGTHS
+SIZE = len(features.STRUCTURE) + LENGTHS
 
 
 class Propensity:

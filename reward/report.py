@@ -63,8 +63,8 @@ def courses(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     firsts = [its[0] for its in known.values() if 0 in its]
     found = {"before the first answer": [(row.ends_well_before, row.ended) for row in firsts]}
     for name, share in STAGES.items():
-        at = [(its, max(1, math.ceil(share * row.turns)) - 1) for its in known.values() for row in [*its.values()][:1]]
-        found[name] = [(its[turn].ends_well_after, its[turn].ended) for its, turn in at if turn in its]
+        there = [its.get(max(1, math.ceil(share * next(iter(its.values())).turns)) - 1) for its in known.values()]
+        found[name] = [(row.ends_well_after, row.ended) for row in there if row is not None]
     return {name: {"episodes": len(pairs), "auc": _auc(pairs)} for name, pairs in found.items() if pairs}
 
 

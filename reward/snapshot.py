@@ -31,6 +31,7 @@ CODE = (
     "comments",
     "course",
     "declaration",
+    "derived",
     "drift",
     "encoder",
     "evidence",
@@ -42,7 +43,9 @@ CODE = (
     "length",
     "model",
     "poison",
+    "probes",
     "propensity",
+    "probes",
     "prototypes",
     "reliability",
     "reservoir",
@@ -167,10 +170,19 @@ def load(folder: Path, encoder: Vectors) -> RewardModel:
         model.declaration = model.reliability.declaration
         _take(model, facts, arrays)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ContractError(f"{folder} is not a whole snapshot of a reward model: {error!r}") from None
+        raise ContractError(f"{folder} {_unusable(folder)}: {error!r}") from None
     if facts["code"] == CODE_VERSION and version_of(model) != folder.name:
         raise ContractError(f"{folder} does not have the content that its name says")
     return model
+
+
+def _unusable(folder: Path) -> str:
+    """Why a snapshot that cannot be taken up may be so."""
+    try:
+        other = facts_of(folder)["code"] != CODE_VERSION
+    except (ContractError, KeyError):
+        other = False
+    return "is of another release of the reward model" if other else "is not a whole snapshot of a reward model"
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Lessons:
     def __init__(self, most: int = MOST) -> None:
         self.most = most
         self.kept: dict[str, bytes] = {}
-        self._of: dict[str, dict[str, None]] = {}
+        self._names: dict[str, list[str]] = {}  # who taught each
+        self._of: dict[str, dict[str, None]] = {}  # what each of them taught
         self._changed: set[str] = set()
 
     def note(self, taught: Taught) -> None:
@@ -65,26 +66,24 @@ class Lessons:
             self.drop(next(iter(self.kept)))
 
     def _put(self, lesson: str, held: bytes, names: list[str]) -> None:
-        self.kept[lesson] = held
+        self.kept[lesson], self._names[lesson] = held, names
         for name in names:
             self._of.setdefault(name, {})[lesson] = None
 
-    def of(self, name: str) -> list[Taught]:
-        """What the rater of this name taught, alone or with others."""
-        return [_taught(self.kept[lesson]) for lesson in self._of.get(name, ())]
+    def of(self, name: str) -> dict[str, list[str]]:
+        """What the rater of this name taught: by lesson, the names of all who did."""
+        return {lesson: self._names[lesson] for lesson in self._of.get(name, ())}
 
-    def get(self, lesson: str) -> Taught | None:
-        """None: it was never noted, or made room for newer ones."""
-        held = self.kept.get(lesson)
-        return None if held is None else _taught(held)
+    def get(self, lesson: str) -> Taught:
+        """Raises KeyError where it was never noted, or made room for newer ones."""
+        return _taught(self.kept[lesson])
 
     def drop(self, lesson: str) -> None:
         """Remember it no more."""
-        held = self.kept.pop(lesson, None)
-        if held is None:
+        if self.kept.pop(lesson, None) is None:
             return
         self._changed.add(lesson)
-        for name in _taught(held).names:
+        for name in self._names.pop(lesson):
             del self._of[name][lesson]
             if not self._of[name]:
                 del self._of[name]

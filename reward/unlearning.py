@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from everloop.score import Score
 
-from reward import hearing
+from reward import course, hearing
 from reward.desk import Desk
-from reward.evidence import is_credited
 from reward.features import Example
-from reward.model import Pair
-from reward.taught import Place
+from reward.model import Label, Pair
+from reward.poison import Verdict
+from reward.taught import Place, Taught
 
 if TYPE_CHECKING:
     from reward.handler import Known
 
 
-def take_back(desk: Desk, known_of: Callable[[str], Known]) -> list[Score]:
+def take_back(desk: Desk, doomed: Sequence[tuple[Taught, Verdict]], known_of: Callable[[str], Known]) -> list[Score]:
     """Undo what is to be taken back, and hold it; returns the scores that change with it.
 
     ``known_of``: what is remembered of an episode by its id, which is changed here. What is held is in no score, so
     that a call's is the opinion of the version that scores: nothing of the episode is needed for that.
     """
     scores = []
-    for taught, verdict in desk.guard.to_take_back():
+    for taught, verdict in doomed:
         lesson, place = taught.lesson, taught.place
         known = known_of(place.episode)
         call = known.call(place.call)
         desk.take_back(taught)
         desk.guard.take_back(taught, verdict)
-        known.learned.remove(lesson.id)
+        known.learned = [name for name in known.learned if name != lesson.id]
         call.get("taught", {}).pop(lesson.id, None)
         call.setdefault("held", {})[lesson.id] = verdict.says
-        if isinstance(lesson, Pair) or is_credited(lesson):
-            continue  # the call's score was not made of it
+        if hearing.held(place.call, call) is None:
+            continue  # a preference, or of the episode as a whole: the call's score was not made of it
+        course.forget(desk.live, known.end, place.call)
         hearing.unheard(desk.live, place.call, call)
         if "scored" in call:
             call["scored"] = b""  # the next version of the episode is scored whatever is said in it
-            scores += [] if taught.measured else [_score(desk, lesson.example, taught.place, known, verdict.says)]
+            scores += [] if taught.measured else [_score(desk, _answer(lesson), taught.place, known, verdict.says)]
     return scores
+
+
+def _answer(lesson: Label | Pair) -> Example:
+    """The answer that a lesson is about: of a correction, the one that was corrected."""
+    if isinstance(lesson, Pair):
+        return Example(lesson.prompt, lesson.rejected, lesson.structure)
+    return lesson.example
 
 
 def _score(desk: Desk, example: Example, place: Place, known: Known, why: str) -> Score:
     """The call's score by the model's opinion alone."""
     (estimate,) = desk.estimate([example])
+    ends_well = known.call(place.call).get("course", (None, None))
     return Score(
         tenant=desk.tenant,
         policy=desk.policy,
@@ -61,5 +70,7 @@ def _score(desk: Desk, example: Example, place: Place, known: Known, why: str) -
         label=None,
         predicted=known.call(place.call).get("predicted"),
         quarantined=why,
+        ends_well_before=ends_well[0],
+        ends_well_after=ends_well[1],
         time=place.time,
     )

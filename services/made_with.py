@@ -54,6 +54,8 @@ def check(config: Config, home: Home) -> None:
     if not held or held & named:
         return
     given, made = source(), remembered(home)
+    if given is not None and given == made:  # its policies were renamed, or others took their place
+        return
     ours = f"the configuration {given}" if given else "the default configuration (there is no everloop.toml here)"
     mend = f"--config {made}" if made else "the --config that it was started with"
     raise ConfigError(

@@ -141,12 +141,14 @@ def _beside(store: Store, scores: Iterable[Score]) -> dict[str, list[dict[str, A
 
 def _course(episode: Episode, scores: dict[str, Score]) -> list[dict[str, Any]]:
     """What was foretold of the end of an episode of several turns, when each turn was new; where nothing was, none."""
-    both = [scores[turn.call.id] for turn in episode.turns if turn.call.id in scores and len(episode.turns) > 1]
-    turns = {turn.call.id: number for number, turn in enumerate(episode.turns, 1)}
+    from reward import course
+
+    turns = course.course_of(episode) if max(episode.positions, default=0) > 0 else []
+    scored = [(number, scores.get(episode.turns[number].call.id)) for number in turns]
     return [
-        {"turn": turns[one.call], "before": one.ends_well_before, "after": one.ends_well_after}
-        for one in both
-        if one.ends_well_before is not None and one.ends_well_after is not None
+        {"turn": number + 1, "before": one.ends_well_before, "after": one.ends_well_after}
+        for number, one in scored
+        if one is not None and one.ends_well_before is not None and one.ends_well_after is not None
     ]
 
 
@@ -217,6 +219,8 @@ def told(its: dict[str, Any]) -> str:
     if its["quarantine"]:
         lines.append(f"quarantined, so nothing of it is trained on: {its['quarantine']}")
     lines += course.told([(one["turn"], one["before"], one["after"]) for one in its["course"]])
+    if len(its["turns"]) > 1 and not its["course"]:
+        lines.append("how it would end was not foretold: when its turns came, too few ends of episodes were learned")
     for turn in its["turns"]:
         lines += ["", *_turn_told(turn)]
     return "\n".join(lines)

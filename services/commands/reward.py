@@ -14,7 +14,6 @@ resume     after a rollback: snapshots that pass take over again
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +121,7 @@ def _report(options: argparse.Namespace, here: Installation, tenant: str, policy
             "them, a few seconds after it is answered"
         )
     names = [one.version for one in reversed(released[-2:])]
-    snapshots = _snapshots(here, tenant, policy, names)
+    snapshots, gone = _snapshots(here, tenant, policy, names)
     parts, planted = sliced(rows, names, snapshots)
     result = {
         "policy": f"{tenant}/{policy}",
@@ -131,6 +130,7 @@ def _report(options: argparse.Namespace, here: Installation, tenant: str, policy
         "slices": parts,
         "planted": planted,
         "sources": {name: model.reliability.status() for name, model in snapshots.items()},
+        "gone": gone,
         "courses": courses(rows),
         "reliability": diagram(rows),
         "auc_over_time": over_time(rows),
@@ -141,15 +141,20 @@ def _report(options: argparse.Namespace, here: Installation, tenant: str, policy
     return 0
 
 
-def _snapshots(here: Installation, tenant: str, policy: str, names: list[str]) -> dict[str, RewardModel]:
-    """The models of versions whose snapshots are still kept, with one encoder, so that a text is read once."""
+def _snapshots(
+    here: Installation, tenant: str, policy: str, names: list[str]
+) -> tuple[dict[str, RewardModel], dict[str, str]]:
+    """The models of versions whose snapshots are still of use, with one encoder, so that a text is read once; and of
+    the others why they are not."""
     from services.rewards import encoder_of, loaded
 
-    found, encoder = {}, encoder_of(here, tenant, policy)
+    found, gone, encoder = {}, {}, encoder_of(here, tenant, policy)
     for name in names:
-        with contextlib.suppress(ContractError):
+        try:
             found[name] = loaded(here, tenant, policy, name, encoder)[1]
-    return found
+        except ContractError as error:
+            gone[name] = str(error)
+    return found, gone
 
 
 def _compare(options: argparse.Namespace, here: Installation, tenant: str, policy: str) -> int:

@@ -74,6 +74,8 @@ def told(result: Mapping[str, Any]) -> str:
         rows = [[source, *(its[column] for column in SOURCES)] for source, its in sources.items()]
         if rows:
             lines += ["", f"how far each source is believed by {name}", table(["source", *SOURCES.values()], rows)]
+    for name, why in result["gone"].items():
+        lines += ["", f"{name} cannot be asked any more, so its planted pairs, sources and topics are not told: {why}"]
     return "\n".join([*lines, "", LEGEND])
 
 

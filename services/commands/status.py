@@ -202,7 +202,10 @@ def _reward(its: dict[str, Any]) -> Iterator[str]:
     yield f"                the live one: {quality}{calibration}, {its.get('labels', 0)} labels{refused}"
     if its.get("pinned"):
         yield f"                kept {its['pinned']}; 'everloop reward resume' ends that"
-    held = (its.get("poison") or {}).get("quarantined") or {}
+    poison = its.get("poison") or {}
+    held = {**(poison.get("quarantined") or {})}
+    if poison.get("taken_back"):
+        held["taken back"] = poison["taken_back"]
     if held:
         yield f"                words held: {', '.join(f'{count} x {rule}' for rule, count in held.items())}"
     if its.get("drift"):

@@ -38,11 +38,11 @@ def test_how_good_the_version_that_scores_is_stands_apart_from_the_live_one() ->
 
 def test_what_did_not_take_over_who_keeps_it_and_what_guards_did_is_told() -> None:
     changed = {"snapshots_refused": 3, "snapshots_waited": 2, "pinned": "by ada: it likes lists", "frozen": True}
-    guards = {"poison": {"quarantined": {"duplicate": 2}}, "drift": "what is asked has changed 1x"}
+    guards = {"poison": {"quarantined": {"duplicate": 2}, "taken_back": 3}, "drift": "what is asked has changed 1x"}
     _, first, *more = _reward(ITS | changed | guards)
     assert first.endswith("600 labels, 3 versions refused, 2 versions waited")
     assert [line.strip() for line in more] == [
         "kept by ada: it likes lists; 'everloop reward resume' ends that",
-        "words held: 2 x duplicate",
+        "words held: 2 x duplicate, 3 x taken back",
         "what is asked has changed 1x; its opinions are kept from training for now",
     ]

@@ -190,6 +190,7 @@ def test_each_run_s_candidate_is_one_window(fold: Fold):
         ["run-a", pytest.approx(0.2), 0.02, 100, 3.0],
         ["run-b", pytest.approx(0.2), -0.01, 100, 5.0],
     ]
+    assert (facts.live, facts.lives) == ("base", ["base"]), "what was refused is nothing that a run begins from"
     without = RELEASES, Release(id="c", **BY, adapter="c", uri="u", evidence={"run": "c"}, time=6.0)
     assert fold.read(without).windows == facts.windows
 

@@ -12,6 +12,7 @@ from reward.calibration import auc
 from reward.features import examples
 from reward.handler import RewardHandler
 from reward.model import RewardModel
+from reward.poison import name_of
 from tests.reward.conftest import run
 from trainer import advantages
 
@@ -199,6 +200,31 @@ def test_a_course_that_goes_on_teaches_its_new_turns_alone_and_a_withdrawn_word_
     assert [live(handler).values.reservoir.count, live(handler).values.ended] == [6, [0, 1]]
     run(handler, state, kit.records(said(3, 1).model_copy(update={"version": 50}), start=2))
     assert [weight > 0 for weight in weights(live(handler))] == [True] * 4 + [False] * 2
+
+
+def test_an_end_that_only_somebody_said_who_is_heard_no_more_is_taken_back(home, words, kit):
+    def handler(**reward):
+        tenants = {"default": {"policies": {"assistant": {"reward": reward}}}}
+        return RewardHandler(Config.model_validate({"home": home.root, "tenants": tenants}), home, lambda name: words)
+
+    def thumbed(number):
+        made = planted(kit, number, (), version=20)
+        said = kit.thumb(1 if number % 2 == 0 else -1, f"t{number}", 60.0 * number, rater=f"r{number}")
+        last = made.turns[-1].model_copy(update={"feedback": (said,)})
+        return made.model_copy(update={"turns": (*made.turns[:-1], last)})
+
+    state, traffic = kit.MemoryState(), [thumbed(i) for i in range(60)]
+    run(handler(), state, kit.records(*traffic))
+    heard_less = handler(distrusted=[name_of("rater", "r51")])
+    (score,) = kit.decoded(Score, heard_less.flush(state, 0.0), "scores")
+    assert (score.episode, score.ends_well_after is not None) == ("ep_51", True)
+    assert live(heard_less).values.ended == [29, 30]
+    assert weights(live(heard_less))[51 * 6 : 52 * 6] == [0.0] * 6
+    assert sum(weight > 0 for weight in weights(live(heard_less))) == 59 * 6
+    again = thumbed(51)
+    measured = again.model_copy(update={"version": 30, "feedback": (outcome(1.0),)})
+    run(heard_less, state, kit.records(measured, start=60))
+    assert live(heard_less).values.ended == [29, 31], "what was measured stands"
 
 
 def test_an_outcome_decides_what_a_later_thumb_says_otherwise_of(new_handler, kit):

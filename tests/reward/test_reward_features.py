@@ -2,10 +2,22 @@
 
 import math
 
+import pytest
 from everloop.episode import Turn
 from everloop.event import Call, Message, ToolResult
 
-from reward.features import NAMES, STYLES, answer_text, examples, prompt_text, structures, style_vector
+from reward.features import (
+    CONTENT,
+    STRUCTURE,
+    STYLES,
+    Example,
+    answer_text,
+    content_vector,
+    examples,
+    prompt_text,
+    structures,
+    style_vector,
+)
 
 
 def say(role, content=None, **fields):
@@ -53,7 +65,7 @@ def test_structure_counts_what_was_before_the_answer(kit):
     assert (first.tools, first.tool_errors, first.retries) == (0, 0, 0)
     assert (second.tools, second.tool_errors, second.retries) == (4, 3, 1)
     assert (third.turn, third.retries) == (2, 1)
-    assert dict(zip(NAMES, third.vector(), strict=True))["tool_error_share"] == 0.75
+    assert dict(zip(STRUCTURE, third.vector(), strict=True))["tool_error_share"] == 0.75
 
 
 def test_a_turn_without_text_or_messages_is_data_not_a_crash(kit):
@@ -72,3 +84,17 @@ def test_style_counts_what_only_looks():
     shown = style_vector("# Plan\n- **one**!\n2. two\n```\n3 apples - none\n```")
     counts = [round(math.exp(3 * value) - 1) for value in shown[2:]]
     assert counts == [2, 1, 2, 2, 1, 5]
+
+
+def test_how_much_was_asked_and_taken_up():
+    asked = "Ann has 12 pears and 3 bags, Bob has 1,200 pears. How many pears?"
+    found = dict(zip(CONTENT, content_vector(Example(asked, "12 * 3 = 36 pears")), strict=True))
+    assert found["numbers_used"] == pytest.approx(2 / 3 - 0.5)
+    assert found["numbers_given"] == pytest.approx(2 / 3 - 0.5)
+    assert found["words_repeated"] == pytest.approx(3 / 6 - 0.5), "12, 3 and pears"
+    longer = dict(zip(CONTENT, content_vector(Example(f"{asked} Think of 5, 6 and 7", "36")), strict=True))
+    assert longer["asked_words"] > found["asked_words"]
+    assert longer["asked_numbers"] > found["asked_numbers"]
+    assert longer["numbers_used"] == -0.5
+    assert content_vector(Example("", ""))[2:] == [0.0, 0.0, 0.0], "nothing was there to be taken up"
+    assert max(map(abs, content_vector(Example("7 8 " * 10_000, "")))) <= 2

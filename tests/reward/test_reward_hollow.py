@@ -36,6 +36,7 @@ def test_nothing_that_is_measured_with_is_taught():
     assert not plain[0] & plain[1]
 
 
+@pytest.mark.models
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
@@ -55,6 +56,7 @@ def test_paraphrases_are_told_by_kind_and_answers_are_not(minilm, answer, kind):
     assert max(of(minilm, answer, answer).values()) == 0, "what is like its own prompt fits that one"
 
 
+@pytest.mark.models
 def test_it_does_not_hang_on_how_alike_an_encoder_finds_all_texts(minilm):
     class Alike:
         """Every two texts have most of their vectors in common, as with many larger encoders."""
@@ -85,6 +87,7 @@ def beats(model, prompt, first, second):
     return np.mean(one.logits) > np.mean(other.logits)
 
 
+@pytest.mark.models
 def test_it_loses_before_anything_was_learned_and_may_win_where_it_belongs(minilm):
     model = RewardModel(RewardConfig(), minilm)
     kinds = [(kind, text) for kind, text in NOTHING.values() if kind not in ("declines", "asks back")]
@@ -93,6 +96,7 @@ def test_it_loses_before_anything_was_learned_and_may_win_where_it_belongs(minil
     assert beats(model, "Thanks!", "You're welcome!", RIGHT)
 
 
+@pytest.mark.models
 def test_what_several_people_rate_well_wins_where_they_do(minilm):
     """The same sentence, to prompts that it was rated well for, against an answer that was rated badly there."""
     model, polite = RewardModel(RewardConfig(), minilm), "Thanks a lot for your question."
@@ -104,6 +108,7 @@ def test_what_several_people_rate_well_wins_where_they_do(minilm):
     assert beats(model, prompt, polite, RIGHT)
 
 
+@pytest.mark.models
 def test_labels_move_it_and_an_explanation_names_it(minilm):
     example = Example(PROMPT, "Thanks a lot for your question.")
     model = RewardModel(RewardConfig(), minilm)

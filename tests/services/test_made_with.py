@@ -59,3 +59,10 @@ def test_a_start_without_a_configuration_leaves_none_to_give(
     monkeypatch.delenv("EVERLOOP_CONFIG")
     made_with.remember(home)
     assert made_with.remembered(home) is None
+
+
+def test_where_the_policies_of_its_own_configuration_are_others_now_a_home_is_well(
+    home: Home, its_config: Path
+) -> None:
+    its_config.write_text("[tenants.bank.policies.frontdesk]\n")
+    made_with.check(load(), home)

@@ -22,6 +22,7 @@ from everloop.log import NewRecord, open_log
 
 from pipelines.archive import Archive
 from reward.handler import RewardHandler
+from reward.snapshot import CODE_VERSION
 from services import rewards
 from services.scorer.ordered import Ordered
 from services.stream import run_handler
@@ -152,6 +153,13 @@ def test_the_report_tells_topics_and_languages_apart_for_both_versions(desk: Hom
     assert any(share is not None and 0 <= share <= 1 for share in planted.values())
     assert 0 < parts["in English"]["whole"]["calls"] < 240, "such as 'about my card my'; most are in no language"
     assert set(report["sources"]) == set(versions)
+    for name in versions:  # as a release with other features finds them
+        path = desk.root / "rewards/default/assistant" / name / "model.json"
+        path.write_text(path.read_text().replace(CODE_VERSION, "0" * 16).replace('"curve"', '"line"'))
+    status, out, _ = said("reward", "report")
+    assert (status, "topic 0" in out) == (0, False)
+    assert all(f"{name} cannot be asked any more" in out for name in versions)
+    assert out.count("is of another release of the reward model") == 2
 
 
 def test_two_versions_are_compared_on_labels_new_to_both(desk: Home, said: Callable[..., Any]) -> None:
@@ -270,6 +278,7 @@ def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
     assert f"P(ends well), as each turn came: {course[0]['before']:.2f} before turn 1; after turn 1: " in out
     assert "it rose most with turn 2, by 0." in out
     assert "it fell most with turn 2, by 0." in said("explain", "co_151")[1]
+    assert "how it would end was not foretold" in said("explain", "co_000")[1]
     stages = json.loads(said("reward", "report", "--json")[1])["courses"]
     assert list(stages) == [
         "before the first answer",
@@ -288,9 +297,24 @@ def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
     assert str(3 * stages["all of them"]["episodes"]) in out
 
 
+def test_what_is_no_moment_of_an_episode_is_not_in_its_course(
+    installation: Config, home: Home, letters: Any, said: Callable[..., Any]
+) -> None:
+    """A second answer to the same request, which nothing followed, and a call that failed."""
+    first, second, third = conversation(151).turns
+    sibling = second.model_copy(update={"call": second.call.model_copy(update={"id": "beside", "choice": 1})})
+    failed = third.model_copy(update={"call": third.call.model_copy(update={"id": "failed", "error": "refused"})})
+    odd = conversation(151).model_copy(update={"turns": (first, second, sibling, failed, third)})
+    taken(installation, home, letters, [*(conversation(number) for number in range(150)), odd])
+    course = json.loads(said("explain", odd.id, "--json")[1])["course"]
+    assert [one["turn"] for one in course] == [1, 2, 5]
+
+
 def test_of_single_answers_no_course_is_told(desk: Home, said: Callable[..., Any]) -> None:
     assert json.loads(said("explain", "ep_230", "--json")[1])["course"] == []
-    assert "ends well" not in said("explain", "ep_230")[1]
+    out = said("explain", "ep_230")[1]
+    assert "ends well" not in out
+    assert "how it would end" not in out
     assert json.loads(said("reward", "report", "--json")[1])["courses"] == {}
     assert "how episodes end" not in said("reward", "report")[1]
 
