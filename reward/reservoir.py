@@ -138,7 +138,6 @@ class Reservoir:
         self._rows.take(slots, axis=0, out=drawn, mode="clip")  # "raise" would make a copy first; none is outside
         return self._batch(drawn)
 
-
     def _draws(self, turn: int) -> Any:
         """REPLAY numbers of this count and turn. Those of AHEAD counts are made at once, which costs little more."""
         first = self.count - self.count % AHEAD
