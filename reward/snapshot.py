@@ -45,7 +45,6 @@ CODE = (
     "poison",
     "probes",
     "propensity",
-    "probes",
     "prototypes",
     "reliability",
     "reservoir",

@@ -14,6 +14,7 @@ from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, Pair
 from reward.poison import BURST, PUSHES, RULES, TWINS, Guard, name_of, same_without, share_of_each
+from reward.taught import Place
 
 MINUTE = 60.0
 
@@ -166,7 +167,7 @@ def test_what_a_guard_knows_is_packed_and_restored():
     late = 900 * MINUTE
     pair = Pair("fb/1", "p", "chosen", "rejected")
     verdict = guard.weigh(pair, ["r"], "c", late)._replace(rule="duplicate", name="rater:1")
-    guard.hold(pair, verdict, "ep", "c", late, ["r"])
+    guard.hold(pair, verdict, Place("ep", "c", late), ["r"], measured=True)
     guard.forget(guard.slots[7].lesson)
     again = Guard(window=100, trusted=["rater:1"])
     again.restore({name: value for name, value in guard.changes() if value is not None})
