@@ -101,16 +101,15 @@ class Hollow:
             self._unlike = (encoder.encode([text for both in DESK for text in both]) @ self._sayings.T).mean()
             self._encoder = encoder
 
-    def features(self, encoder: Encodes, prompts: Sequence[str], asked: Array, said: Array, pairs: Any) -> Array:
+    def features(self, encoder: Encodes, prompts: Sequence[str], asked: Array, said: Array) -> Array:
         """How far each answer is of each kind, 0 to 1: (n, kinds).
 
         Args:
-            prompts: their texts; asked: their vectors, (n, size).
-            said: vectors of the distinct answers, (m, size); pairs: row of each prompt's.
+            prompts: their texts; asked: their vectors, said: the answers', each (n, size).
         """
         self._read(encoder)
-        nearest = np.maximum.reduceat(said @ self._sayings.T, KINDS, axis=1).take(pairs, 0)
-        prompt = np.maximum(np.vecdot(asked, said.take(pairs, 0)), self._unlike)
+        nearest = np.maximum.reduceat(said @ self._sayings.T, KINDS, axis=1)
+        prompt = np.maximum(np.vecdot(asked, said), self._unlike)
         beyond = (nearest - prompt[:, None]) / (1 - self._unlike)
         closing = [closes(prompt) for prompt in prompts]
         if any(closing):

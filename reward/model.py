@@ -236,7 +236,7 @@ class RewardModel:
         fading = np.exp(-own[..., SUPPORT, None] / SUPPORTED)  # 1 / (1 + good labels of the answer)
         topics = self.topics.of(asked).take(which)
         asked, said = asked.take(which, 0), said.take(pairs, 0)
-        hollow = self.hollow.features(self.encoder, texts, asked, said, pairs) * fading
+        hollow = self.hollow.features(self.encoder, texts, asked, said) * fading
         own = np.concatenate([np.ones((*own.shape[:2], 1), np.float32), own, hollow], axis=2)
         return Seen(own, shared_features(asked, said, examples, style), topics, asked, said)
 

@@ -24,9 +24,7 @@ def minilm():
 def of(encoder, prompt, answer):
     """By kind, how far an answer is of it."""
     asked, said = encoder.encode([prompt]), encoder.encode([answer])
-    return dict(
-        zip(NAMES, Hollow().features(encoder, [prompt], asked, said, np.zeros(1, int))[0].tolist(), strict=True)
-    )
+    return dict(zip(NAMES, Hollow().features(encoder, [prompt], asked, said)[0].tolist(), strict=True))
 
 
 def test_nothing_that_is_measured_with_is_taught():
@@ -118,3 +116,12 @@ def test_labels_move_it_and_an_explanation_names_it(minilm):
     model.learn([Label(f"l{i}", Example(f"{PROMPT} {i}", f"{t} {i}"), 0.0) for i, t in enumerate(TAUGHT)])
     column = -len(NAMES) + NAMES.index("thanks")
     assert model.heads.own[:, column].mean() < hollow.PRIOR[NAMES.index("thanks")]
+
+
+@pytest.mark.models
+def test_answers_that_come_twice_in_a_batch_are_seen_as_alone(minilm):
+    model = RewardModel(RewardConfig(), minilm)
+    shown = [Example(p, a) for p in (PROMPT, "Thanks!") for a in (RIGHT, "What do you mean?", RIGHT, "You're welcome!")]
+    together = model.seen_of(shown, style=True).own
+    alone = np.concatenate([model.seen_of([one], style=True).own for one in shown], axis=1)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
