@@ -266,6 +266,8 @@ class Guard:
         self._add(seen, 1)
         self._slot_of[seen.lesson] = slot
         self.count += 1
+        if self.count % self.window == 0:  # what is long ago weighs less, as it does among lessons
+            self.pushes = Counter({name: pushes // 2 for name, pushes in self.pushes.items() if pushes > 1})
         self._changed_slots.add(slot)
 
     def forget(self, lesson: str) -> None:
