@@ -21,7 +21,7 @@ is no burst, and nothing is while little is known.
 rater's lessons more than PUSHED times the part that the answer has of all others', and the model does not think so
 itself. So what is right for many is nobody's push, nor what somebody says again and again and is right about; answers
 that never recur are none. From a rater of whom SUSPECT such lessons were held, and half as many as were learned,
-nothing is learned any more.
+nothing is learned any more. Pushes are halved with every window of lessons, so that they age as lessons do.
 
 Who is heard no more, by this rule or by a person's order, is *guilty*: what he taught is taken back, as far as it is
 remembered (:mod:`reward.taught`) and nobody else said it with him, and is held from then on.

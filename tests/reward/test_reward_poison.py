@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, Pair
-from reward.poison import BURST, PUSHES, RULES, TWINS, Guard, name_of, same_without, share_of_each
+from reward.poison import BURST, PUSHES, RULES, SUSPECT, TWINS, Guard, name_of, same_without, share_of_each
 from reward.taught import Place
 
 MINUTE = 60.0
@@ -109,6 +109,22 @@ def pushing_rater(guard, count, believed=lambda: False, answer="gold desk"):
         guard.weigh(label(f"d{i}", f"mine {i}", f"answer {i % 9}", 0.0), ["pusher"], f"x{i}", late, believed)
         verdicts.append(guard.weigh(label(f"x{i}", f"mine {i}", answer), ["pusher"], f"x{i}", late, believed))
     return verdicts
+
+
+def test_pushes_age_with_the_window_and_a_busy_rater_is_not_silenced_by_old_ones():
+    guard = Guard(window=200)
+    crowd(guard, 150)
+    pushing_rater(guard, 4)
+    rater = name_of("rater", "pusher")
+    assert guard.guilty(rater)
+    restored = Guard(window=200)
+    restored.restore({name: value for name, value in guard.changes() if value is not None})
+    for one in (guard, restored):
+        for i in range(200):
+            one.weigh(label(f"n{i}", f"new {i}", f"answer {i % 9}"), [f"new{i}"], f"n{i}", (900 + i) * MINUTE)
+        assert one.pushes[rater] < SUSPECT
+        assert not one.guilty(rater)
+    assert guard.pushes == restored.pushes
 
 
 def test_one_answer_is_not_pushed_by_one_rater_who_is_then_heard_no_more():
