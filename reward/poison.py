@@ -38,7 +38,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import ormsgpack
 
@@ -71,7 +71,6 @@ RULES = (
 )
 TAUGHT = "taught/"
 ORDERED = "a person had its rater heard no more"
-V = TypeVar("V")
 
 
 class Seen(NamedTuple):
@@ -373,23 +372,6 @@ class Guard:
             "newest_held": shown,
             "largest_share": max(self.shares().values(), default=0.0),
         }
-
-
-def same_without(
-    votes: Mapping[str, V], decide: Callable[[list[V]], object], weight: Callable[[V], float], top: int = 3
-) -> str:
-    """Why a decision hangs on a few users; empty: it does not.
-
-    ``votes``: what each user brings. It is decided anew without each of the ``top`` users of the largest weight, and
-    without all of them: where that differs, the decision should not be taken.
-    """
-    first = decide(list(votes.values()))
-    largest = sorted(votes, key=lambda user: (-abs(weight(votes[user])), user))[:top]
-    for left_out in [*([user] for user in largest), largest]:
-        other = decide([vote for user, vote in votes.items() if user not in left_out])
-        if other != first:
-            return f"without {', '.join(left_out)} the decision would be {other!r}, not {first!r}: it is not taken"
-    return ""
 
 
 def _exact(weight: float) -> float:

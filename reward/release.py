@@ -11,7 +11,7 @@ that a candidate is cut from is judged by labels that were new to it (progressiv
 itself: finite numbers, and planted answers that must lose against well-rated ones.
 
 What hangs on a few raters is not taken: it must take over without each of the three who speak most for it, and without
-all of them, too (:func:`reward.poison.same_without`), where there are ten raters or more.
+all of them, too (:func:`same_without`), where there are ten raters or more.
 
 A candidate takes over where a loss of more than 0.01 of AUC is ruled out (one-sided, 95%). Where that is not so yet it
 waits, and pairs add up for the next snapshot, ``window`` of them at most: the two are so alike that few are needed.
@@ -21,17 +21,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from reward.calibration import BINS, auc, calibration_error
 from reward.features import Example, style_vector
 from reward.model import RewardModel
-from reward.poison import same_without
 from reward.probes import probes
 
+V = TypeVar("V")
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Z = 1.645  # one-sided 95%
 FEWEST = 20  # labels below which nothing is decided
@@ -257,3 +257,20 @@ def _planted(
             f"incumbent in {evidence['incumbent_planted_lose']:.0%}; worst with {worst} answers"
         )
     return None
+
+
+def same_without(
+    votes: Mapping[str, V], decide: Callable[[list[V]], object], weight: Callable[[V], float], top: int = 3
+) -> str:
+    """Why a decision hangs on a few users; empty: it does not.
+
+    ``votes``: what each user brings. It is decided anew without each of the ``top`` users of the largest weight, and
+    without all of them: where that differs, the decision should not be taken.
+    """
+    first = decide(list(votes.values()))
+    largest = sorted(votes, key=lambda user: (-abs(weight(votes[user])), user))[:top]
+    for left_out in [*([user] for user in largest), largest]:
+        other = decide([vote for user, vote in votes.items() if user not in left_out])
+        if other != first:
+            return f"without {', '.join(left_out)} the decision would be {other!r}, not {first!r}: it is not taken"
+    return ""

@@ -24,8 +24,8 @@ from everloop.topics import EPISODES, REWARDS, SCORES
 
 from reward import evidence
 from reward.features import examples
-from reward.handler import score_of, score_record
 from reward.model import RewardModel, Vectors
+from reward.scoring import score_of, score_record
 
 C = TypeVar("C", bound=Contract)
 CHUNK = 200  # episodes whose texts are encoded at once

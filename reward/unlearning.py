@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from everloop.score import Score
 
 from reward import course, hearing
 from reward.desk import Desk
 from reward.features import Example
+from reward.known import Known
 from reward.model import Label, Pair
 from reward.poison import Verdict
 from reward.taught import Place, Taught
-
-if TYPE_CHECKING:
-    from reward.handler import Known
 
 
 def take_back(desk: Desk, doomed: Sequence[tuple[Taught, Verdict]], known_of: Callable[[str], Known]) -> list[Score]:

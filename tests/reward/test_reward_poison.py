@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, Pair
-from reward.poison import BURST, PUSHES, RULES, SUSPECT, TWINS, Guard, name_of, same_without, share_of_each
+from reward.poison import BURST, PUSHES, RULES, SUSPECT, TWINS, Guard, name_of, share_of_each
+from reward.release import same_without
 from reward.taught import Place
 
 MINUTE = 60.0

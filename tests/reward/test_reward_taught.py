@@ -11,7 +11,8 @@ from everloop.score import Score
 from pydantic import ValidationError
 
 from reward.features import Example
-from reward.handler import Known, RewardHandler
+from reward.handler import RewardHandler
+from reward.known import Known
 from reward.model import Label, Pair, RewardModel, Trace
 from reward.poison import Guard, name_of
 from reward.taught import Lessons, Place, Taught
