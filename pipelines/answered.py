@@ -17,7 +17,7 @@ WITH able AS (
            coalesce(s.reward, 0) AS reward, coalesce(s.mask, false) AS mask, coalesce(s.source, 'model') AS source,
            s.label, t.policy_version, t.temperature, t.turn, t.turns, coalesce(t.tools_offered, '[]') AS tools,
            t.raters, t.time AS started, coalesce(json_extract(t.output, '$.tool_calls')::VARCHAR, '[]') AS tool_calls,
-           t.split, t.model
+           t.split, t.model, s.ends_well_before AS ends_well
     FROM turns t LEFT JOIN scores s
       ON s.tenant = t.tenant AND s.policy = t.policy AND s.episode = t.episode AND s.call = t.call
     WHERE t.tenant = $tenant AND t.policy = $policy AND t.time >= $since
