@@ -14,6 +14,7 @@ from reward.features import Example
 from reward.model import SHARED, Estimate, RewardModel
 from reward.prototypes import NAMES
 from reward.reliability import OUTCOME, Reliability, rater_of, source_of
+from reward.taught import name_of
 
 WORDS = {
     "base": "before anything is known of the answer",
@@ -163,5 +164,5 @@ def _named(word: Feedback) -> str:
     name = f" {word.name!r}" if word.name else ""
     value = "" if word.value is None else f" {word.value:+g}" if word.kind is FeedbackKind.THUMB else f" {word.value:g}"
     text = f" {' '.join(word.text.split())[:60]!r}" if word.text else ""
-    rater = "" if word.rater is None else f" by {word.rater[:12]}"
+    rater = "" if word.rater is None else f" by {word.rater[:12]} ({name_of('rater', word.rater)})"
     return f"{word.kind.value}{name}{value}{text}{rater}"

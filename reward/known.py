@@ -30,8 +30,9 @@ class Known:
     """What is remembered of an episode.
 
     ``calls``: by call id, what was expected, what it was scored by, under ``taught`` the trace of each label that was
-    learned, by its id, under ``heard`` the words from which it was learned how far whom is right, and under ``course``
-    how the episode was foretold to end when the call was new. ``end``: see :func:`reward.course.learn`.
+    learned, by its id, under ``heard`` the words from which it was learned how far whom is right, under ``outcome``
+    what was measured of it, and under ``course`` how the episode was foretold to end when the call was new. ``end``:
+    see :func:`reward.course.learn`.
     """
 
     version: int = -1

@@ -45,15 +45,14 @@ def learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         words = evidence.words_of(read.episode, number, lesson)
         said = max((word.time for word in words), default=read.episode.updated)
         place = Place(read.episode.id, read.episode.turns[number].call.id, said)
-        measured = any(word.kind is FeedbackKind.OUTCOME for word in words)
-        verdict = _weighed(desk, lesson, place, raters, measured)
+        verdict = _weighed(desk, lesson, place, raters)
         if verdict.rule:
             call.setdefault("held", {})[lesson.id] = verdict.says
             continue
         if isinstance(lesson, Label):
             hearing.spoke(desk.live, read.episode, read.examples, about, known.calls)
         able = desk.live.may_judge
-        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, place, raters, measured)
+        expected, due = _teach(desk, poison.weighted(lesson, verdict.weight), known, place, raters)
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             if able:
@@ -75,11 +74,11 @@ def _raters(episode: Episode, number: int, lesson: Label | Pair) -> list[str]:
     return [rater for word in words if (rater := word.rater or episode.subject)]
 
 
-def _weighed(desk: Desk, lesson: Label | Pair, place: Place, raters: Sequence[str], measured: bool) -> poison.Verdict:
+def _weighed(desk: Desk, lesson: Label | Pair, place: Place, raters: Sequence[str]) -> poison.Verdict:
     """What the guard makes of a lesson, whose share is all that it weighs; what it holds is kept for a person."""
     verdict = desk.guard.weigh(_in_all(lesson), raters, place.call, place.time, lambda: desk.agrees(lesson))
     if verdict.rule:
-        desk.guard.hold(lesson, verdict, place, raters, measured)
+        desk.guard.hold(lesson, verdict, place, raters)
     return _each(lesson, verdict)
 
 
@@ -93,9 +92,7 @@ def _each(lesson: Label | Pair, verdict: poison.Verdict) -> poison.Verdict:
     return verdict._replace(weight=verdict.weight / lesson.rarity) if isinstance(lesson, Label) else verdict
 
 
-def _teach(
-    desk: Desk, lesson: Label | Pair, known: Known, place: Place, raters: Sequence[str], measured: bool
-) -> tuple[float, bool]:
+def _teach(desk: Desk, lesson: Label | Pair, known: Known, place: Place, raters: Sequence[str]) -> tuple[float, bool]:
     """See :meth:`Desk.learn`; the episode remembers it, and the guard what its raters taught."""
     before = desk.live.updates
     expected, due = desk.learn(lesson, raters)
@@ -105,7 +102,7 @@ def _teach(
         known.call(place.call).setdefault("taught", {})[lesson.id] = [*trace]
     if (raters or isinstance(lesson, Pair)) and desk.live.updates > before:
         trace = trace or Trace(1.0, 0.0, 0.0, desk.live.reservoir.count - 1)
-        desk.guard.taught.note(Taught(lesson, trace, place, list(raters), measured))
+        desk.guard.taught.note(Taught(lesson, trace, place, list(raters)))
     return expected, due
 
 
@@ -139,7 +136,7 @@ def let_in(state: State, desk: Desk) -> list[NewRecord]:
         place = Place(about["episode"], about["call"], about["time"])
         verdict = _each(lesson, desk.guard.admit(_in_all(lesson), about["raters"]))
         if verdict.rule:
-            desk.guard.hold(lesson, verdict, place, about["raters"], about["measured"])
+            desk.guard.hold(lesson, verdict, place, about["raters"])
             continue
         known = recall(state, desk, about["episode"])
         call = known.call(about["call"])
@@ -147,7 +144,7 @@ def let_in(state: State, desk: Desk) -> list[NewRecord]:
         desk.guard.drop(lesson.id)
         first = isinstance(lesson, Label) and lesson.watched and "predicted" not in call
         lesson = poison.weighted(lesson, verdict.weight)
-        expected, due = _teach(desk, lesson, known, place, about["raters"], about["measured"])
+        expected, due = _teach(desk, lesson, known, place, about["raters"])
         if first and isinstance(lesson, Label):
             call["predicted"] = expected
             desk.watch.label(lesson.value, lesson.rarity)

@@ -240,7 +240,7 @@ class Guard:
         """Note that a lesson is learned no more, and is held."""
         self.forget(taught.lesson.id)
         self.counted["taken back"] += 1
-        self.hold(taught.lesson, verdict, taught.place, taught.raters, taught.measured)
+        self.hold(taught.lesson, verdict, taught.place, taught.raters)
 
     def _cut(self, seen: Seen) -> Verdict:
         """x with held + x ≤ share · (all + x), for the rater who has least left; each has an equal part of x."""
@@ -297,10 +297,10 @@ class Guard:
         """Each known rater's share of the window's weight."""
         return {name: weight / self._named for name, weight in self._weights.items()} if self._named else {}
 
-    def hold(self, lesson: Label | Pair, verdict: Verdict, place: Place, raters: Sequence[str], measured: bool) -> None:
+    def hold(self, lesson: Label | Pair, verdict: Verdict, place: Place, raters: Sequence[str]) -> None:
         """Keep a lesson for a person to look at; the oldest goes where there are too many."""
         about = {"rule": verdict.rule, "name": verdict.name, "says": verdict.says, **place._asdict()}
-        kept = {**about, "raters": list(raters), "measured": measured, "lesson": packed(lesson)}
+        kept = {**about, "raters": list(raters), "lesson": packed(lesson)}
         newest = next(reversed(self.held), lesson.id)
         self.held[lesson.id], self._said[lesson.id] = ormsgpack.packb(kept), place.time
         self._changed_held.add(lesson.id)
@@ -361,9 +361,7 @@ class Guard:
     def status(self, most: int = 20) -> dict[str, Any]:
         """JSON values: counts by rule, how many are held and the newest of them, and the largest share."""
         newest = [ormsgpack.unpackb(one) for one in list(self.held.values())[-most:]]
-        shown = [
-            {key: one[key] for key in one if key not in ("lesson", "raters", "measured")} for one in reversed(newest)
-        ]
+        shown = [{key: one[key] for key in one if key not in ("lesson", "raters")} for one in reversed(newest)]
         return {
             "quarantined": {rule: self.counted[rule] for rule in RULES if self.counted[rule]},
             "cut_to_share": self.counted["cut"],

@@ -52,6 +52,8 @@ def score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
             if made.mask:
                 desk.watch.rewards.add(made.reward)
         calls[i]["scored"] = digests[i]
+        calls[i].pop("outcome", None)
+        calls[i].update({} if said[i].outcome is None else {"outcome": said[i].outcome})
         outputs.append(score_record(made))
     return outputs
 

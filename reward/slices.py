@@ -61,7 +61,8 @@ def topics(rows: Sequence[Row], model: RewardModel) -> dict[str, list[Row]]:
         if topic is not None:
             its = np.flatnonzero(of == topic)
             typical = prompts[its[(vectors[its] @ vectors[its].mean(0)).argmax()]]
-            found[f"topic {topic}: {_short(typical)!r}"] = [row for row in rows if at.get(row.prompt) == topic]
+            name = _short(typical.partition("\n")[0])  # the user's own words
+            found[f"topic {topic}: {name!r}"] = [row for row in rows if at.get(row.prompt) == topic]
     return found
 
 

@@ -34,13 +34,12 @@ class Place(NamedTuple):
 
 
 class Taught(NamedTuple):
-    """A lesson that was learned. ``raters``: all who said it. ``measured``: an outcome, which no held word changes."""
+    """A lesson that was learned. ``raters``: all who said it."""
 
     lesson: Label | Pair
     trace: Trace
     place: Place
     raters: list[str]
-    measured: bool
 
     @property
     def names(self) -> list[str]:
@@ -102,8 +101,8 @@ class Lessons:
 
 
 def _taught(held: bytes) -> Taught:
-    lesson, trace, place, raters, measured = ormsgpack.unpackb(held)
-    return Taught(unpacked(lesson), Trace(*trace), Place(*place), raters, measured)
+    lesson, trace, place, raters = ormsgpack.unpackb(held)
+    return Taught(unpacked(lesson), Trace(*trace), Place(*place), raters)
 
 
 def packed(lesson: Label | Pair) -> dict[str, Any]:

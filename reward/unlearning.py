@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from everloop.score import Score
 
-from reward import course, hearing
+from reward import course, evidence, hearing
 from reward.desk import Desk
+from reward.evidence import Said
 from reward.features import Example
 from reward.known import Known
 from reward.model import Label, Pair
@@ -19,7 +20,7 @@ def take_back(desk: Desk, doomed: Sequence[tuple[Taught, Verdict]], known_of: Ca
     """Undo what is to be taken back, and hold it; returns the scores that change with it.
 
     ``known_of``: what is remembered of an episode by its id, which is changed here. What is held is in no score, so
-    that a call's is the opinion of the version that scores: nothing of the episode is needed for that.
+    that a call's is its outcome, or the opinion of the version that scores: nothing more of the episode is needed.
     """
     scores = []
     for taught, verdict in doomed:
@@ -37,7 +38,7 @@ def take_back(desk: Desk, doomed: Sequence[tuple[Taught, Verdict]], known_of: Ca
         hearing.unheard(desk.live, place.call, call)
         if "scored" in call:
             call["scored"] = b""  # the next version of the episode is scored whatever is said in it
-            scores += [] if taught.measured else [_score(desk, _answer(lesson), taught.place, known, verdict.says)]
+            scores.append(_score(desk, _answer(lesson), place, known, verdict.says))
     return scores
 
 
@@ -49,9 +50,12 @@ def _answer(lesson: Label | Pair) -> Example:
 
 
 def _score(desk: Desk, example: Example, place: Place, known: Known, why: str) -> Score:
-    """The call's score by the model's opinion alone."""
+    """The call's score by what was measured of it, which nobody's held words change, or else by the model's opinion."""
+    call = known.call(place.call)
+    outcome = call.get("outcome")
     (estimate,) = desk.estimate([example])
-    ends_well = known.call(place.call).get("course", (None, None))
+    final, source = evidence.decide(estimate, Said(outcome, False, 0.0, outcome), desk.scoring.config.pessimism)
+    ends_well = call.get("course", (None, None))
     return Score(
         tenant=desk.tenant,
         policy=desk.policy,
@@ -59,13 +63,13 @@ def _score(desk: Desk, example: Example, place: Place, known: Known, why: str) -
         version=known.version,
         call=place.call,
         reward_version=desk.version,
-        value=estimate.value,
-        spread=estimate.spread,
-        reward=estimate.reward,
-        mask=estimate.mask,
-        source="model",
-        label=None,
-        predicted=known.call(place.call).get("predicted"),
+        value=final.value,
+        spread=final.spread,
+        reward=final.reward,
+        mask=final.mask,
+        source=source,
+        label=outcome,
+        predicted=call.get("predicted"),
         quarantined=why,
         ends_well_before=ends_well[0],
         ends_well_after=ends_well[1],

@@ -231,18 +231,22 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def show(outcome: Outcome, desk: Desk, path: Path, say: Any = print) -> None:
-    """Table, plot, and what to try next."""
+def show(outcome: Outcome, desk: Desk, home: Path, kept: bool, say: Any = print) -> None:
+    """Table, plot beside the home, and what to try next."""
     say(f"\n{report.table(outcome)}\n")
-    say(f"Plot: {report.plot(outcome, path)}")
+    say(f"Plot: {report.plot(outcome, home.parent / 'demo.png')}")
     if desk.note:
         say(desk.note)
-    say(NEXT if outcome.trouble is None else f"FAILED: {outcome.trouble}. Its state and logs are kept in its home")
+    if outcome.trouble is not None:
+        say(f"FAILED: {outcome.trouble}. Its state and logs are kept in {home}")
+        return
+    look = f"'everloop reward report --config {home / 'everloop.toml'}', or any other command with the same --config"
+    say(NEXT + (f"Kept in {home}: {look}." if kept else f"'everloop demo --keep' leaves its state: {look}."))
 
 
 NEXT = """Next: 'everloop demo --data messages.csv' does the same with your own messages (columns text, category);
-'everloop up' runs the platform for your own agent; 'everloop demo --keep' leaves this one's state to look at:
-'everloop reward report --config .everloop/demo/everloop.toml', or any other command with the same --config."""
+'everloop up' runs the platform for your own agent.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +289,7 @@ def _run(options: argparse.Namespace, home: Path, cache: Path) -> int:
     log = _fresh(options.log)
     places = (home.absolute(), cache.absolute())
     outcome = Demo(desk, *places, options.messages, options.seed, log, options.serving, _say).run()
-    show(outcome, desk, home.parent / "demo.png", _say)
+    show(outcome, desk, home, options.keep, _say)
     if outcome.trouble is None and not options.keep:
         _wipe(home)
     if options.json:

@@ -198,6 +198,9 @@ DriftAction = Literal["recalibrate", "retrain", "freeze", "page"]
 DRIFTS: tuple[DriftKind, ...] = ("inputs", "labels", "calibration")
 
 
+NAMED = re.compile(r"(rater|answer|call):[0-9a-f]{16}")  # whom a guard of the reward model may name
+
+
 class RewardConfig(Section):
     encoder: str = Field(default="minilm", description="'minilm', or a sentence-transformers folder")
     heads: int = Field(default=5, ge=3, le=32, description="members of the ensemble")
@@ -229,6 +232,12 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _trusted_or_not(self) -> RewardConfig:
+        for name in self.distrusted + self.trusted:
+            if not NAMED.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} names nobody: a name is 'rater:', 'answer:' or 'call:' and 16 hex digits, as 'everloop "
+                    "explain' and the scorer's /status tell it"
+                )
         for name in self.distrusted:
             if not name.startswith("rater:"):
                 raise ValueError(f"distrusted names {name!r}, which is no rater: a rater's name begins with 'rater:'")

@@ -119,6 +119,7 @@ def _explained(
         "policy": episode.route,
         "quarantine": episode.quarantine,
         "course": _course(episode, scores),
+        "ended": _ended(episode, scores),
         "turns": [
             one
             for number, at in enumerate(episode.positions)
@@ -150,6 +151,13 @@ def _course(episode: Episode, scores: dict[str, Score]) -> list[dict[str, Any]]:
         for number, one in scored
         if one is not None and one.ends_well_before is not None and one.ends_well_after is not None
     ]
+
+
+def _ended(episode: Episode, scores: dict[str, Score]) -> float | None:
+    """What an episode came to, 0 to 1: its outcome, else what was said of its latest answer; None: nothing was said."""
+    told = [one for turn in episode.turns if (one := scores.get(turn.call.id)) is not None and one.label is not None]
+    measured = [one for one in told if one.source == "outcome"]
+    return next((one.label for one in reversed(measured or told)), None)
 
 
 def _turn(
@@ -219,6 +227,8 @@ def told(its: dict[str, Any]) -> str:
     if its["quarantine"]:
         lines.append(f"quarantined, so nothing of it is trained on: {its['quarantine']}")
     lines += course.told([(one["turn"], one["before"], one["after"]) for one in its["course"]])
+    if its["course"] and its["ended"] is not None:
+        lines.append(f"it ended {'well' if its['ended'] > 0.5 else 'badly'}, as was said of it: {its['ended']:.2f}")
     if len(its["turns"]) > 1 and not its["course"]:
         lines.append("how it would end was not foretold: when its turns came, too few ends of episodes were learned")
     for turn in its["turns"]:
@@ -231,13 +241,15 @@ SOURCES = {
     "feedback": "what people said, with the model's opinion as prior",
     "model": "the model's opinion",
 }
+UNSURE = "what was said, beside a model with no right to an opinion"
 
 
 def _turn_told(turn: dict[str, Any]) -> list[str]:
+    unsure = turn["source"] == "model" and turn["words"] and not turn.get("opinion", {}).get("mask", True)
     lines = [
-        f"turn {turn['turn']}: {_short(turn['prompt'])!r} → {_short(turn['answer'])!r}",
+        f"turn {turn['turn']}: {_asked(turn['prompt'])!r} → {_short(turn['answer'])!r}",
         f"  score       P(good) {turn['value']:.3f} ± {turn['spread']:.3f}, reward {turn['reward']:+.3f}"
-        f"{'' if turn['mask'] else ', masked: never trained on'}; {SOURCES[turn['source']]}",
+        f"{'' if turn['mask'] else ', masked: never trained on'}; {UNSURE if unsure else SOURCES[turn['source']]}",
     ]
     lines += [
         f"  beside      {one['reward_version']} scored the same: P(good) {one['value']:.3f} ± {one['spread']:.3f}, "
@@ -247,7 +259,8 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
     if turn["predicted"] is not None:
         lines.append(f"  foretold    {turn['predicted']:.3f} that the first label would be good, before it was learned")
     if turn["held"]:
-        lines.append(f"  held        what was said is kept from learning and from the score: {turn['held']}")
+        where = "learning; what was measured decides" if turn["source"] == "outcome" else "learning and from the score"
+        lines.append(f"  held        what was said is kept from {where}: {turn['held']}")
     if "gone" in turn:
         gone = f"{turn['reward_version']} is gone, and with it what its words weighed ({turn['gone']})"
         return [*lines, f"  version     {gone}"]
@@ -261,7 +274,7 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
     lines += _features(turn["features"])
     for one in turn["neighbours"]:
         rated = f"rated {one['label']:g}, cosine {one['near']:.2f}"
-        lines.append(f"  near        {rated}: {_short(one['prompt'])!r} → {_short(one['answer'])!r} ({one['episode']})")
+        lines.append(f"  near        {rated}: {_asked(one['prompt'])!r} → {_short(one['answer'])!r} ({one['episode']})")
     lines += [
         f"  if          {one['said']}: P(good) {one['value']:.3f}, reward {one['reward']:+.3f}" for one in turn["if"]
     ]
@@ -293,6 +306,11 @@ def _features(features: list[Any]) -> list[str]:
     from reward.explain import WORDS
 
     return [f"  {'because':<12}{value:+.2f}  {WORDS[name]} ({name})" for name, value in features[:FEATURES]]
+
+
+def _asked(prompt: str) -> str:
+    """The user's own words: what the model reads after them is the exchange around them."""
+    return _short(prompt.partition("\n")[0])
 
 
 def _short(text: str) -> str:

@@ -8,6 +8,7 @@ from reward.declaration import Declaration
 from reward.explain import alternatives, told, weighed
 from reward.model import Estimate
 from reward.reliability import Piece, Reliability, rater_of
+from reward.taught import name_of
 
 OPINION = Estimate(0.6, 0.05, 0.15, True, (0.4, 0.4, 0.4))
 CARELESS = Feedback(id="f", kind="thumb", value=1, time=1.0, rater="careless")
@@ -32,7 +33,8 @@ def test_a_word_has_its_source_and_what_its_rater_is_found_to_be_worth(trust):
     assert by_careless.source == "thumb"
     assert by_careless.log_odds == pytest.approx(evidence.said_of("a", (CARELESS,), trust).odds)
     assert by_careless.log_odds < 0.5 < by_anybody.log_odds
-    assert "by careless: thumb, +" in told(evidence.said_of("a", (CARELESS,), trust), [by_careless])[0]
+    line = told(evidence.said_of("a", (CARELESS,), trust), [by_careless])[0]
+    assert f"by careless ({name_of('rater', 'careless')}): thumb, +" in line
 
 
 def test_what_the_declaration_does_not_count_and_what_decides_is_said(trust):

@@ -184,7 +184,7 @@ def test_what_a_guard_knows_is_packed_and_restored():
     late = 900 * MINUTE
     pair = Pair("fb/1", "p", "chosen", "rejected")
     verdict = guard.weigh(pair, ["r"], "c", late)._replace(rule="duplicate", name="rater:1")
-    guard.hold(pair, verdict, Place("ep", "c", late), ["r"], measured=True)
+    guard.hold(pair, verdict, Place("ep", "c", late), ["r"])
     guard.forget(guard.slots[7].lesson)
     again = Guard(window=100, trusted=["rater:1"])
     again.restore({name: value for name, value in guard.changes() if value is not None})

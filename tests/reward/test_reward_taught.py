@@ -151,14 +151,19 @@ def test_whom_a_person_has_heard_no_more_loses_what_he_taught_and_gets_it_again_
 
 def test_who_is_distrusted_is_a_rater_and_not_trusted():
     with pytest.raises(ValidationError, match="no rater: a rater's name begins with 'rater:'"):
-        RewardConfig(distrusted=("answer:1",))
-    with pytest.raises(ValidationError, match="rater:1 is trusted and distrusted: take it out of one of the two"):
-        RewardConfig(distrusted=("rater:1",), trusted=("rater:1",))
+        RewardConfig(distrusted=("answer:0123456789abcdef",))
+    with pytest.raises(
+        ValidationError, match="rater:0123456789abcdef is trusted and distrusted: take it out of one of the two"
+    ):
+        RewardConfig(distrusted=("rater:0123456789abcdef",), trusted=("rater:0123456789abcdef",))
+    for wrong in ("rater:", "rater:ciejvdnyemug", "ada"):
+        with pytest.raises(ValidationError, match="names nobody: a name is 'rater:', 'answer:' or 'call:'"):
+            RewardConfig(trusted=(wrong,))
 
 
 def lesson(number, rater="r"):
     said = Label(f"l{number}", Example(f"p {number}", "a"), 1.0)
-    return Taught(said, Trace(1.0, 0.9, 0.1, number), Place(f"e{number}", f"c{number}", float(number)), [rater], False)
+    return Taught(said, Trace(1.0, 0.9, 0.1, number), Place(f"e{number}", f"c{number}", float(number)), [rater])
 
 
 def test_the_oldest_lessons_are_forgotten_and_the_rest_survive_packing():
@@ -280,3 +285,14 @@ def test_who_was_trusted_and_then_is_not_loses_the_score_of_what_he_corrected(de
     (gone, *_) = kit.decoded(Score, taken(desk(distrusted=[who]), state, []), "scores")
     assert (gone.source, gone.label) == ("model", None)
     assert gone.quarantined == "taken back: a person had its rater heard no more"
+
+
+@pytest.mark.parametrize("who", ["who", None])
+def test_what_was_measured_stays_in_the_score_of_who_is_heard_no_more(desk, kit, who):
+    """Whoever said it: an outcome by somebody else, beside his correction, and one by himself."""
+    state, name = kit.MemoryState(), name_of("rater", "who")
+    outcome = Feedback(id="o", kind="outcome", value=0.0, time=1e6, rater=who)
+    taken(desk(), state, kit.records(*crowd(kit, 300), corrected(kit, outcome)))
+    scores = kit.decoded(Score, taken(desk(distrusted=[name]), state, []), "scores")
+    assert {(one.source, one.label, one.reward, one.mask) for one in scores} == {("outcome", 0.0, -1.0, True)}
+    assert {one.quarantined for one in scores} == {"taken back: a person had its rater heard no more"}

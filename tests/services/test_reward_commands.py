@@ -277,7 +277,10 @@ def test_the_course_of_an_episode_is_told_and_how_well_ends_were_foretold(
     out = said("explain", "co_150")[1]
     assert f"P(ends well), as each turn came: {course[0]['before']:.2f} before turn 1; after turn 1: " in out
     assert "it rose most with turn 2, by 0." in out
-    assert "it fell most with turn 2, by 0." in said("explain", "co_151")[1]
+    assert "it ended well, as was said of it: 1.00" in out
+    out = said("explain", "co_151")[1]
+    assert "it fell most with turn 2, by 0." in out
+    assert "it ended badly, as was said of it: 0.00" in out
     assert "how it would end was not foretold" in said("explain", "co_000")[1]
     stages = json.loads(said("reward", "report", "--json")[1])["courses"]
     assert list(stages) == [
