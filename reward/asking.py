@@ -59,6 +59,9 @@ class Asked(NamedTuple):
         )
 
 
+SHOWN = 120  # characters of an endpoint's refusal
+
+
 @dataclass
 class Tally:
     """Of one judge or critic since the start. ``seconds`` and ``tokens`` are of the ``replies``."""
@@ -73,6 +76,7 @@ class Tally:
     failed: int = 0  # questions in a row without a reply
     rests: float = 0.0  # until then, seconds of the monotonic clock
     plain: bool = False  # it does not take a schema
+    trouble: str = ""  # why the newest question had no reply
 
 
 class Asker:
@@ -194,9 +198,12 @@ class Asker:
                 while len(raw) < LARGEST and (more := await answer.content.read(LARGEST - len(raw))):
                     raw += more
         except TimeoutError:
+            tally.trouble = f"{judge.url} did not reply in {judge.timeout:g} s"
             return "slow"
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError) as error:
+            tally.trouble = f"{judge.url}: {error or type(error).__name__}"
             return "down"
+        tally.trouble = "" if answer.status == 200 else f"{judge.url} answered {answer.status}: {_said(raw)}"
         if answer.status != 200:
             tally.plain |= answer.status in (400, 422)  # asked once more without the schema
             return "declined" if 400 <= answer.status < 500 and answer.status != 429 else "down"
@@ -208,6 +215,10 @@ class Asker:
             return {}
         tally.tokens += _tokens(reply)
         return reply if isinstance(reply, dict) else {}
+
+
+def _said(raw: bytes) -> str:
+    return " ".join(raw.decode("utf-8", "replace").split())[:SHOWN] or "nothing"
 
 
 def _tokens(reply: object) -> int:

@@ -143,6 +143,7 @@ class JudgesHandler:
                 "opinions": its.opinions,
                 "mean_seconds": round(its.seconds / its.replies, 3) if its.replies else None,
                 "tokens": its.tokens,
+                "trouble": its.trouble,
             }
         return found
 

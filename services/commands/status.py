@@ -224,7 +224,11 @@ def _said(*parts: dict[str, Any]) -> Iterator[str]:
     failures = {what: count for its in parts for what, count in its.get("failures", {}).items()}
     if words or failures:
         said = [f"{source} {count} words" for source, count in sorted(words.items())]
-        yield f"  looked at     {', '.join([*said, *(f'{what} {count}' for what, count in sorted(failures.items()))])}"
+        without = [f"{count} answers without an opinion ({what})" for what, count in sorted(failures.items())]
+        yield f"  looked at     {', '.join([*said, *without])}"
+    for source, one in sorted((name, one) for its in parts for name, one in its.get("judges", {}).items()):
+        if one.get("trouble"):
+            yield f"  {'':13} {source}: {one['trouble']}"
 
 
 def _learning(its: dict[str, Any], runs: bool) -> Iterator[str]:

@@ -22,6 +22,10 @@ NOON = 1_763_900_000.0
 DAY = 86_400
 
 
+def trouble(it: Any) -> str:
+    return it.handler.status()["acme/desk"]["judges"]["judge:j"]["trouble"]
+
+
 def failures(it: Any) -> dict[str, int]:
     return it.handler.status()["acme/desk"]["failures"]
 
@@ -93,10 +97,12 @@ def test_a_judge_that_is_away_is_given_up_for_a_while_and_asked_again_at_the_nex
     it.take(*(it.call(f"c{i}", f"Where is it, {i}?", "card", episode=f"ep_{i}") for i in range(60)))
     assert len(judge.asked) < 20, "a few in flight, not two tries for each of sixty"
     assert failures(it)["judge:j resting"] > 30
+    assert f"{judge.url} answered 503: " in trouble(it)
     judge.status = lambda body: 200
     it.handler = JudgesHandler(it.config, it.home)
     it.take(it.word("f1", kind="thumb", value=1, call="c3", time=NOON + 1, episode="ep_3"))
     assert it.words("c3", "ep_3") == {"judge:j": ("implicit", 1.0)}
+    assert trouble(it) == ""
 
 
 def test_a_slow_judge_holds_nothing_up(bench, judge):
@@ -106,6 +112,7 @@ def test_a_slow_judge_holds_nothing_up(bench, judge):
     it.take(it.call("c1", "Where is it?", "card"))
     release.set()
     assert failures(it) == {"judge:j slow": 1}
+    assert trouble(it) == f"{judge.url} did not reply in 0.2 s"
     assert len(judge.asked) == TRIES < FAILED
 
 
