@@ -222,6 +222,7 @@ def _turn(
 
 def told(its: dict[str, Any]) -> str:
     from reward import course
+    from reward.value import FEWEST_OF_A_KIND, MIN_ENDINGS
 
     lines = [f"{its['policy']}, episode {its['episode']}"]
     if its["quarantine"]:
@@ -230,7 +231,10 @@ def told(its: dict[str, Any]) -> str:
     if its["course"] and its["ended"] is not None:
         lines.append(f"it ended {'well' if its['ended'] > 0.5 else 'badly'}, as was said of it: {its['ended']:.2f}")
     if len(its["turns"]) > 1 and not its["course"]:
-        lines.append("how it would end was not foretold: when its turns came, too few ends of episodes were learned")
+        lines.append(
+            f"how it would end was not foretold: when its turns came, fewer than {MIN_ENDINGS} ends of episodes were "
+            f"learned, or fewer than {FEWEST_OF_A_KIND} of the good or of the bad ones"
+        )
     for turn in its["turns"]:
         lines += ["", *_turn_told(turn)]
     return "\n".join(lines)
