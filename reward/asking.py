@@ -201,7 +201,7 @@ class Asker:
             tally.trouble = f"{judge.url} did not reply in {judge.timeout:g} s"
             return "slow"
         except (aiohttp.ClientError, OSError) as error:
-            tally.trouble = f"{judge.url}: {error or type(error).__name__}"
+            tally.trouble = f"{judge.url}: {str(error) or type(error).__name__}"
             return "down"
         tally.trouble = "" if answer.status == 200 else f"{judge.url} answered {answer.status}: {_said(raw)}"
         if answer.status != 200:

@@ -166,8 +166,7 @@ def words_of(episode: Episode, number: int, lesson: Label | Pair) -> list[Feedba
     whole = episode.feedback if number == last_turn(episode) or is_credited(lesson) else ()
     words = [*episode.turns[number].feedback, *whole]
     if isinstance(lesson, Pair):
-        call = episode.turns[number].call.id
-        return [word for word in words if lesson.id == (_corrects(call, word) if lesson.absolute else word.id)]
+        return [word for word in words if word.id == lesson.id]
     labelling = (*SPOKEN, FeedbackKind.OUTCOME, FeedbackKind.CORRECTION)
     return [word for word in words if word.kind in labelling]
 
@@ -183,7 +182,7 @@ def lessons(episode: Episode, examples: list[Example], trust: Reliability = SUPP
         if turn.call.error is not None:
             continue
         found += [(number, label) for label in _labels(turn, one, example)]
-        found += [(number, pair) for pair in _pairs(turn, one, example, trust)]
+        found += [(number, pair) for pair in _pairs(one, example, trust)]
     return found + _credited(episode, examples, trust)
 
 
@@ -194,17 +193,12 @@ def _labels(turn: Turn, one: Said, example: Example) -> list[Label]:
     return [Label(name, example, one.value, weight=one.weight, certain=one.certain)]
 
 
-def _corrects(call: str, word: Feedback) -> str:
-    """The id of the lesson that a correction is, of the call whose label it speaks for: see :func:`hearing.held`."""
-    return f"{call}=>{word.id}"
-
-
-def _pairs(turn: Turn, one: Said, example: Example, trust: Reliability) -> list[Pair]:
+def _pairs(one: Said, example: Example, trust: Reliability) -> list[Pair]:
     better = [(word, word.text or "", example.answer, True) for word in one.corrections]
     better += [(word, word.chosen or "", word.rejected or "", False) for word in one.preferences]
     return [
         Pair(
-            _corrects(turn.call.id, word) if absolute else word.id,
+            word.id,
             example.prompt,
             chosen,
             rejected,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from everloop.episode import Episode, Turn
-from everloop.feedback import Feedback
+from everloop.feedback import Feedback, FeedbackKind
 
 from reward import comments, evidence
 from reward.features import Example
@@ -74,9 +74,26 @@ def spoke(model: RewardModel, episode: Episode, examples: list[Example], number:
 
 
 def held(name: str, call: dict[str, Any]) -> str | None:
-    """Why people's words of a call are not believed; None: they are. What is held of a preference, or of an episode
-    as a whole for its earlier answers, leaves the label of the call itself alone; a correction is of its label."""
-    return next((why for lesson, why in call.get("held", {}).items() if lesson.startswith(f"{name}=")), None)
+    """Why the label of a call is not believed; None: it is. What is held of a pair, or of an episode as a whole for
+    its earlier answers, leaves the label of the call itself alone."""
+    return next((why for lesson, (_, why) in call.get("held", {}).items() if lesson.startswith(f"{name}=")), None)
+
+
+def kept_out(episode: Episode, number: int, calls: Calls) -> str | None:
+    """Why people's words are kept out of a call's score; None: they are not.
+
+    Its label is held; or a correction of it is, whose rater is heard no more: what is kept out has no correction that
+    anybody is trained on.
+    """
+    name = episode.turns[number].call.id
+    why = held(name, calls.get(name, {}))
+    if why is not None:
+        return why
+    silenced = {
+        lesson: says for call in calls.values() for lesson, (guilty, says) in call.get("held", {}).items() if guilty
+    }
+    words = evidence.words(episode)[number] if silenced else ()
+    return next((silenced[w.id] for w in words if w.kind is FeedbackKind.CORRECTION and w.id in silenced), None)
 
 
 def _about(episode: Episode) -> dict[str, About]:

@@ -47,7 +47,7 @@ def learn(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
         place = Place(read.episode.id, read.episode.turns[number].call.id, said)
         verdict = _weighed(desk, lesson, place, raters)
         if verdict.rule:
-            call.setdefault("held", {})[lesson.id] = verdict.says
+            call.setdefault("held", {})[lesson.id] = [verdict.silenced, verdict.says]
             continue
         if isinstance(lesson, Label):
             hearing.spoke(desk.live, read.episode, read.examples, about, known.calls)

@@ -18,10 +18,11 @@ is no burst, and nothing is while little is known.
 **Distrusted.** What a person has named as a rater not to be heard, whatever it is about.
 
 **One answer.** More than PUSHES lessons of one rater in favour of one answer (or against it) in the window, of that
-rater's lessons more than PUSHED times the part that the answer has of all others', and the model does not think so
+rater's lessons more than OFTEN times the part that the answer has of all others', and the model does not think so
 itself. So what is right for many is nobody's push, nor what somebody says again and again and is right about; answers
 that never recur are none. From a rater of whom SUSPECT such lessons were held, and half as many as were learned,
-nothing is learned any more. Pushes are halved with every window of lessons, so that they age as lessons do.
+nothing is learned any more. Pushes count for one to two
+windows of lessons; after that he is heard again.
 
 Who is heard no more, by this rule or by a person's order, is *guilty*: what he taught is taken back, as far as it is
 remembered (:mod:`reward.taught`) and nobody else said it with him, and is held from then on.
@@ -58,7 +59,7 @@ WATCHED = 2000
 MOST_HELD = 1000
 LEAST = 0.05  # of a lesson's weight: with less, it is held
 PUSHES = 1  # lessons of one rater for one answer that nothing is asked of
-PUSHED = 3.0
+OFTEN = 3.0
 SUSPECT = 3  # pushes, and half as many as were learned of him, from which on a rater is held altogether
 RULES = (
     "burst of a rater",
@@ -87,12 +88,14 @@ EMPTY = Seen("", [], "", "", 0.0)
 
 
 class Verdict(NamedTuple):
-    """The weight that a lesson is learned with; 0: it is held, by the rule and for the ``name`` to trust."""
+    """The weight that a lesson is learned with; 0: it is held, by the rule and for the ``name`` to trust. ``silenced``:
+    whatever it says, for its rater is heard no more."""
 
     weight: float
     rule: str = ""
     name: str = ""
     says: str = ""
+    silenced: bool = False
 
 
 def share_of_each(raters: int) -> float:
@@ -118,7 +121,8 @@ class Guard:
         self.count = 0
         self.minutes: dict[int, Counter[str]] = {}
         self.counted: Counter[str] = Counter()
-        self.pushes: Counter[str] = Counter()
+        self.pushes: Counter[str] = Counter()  # by rater, since the window's worth of lessons began
+        self.pushed: Counter[str] = Counter()  # in the window's worth before
         self.held: dict[str, bytes] = {}  # oldest words first
         self._said: dict[str, float] = {}  # when each of them was said
         self._weights: defaultdict[str, float] = defaultdict(float)
@@ -177,7 +181,7 @@ class Guard:
 
     def _doubt(self, seen: Seen) -> Verdict | None:
         doubted = sorted(self.distrusted.intersection(seen.raters))
-        return _held(RULES[6], doubted[0], ORDERED) if doubted else None
+        return _held(RULES[6], doubted[0], ORDERED, True) if doubted else None
 
     def _burst(self, seen: Seen, call: str, minute: Counter[str]) -> Verdict | None:
         rushed = [rater for rater in seen.raters if self._rushes(rater, minute)]
@@ -208,17 +212,21 @@ class Guard:
                 continue
             its, mine = self._numbers[_both(rater, seen.answer)], self._numbers[rater]
             if self._pushes_on(rater):
-                says = f"{self.pushes[rater]} words of one rater were for one answer, {mine} are learned"
-                return _held(RULES[4], rater, says)
+                says = f"{self._pushes(rater)} words of one rater were for one answer, {mine} are learned"
+                return _held(RULES[4], rater, says, True)
             others = (self._numbers[seen.answer] - its + 1) / (len(self._slot_of) - mine + 1)
-            if its >= PUSHES and its + 1 > PUSHED * (mine + 1) * others and not believed():
+            if its >= PUSHES and its + 1 > OFTEN * (mine + 1) * others and not believed():
                 if rater in self.pushes or len(self.pushes) < WATCHED:
                     self.pushes[rater] += 1
                 return _held(RULES[4], rater, f"{its} of {mine} words of one rater are for one answer already")
         return None
 
     def _pushes_on(self, rater: str) -> bool:
-        return self.pushes[rater] >= SUSPECT and 2 * self.pushes[rater] >= self._numbers[rater]
+        pushes = self._pushes(rater)
+        return pushes >= SUSPECT and 2 * pushes >= self._numbers[rater]
+
+    def _pushes(self, rater: str) -> int:
+        return self.pushes[rater] + self.pushed[rater]
 
     def guilty(self, rater: str) -> bool:
         """Whether a rater, by name, is heard no more."""
@@ -226,14 +234,14 @@ class Guard:
 
     def to_take_back(self) -> list[tuple[Taught, Verdict]]:
         """What raters who are heard no more have taught and nobody said with them, with what is to be said of it."""
-        raters = [*self.distrusted, *(name for name, pushes in self.pushes.items() if pushes >= SUSPECT)]
+        raters = [*self.distrusted, *filter(self._pushes_on, {*self.pushes, *self.pushed})]
         found = {}
         for name in filter(self.guilty, sorted(raters)):
             rule = RULES[6] if name in self.distrusted else RULES[4]
             says = ORDERED if name in self.distrusted else "its rater pushed one answer"
             for lesson, names in self.taught.of(name).items():
                 if all(map(self.guilty, names)):
-                    found[lesson] = self.taught.get(lesson), _held(rule, name, f"taken back: {says}")
+                    found[lesson] = self.taught.get(lesson), _held(rule, name, f"taken back: {says}", True)
         return list(found.values())
 
     def take_back(self, taught: Taught, verdict: Verdict) -> None:
@@ -265,8 +273,8 @@ class Guard:
         self._add(seen, 1)
         self._slot_of[seen.lesson] = slot
         self.count += 1
-        if self.count % self.window == 0:  # what is long ago weighs less, as it does among lessons
-            self.pushes = Counter({name: pushes // 2 for name, pushes in self.pushes.items() if pushes > 1})
+        if self.count % self.window == 0:  # those of the window before count still, older ones no more
+            self.pushes, self.pushed = Counter(), self.pushes
         self._changed_slots.add(slot)
 
     def forget(self, lesson: str) -> None:
@@ -337,7 +345,7 @@ class Guard:
         self._changed_slots.clear()
         self._changed_held.clear()
         minutes = [[at, dict(minute)] for at, minute in self.minutes.items()]
-        yield "core", ormsgpack.packb([self.count, dict(self.counted), minutes, dict(self.pushes)])
+        yield "core", ormsgpack.packb([self.count, dict(self.counted), minutes, dict(self.pushes), dict(self.pushed)])
 
     def restore(self, pieces: Mapping[str, bytes]) -> None:
         """What was ``changes`` before, in a new guard."""
@@ -354,8 +362,8 @@ class Guard:
                 self.held[rest], self._said[rest] = value, ormsgpack.unpackb(value)["time"]
         self.held = dict(sorted(self.held.items(), key=lambda item: self._when(item[0])))
         if "core" in pieces:
-            self.count, counted, minutes, pushes = ormsgpack.unpackb(pieces["core"])
-            self.counted, self.pushes = Counter(counted), Counter(pushes)
+            self.count, counted, minutes, pushes, pushed = ormsgpack.unpackb(pieces["core"])
+            self.counted, self.pushes, self.pushed = Counter(counted), Counter(pushes), Counter(pushed)
             self.minutes = {at: Counter(minute) for at, minute in minutes}
 
     def status(self, most: int = 20) -> dict[str, Any]:
@@ -381,8 +389,8 @@ def _both(rater: str, answer: str) -> str:
     return f"{rater} {answer}"
 
 
-def _held(rule: str, name: str, says: str) -> Verdict:
-    return Verdict(0.0, rule, name, says)
+def _held(rule: str, name: str, says: str, silenced: bool = False) -> Verdict:
+    return Verdict(0.0, rule, name, says, silenced)
 
 
 def _seen(lesson: Label | Pair, raters: list[str]) -> Seen:

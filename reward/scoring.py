@@ -22,7 +22,7 @@ def score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Scores of the calls that are new, or of which something else is said than when they were scored last."""
     episode = read.episode
     calls = [known.call(turn.call.id) for turn in episode.turns]
-    held = [hearing.held(turn.call.id, call) for turn, call in zip(episode.turns, calls, strict=True)]
+    held = [hearing.kept_out(episode, number, known.calls) for number in range(len(calls))]
     digests = [
         hashlib.blake2b(repr((*both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
         for both in zip(evidence.words(episode), held, read.examples, strict=True)

@@ -8,7 +8,7 @@ from everloop.score import Score
 
 from reward import course, evidence, hearing
 from reward.desk import Desk
-from reward.evidence import Said
+from reward.evidence import Said, is_credited
 from reward.features import Example
 from reward.known import Known
 from reward.model import Label, Pair
@@ -31,11 +31,12 @@ def take_back(desk: Desk, doomed: Sequence[tuple[Taught, Verdict]], known_of: Ca
         desk.guard.take_back(taught, verdict)
         known.learned = [name for name in known.learned if name != lesson.id]
         call.get("taught", {}).pop(lesson.id, None)
-        call.setdefault("held", {})[lesson.id] = verdict.says
-        if hearing.held(place.call, call) is None:
-            continue  # a preference, or of the episode as a whole: the call's score was not made of it
-        course.forget(desk.live, known.end, place.call)
-        hearing.unheard(desk.live, place.call, call)
+        call.setdefault("held", {})[lesson.id] = [verdict.silenced, verdict.says]
+        if is_credited(lesson) or (isinstance(lesson, Pair) and not lesson.absolute):
+            continue  # the call's score was not made of it
+        if isinstance(lesson, Label):
+            course.forget(desk.live, known.end, place.call)
+            hearing.unheard(desk.live, place.call, call)
         if "scored" in call:
             call["scored"] = b""  # the next version of the episode is scored whatever is said in it
             scores.append(_score(desk, _answer(lesson), place, known, verdict.says))

@@ -155,7 +155,10 @@ def _course(episode: Episode, scores: dict[str, Score]) -> list[dict[str, Any]]:
 
 def _ended(episode: Episode, scores: dict[str, Score]) -> float | None:
     """What an episode came to, 0 to 1: its outcome, else what was said of its latest answer; None: nothing was said."""
-    told = [one for turn in episode.turns if (one := scores.get(turn.call.id)) is not None and one.label is not None]
+    from reward import course
+
+    its = (scores.get(episode.turns[number].call.id) for number in course.course_of(episode))
+    told = [one for one in its if one is not None and one.label is not None]
     measured = [one for one in told if one.source == "outcome"]
     return next((one.label for one in reversed(measured or told)), None)
 
@@ -249,7 +252,8 @@ UNSURE = "what was said, beside a model with no right to an opinion"
 
 
 def _turn_told(turn: dict[str, Any]) -> list[str]:
-    unsure = turn["source"] == "model" and turn["words"] and not turn.get("opinion", {}).get("mask", True)
+    unsure = turn["source"] == "model" and not turn["held"] and not turn.get("opinion", {}).get("mask", True)
+    unsure = unsure and any(word["counts"] and word["log_odds"] for word in turn["words"])
     lines = [
         f"turn {turn['turn']}: {_asked(turn['prompt'])!r} → {_short(turn['answer'])!r}",
         f"  score       P(good) {turn['value']:.3f} ± {turn['spread']:.3f}, reward {turn['reward']:+.3f}"
@@ -263,8 +267,8 @@ def _turn_told(turn: dict[str, Any]) -> list[str]:
     if turn["predicted"] is not None:
         lines.append(f"  foretold    {turn['predicted']:.3f} that the first label would be good, before it was learned")
     if turn["held"]:
-        where = "learning; what was measured decides" if turn["source"] == "outcome" else "learning and from the score"
-        lines.append(f"  held        what was said is kept from {where}: {turn['held']}")
+        kept = "what was measured decides" if turn["source"] == "outcome" else "what was said is kept out of the score"
+        lines.append(f"  held        {kept}, and what is held is not learned: {turn['held']}")
     if "gone" in turn:
         gone = f"{turn['reward_version']} is gone, and with it what its words weighed ({turn['gone']})"
         return [*lines, f"  version     {gone}"]

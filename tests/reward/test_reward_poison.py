@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import Label, Pair
-from reward.poison import BURST, PUSHES, RULES, SUSPECT, TWINS, Guard, name_of, share_of_each
+from reward.poison import BURST, PUSHES, RULES, TWINS, Guard, Verdict, name_of, share_of_each
 from reward.release import same_without
 from reward.taught import Place
 
@@ -28,7 +28,7 @@ def crowd(guard, count, start=0.0, step=MINUTE):
     """So many lessons, each of another rater about other words, one a minute."""
     for i in range(count):
         verdict = guard.weigh(label(i, f"prompt {i}", f"answer {i % 9}"), [f"other{i}"], f"c{i}", start + i * step)
-        assert verdict == (1.0, "", "", "")
+        assert verdict == Verdict(1.0)
 
 
 def test_shares_follow_the_number_of_raters():
@@ -121,11 +121,12 @@ def test_pushes_age_with_the_window_and_a_busy_rater_is_not_silenced_by_old_ones
     restored = Guard(window=200)
     restored.restore({name: value for name, value in guard.changes() if value is not None})
     for one in (guard, restored):
-        for i in range(200):
-            one.weigh(label(f"n{i}", f"new {i}", f"answer {i % 9}"), [f"new{i}"], f"n{i}", (900 + i) * MINUTE)
-        assert one.pushes[rater] < SUSPECT
-        assert not one.guilty(rater)
-    assert guard.pushes == restored.pushes
+        said = 0
+        while one.guilty(rater):
+            one.weigh(label(f"n{said}", f"new {said}", f"answer {said % 9}"), [f"n{said}"], "n", (900 + said) * MINUTE)
+            said += 1
+        assert 200 <= said <= 400, "for a window at least, and two at most"
+    assert (guard.pushes, guard.pushed) == (restored.pushes, restored.pushed)
 
 
 def test_one_answer_is_not_pushed_by_one_rater_who_is_then_heard_no_more():

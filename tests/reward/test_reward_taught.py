@@ -296,3 +296,34 @@ def test_what_was_measured_stays_in_the_score_of_who_is_heard_no_more(desk, kit,
     scores = kit.decoded(Score, taken(desk(distrusted=[name]), state, []), "scores")
     assert {(one.source, one.label, one.reward, one.mask) for one in scores} == {("outcome", 0.0, -1.0, True)}
     assert {one.quarantined for one in scores} == {"taken back: a person had its rater heard no more"}
+
+
+def test_a_correction_that_finds_no_share_left_leaves_its_calls_label_in_the_score(desk, kit):
+    """Nobody is silenced there: what is held of him is a lesson, and not his word."""
+    state, handler = kit.MemoryState(), desk()
+    others, stream = crowd(kit, 300), []
+    for i in range(100):
+        said = [Feedback(id=f"t{i}", kind="thumb", value=-1, time=600.0 * i, rater="busy")]
+        said += [Feedback(id=f"w{i}", kind="correction", text=f"right {i}", time=600.0 * i, rater="busy")]
+        mine = kit.episode(f"b{i}", (f"word {i} lost", f"answer {i}"), feedback=said, updated=float(i))
+        stream += [*others[3 * i : 3 * i + 3], mine]
+    scores = kit.decoded(Score, taken(handler, state, kit.records(*stream)), "scores")
+    (made,) = handler._desks.values()
+    held = {about["episode"] for about in made.guard.status(999)["newest_held"] if about["rule"] == "share"}
+    known = {name: Known.unpacked(state.get(f"episode/default/assistant/{name}")) for name in held}
+    both = [one for one in scores if one.episode in held and f"{one.call}=0!" in known[one.episode].learned]
+    assert len(both) > 10
+    assert all(score.quarantined is None and score.label == 0.0 for score in both)
+
+
+def test_an_end_that_was_measured_stays_where_only_a_correction_is_taken_back(desk, kit):
+    state, name = kit.MemoryState(), name_of("rater", "who")
+    word = Feedback(id="w", kind="correction", text="gold desk", time=1e6, rater="who")
+    outcome = Feedback(id="o", kind="outcome", value=1.0, time=1e6)
+    one = kit.episode("e", ("q", "a desk"), ("lost card", "pin desk"), feedback=[word], updated=1e6, version=3)
+    one = one.model_copy(update={"feedback": (outcome,)})
+    taken(desk(), state, kit.records(*crowd(kit, 300), one))
+    taken(desk(distrusted=[name]), state, [])
+    known = Known.unpacked(state.get("episode/default/assistant/e"))
+    assert known.end["value"] == 1.0
+    assert "e-c1=1!" in known.learned

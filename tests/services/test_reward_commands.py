@@ -342,7 +342,7 @@ def test_of_held_words_the_rule_and_what_they_would_do_is_told(
     assert [one["said"] for one in turn["if"]] == ["its words were believed"]
     assert turn["if"][0]["value"] != turn["value"]
     out = said("explain", "ep_304")[1]
-    assert "held        what was said is kept from learning and from the score: one rater said the same" in out
+    assert "held        what was said is kept out of the score, and what is held is not learned: one rater" in out
     assert json.loads(said("explain", "ep_300", "--json")[1])["turns"][0]["held"] is None
 
 
