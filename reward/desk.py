@@ -72,13 +72,13 @@ class Desk:
         """
         pieces = {key.removeprefix(self.prefix): value for key, value in state.scan(self.prefix)}
         desk = json.loads(pieces.pop("desk", b"{}"))
-        guarded = [name for name in pieces if name.startswith(GUARD)]
-        self.guard.restore({name.removeprefix(GUARD): pieces.pop(name) for name in guarded})
+        guarded = {name.removeprefix(GUARD): pieces.pop(name) for name in [*pieces] if name.startswith(GUARD)}
         try:
             if not durable.restore(self.live, pieces.items()):
                 return self
         except ContractError as error:
             raise ContractError(f"{self.tenant}/{self.policy}: {error}. {WAY_OUT}") from None
+        self.guard.restore(guarded)  # written with the model, so by the same release
         self._writes = desk["writes"]
         self.watch = Watch(self.live.config.window, **desk["watch"])
         self.shadow = Shadow(self.live.config.window, **desk["shadow"])

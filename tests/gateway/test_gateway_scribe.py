@@ -107,13 +107,11 @@ async def test_what_the_engine_said_of_tokens_is_read_by_the_scribe(home: Home, 
 @pytest.mark.processes
 async def test_a_full_log_is_told_as_such(home: Home, start: Any) -> None:
     scribe = await start("sqlite:///log.db?max_bytes=400000")
-    await asyncio.wrap_future(
-        scribe.append_soon([event("x" * 50_000)])
-    )  # the others may be one batch, and refused whole
+    await asyncio.wrap_future(scribe.append_soon([event("x" * 50_000)]))
     sent = [asyncio.wrap_future(scribe.append_soon([event("x" * 50_000)])) for _ in range(19)]
     outcomes = await asyncio.gather(*sent, return_exceptions=True)
     refused = [outcome for outcome in outcomes if not isinstance(outcome, int)]
-    assert refused
+    assert refused, "all of them, where they came as one batch"
     assert {type(outcome) for outcome in refused} == {LogFull}
 
 
