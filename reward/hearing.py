@@ -12,6 +12,7 @@ whom is right, under ``read`` and ``examples`` what :mod:`reward.comments` notes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from everloop.episode import Episode, Turn
@@ -79,20 +80,18 @@ def held(name: str, call: dict[str, Any]) -> str | None:
     return next((why for lesson, (_, why) in call.get("held", {}).items() if lesson.startswith(f"{name}=")), None)
 
 
-def kept_out(episode: Episode, number: int, calls: Calls) -> str | None:
-    """Why people's words are kept out of a call's score; None: they are not.
+def kept_out(name: str, words: Sequence[Feedback], calls: Calls) -> str | None:
+    """Why people's ``words`` about a call are kept out of its score; None: they are not.
 
     Its label is held; or a correction of it is, whose rater is heard no more: what is kept out has no correction that
     anybody is trained on.
     """
-    name = episode.turns[number].call.id
     why = held(name, calls.get(name, {}))
     if why is not None:
         return why
     silenced = {
         lesson: says for call in calls.values() for lesson, (guilty, says) in call.get("held", {}).items() if guilty
     }
-    words = evidence.words(episode)[number] if silenced else ()
     return next((silenced[w.id] for w in words if w.kind is FeedbackKind.CORRECTION and w.id in silenced), None)
 
 

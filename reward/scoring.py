@@ -22,10 +22,11 @@ def score(desk: Desk, read: Read, known: Known) -> list[NewRecord]:
     """Scores of the calls that are new, or of which something else is said than when they were scored last."""
     episode = read.episode
     calls = [known.call(turn.call.id) for turn in episode.turns]
-    held = [hearing.kept_out(episode, number, known.calls) for number in range(len(calls))]
+    words = evidence.words(episode)
+    held = [hearing.kept_out(turn.call.id, its, known.calls) for turn, its in zip(episode.turns, words, strict=True)]
     digests = [
         hashlib.blake2b(repr((*both, episode.quarantine)).encode("utf-8", "replace"), digest_size=8).digest()
-        for both in zip(evidence.words(episode), held, read.examples, strict=True)
+        for both in zip(words, held, read.examples, strict=True)
     ]
     fresh = [i for i, call in enumerate(calls) if call.get("scored") != digests[i]]
     estimates = desk.estimate([read.examples[i] for i in fresh])

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.assemble import Assembler
-from reward import encoder
+from reward import durable, encoder
 from reward.features import Example
 from reward.handler import RewardHandler
 from reward.model import RewardModel
@@ -269,6 +269,15 @@ def test_a_changed_ensemble_is_refused_and_deletes_nothing(home, words, kit):
     assert state.entries == before
     run(back := handler(5), state, records[60:])
     assert back.status()["default/assistant"]["updates"] == 70
+
+
+def test_a_state_of_another_release_is_told_as_such_whatever_its_guard_looks_like(new_handler, kit, monkeypatch):
+    state, records = kit.MemoryState(), kit.records(*kit.desk_traffic(40))
+    run(new_handler(), state, records[:30])
+    state.put("model/default/assistant/guard/core", ormsgpack.packb([30, {}]))
+    monkeypatch.setattr(durable, "FORMAT", durable.FORMAT + 1)
+    with pytest.raises(ContractError, match=r"default/assistant: .*nothing was deleted.*delete its state"):
+        run(new_handler(), state, records[30:])
 
 
 def test_what_was_learned_goes_on_where_the_processor_reckons_otherwise(home, kit, minilm_like, monkeypatch):
